@@ -1,0 +1,41 @@
+// What the processor can do, and the instruction sets our kernels are written for.
+#pragma once
+
+#include <map>
+#include <string>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define RESPIKE_X86 1
+// GCC before 14 reports the deliberate _mm512_undefined_*() of its own header (bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+// A function so marked may only be called after checked_level() has allowed its level.
+#define RESPIKE_AVX2 __attribute__((target("avx2,fma")))
+#define RESPIKE_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#else
+#define RESPIKE_X86 0
+#endif
+
+namespace respike {
+
+// Ascending: a processor that has one has all before it.
+enum class Level { portable = 0, avx2 = 1, avx512 = 2 };
+
+// Feature name to whether this processor and its operating system support it.
+// Features the compiler cannot ask about are left out.
+std::map<std::string, bool> cpu_features();
+
+// The highest level this processor can run.
+Level best_level();
+
+const char* level_name(Level level);
+
+// `level` as a Level; throws std::invalid_argument when this processor cannot run it.
+Level checked_level(int level);
+
+}  // namespace respike

@@ -1,0 +1,5 @@
+"""``python -m respike``."""
+
+from respike.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""Checkpoints: Hugging Face safetensors folders and GGUF files, read lazily, never run."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from respike.checkpoint.families import account_tensors
+from respike.checkpoint.folder import Folder, read_json
+from respike.checkpoint.gguf import GgufFile, read_as
+from respike.checkpoint.gguf_config import gguf_config, gguf_tensor_map
+from respike.config import ModelConfig
+from respike.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Folder", "GgufCheckpoint", "fingerprint", "open_checkpoint", "read_json"]
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """A source of weights, checked by name and shape before any is read."""
+
+    path: Path
+    config: ModelConfig
+    files: list[Path]
+    """The files that hold weights."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that is stored, by the name a `Folder` of this model would use."""
+        ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype in which to compute unless told otherwise."""
+        ...
+
+    @property
+    def license(self) -> str:
+        """What the checkpoint says of its licence."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, dequantised if need be, in memory of its own."""
+        ...
+
+
+class GgufCheckpoint:
+    """One GGUF file as a `Checkpoint`; computes in bf16 unless told otherwise."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.files = path, [path]
+        self._file = GgufFile(path)
+        self.config = gguf_config(self._file)
+        ours = {theirs: name for name, theirs in gguf_tensor_map(self.config).items()}
+        present = self._file.tensors
+        shapes = {ours.get(name, name): tensor.shape for name, tensor in present.items()}
+        # Frequencies of long-context models, taken into the config.
+        shapes.pop("rope_freqs.weight", None)
+        account_tensors(self.config, shapes, str(path))
+        self.names = tuple(shapes)
+        self.stored_dtype = torch.bfloat16
+
+    @property
+    def license(self) -> str:
+        """See `Checkpoint.license`."""
+        return str(self._file.metadata.get("general.license", "not stated"))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The file's key-value pairs, tokenizer included."""
+        return self._file.metadata
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint.read`."""
+        return read_as(self._file, self.config, name)
+
+
+def open_checkpoint(path: str | Path) -> Folder | GgufCheckpoint:
+    """Open a model folder or a ``.gguf`` file; reads headers only.
+
+    Raises:
+        CheckpointError: Not there, or not a checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Folder(path)
+    if path.is_file():
+        return GgufCheckpoint(path)
+    raise CheckpointError(
+        f"{path}: no such folder or file",
+        hint="give a folder with config.json and safetensors, or a .gguf file",
+    )
+
+
+def fingerprint(config: ModelConfig, files: list[Path]) -> str:
+    """SHA-256 over a model's config and weight files: two models are equal if theirs are."""
+    digest = hashlib.sha256(config.model_dump_json().encode())
+    for file in files:
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()

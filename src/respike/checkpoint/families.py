@@ -1,0 +1,205 @@
+"""Source families: what a foreign ``config.json`` means, and which tensors must be there.
+
+Adding a family whose layers are llama-shaped is one entry in `FAMILIES`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from respike.config import LayerConfig, ModelConfig, RopeConfig, WindowMixer, full_layers
+from respike.errors import CheckpointError, UnsupportedError, did_you_mean
+
+Json = Mapping[str, Any]
+
+FAMILIES: dict[str, Callable[[Json], dict[str, bool]]] = {
+    # model_type -> which optional parts of a layer it has. Yi and R1-Distill-Llama are llama.
+    "llama": lambda raw: {
+        "qkv_bias": bool(raw.get("attention_bias", False)),
+        "o_bias": bool(raw.get("attention_bias", False)),
+        "qk_norm": False,
+    },
+    "qwen2": lambda _: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
+    "qwen3": lambda raw: {
+        "qkv_bias": bool(raw.get("attention_bias", False)),
+        "o_bias": bool(raw.get("attention_bias", False)),
+        "qk_norm": True,
+    },
+}
+
+
+def config_from_json(raw: Json, where: str) -> ModelConfig:
+    """A `ModelConfig` from a ``config.json``, ours or one of a known family.
+
+    Args:
+        raw: The parsed file.
+        where: Its path, for messages.
+
+    Raises:
+        CheckpointError: A field is missing or cannot be.
+        UnsupportedError: A family or feature respike does not know.
+    """
+    try:
+        if raw.get("model_type") == "respike":
+            return ModelConfig.model_validate(dict(raw))
+        return _foreign(raw, where)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(p) for p in first["loc"])
+        got = "" if path == "" else f" (got {str(first['input'])[:60]!r})"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{where}: {path + ': ' if path else ''}{reason}{got}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{where}: key {error.args[0]!r} is missing") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{where}: malformed: {error}") from error
+
+
+def _foreign(raw: Json, where: str) -> ModelConfig:
+    family = str(raw.get("model_type"))
+    if family not in FAMILIES:
+        raise UnsupportedError(
+            f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}",
+            hint=did_you_mean(family, FAMILIES),
+        )
+    if raw.get("mlp_bias"):
+        raise UnsupportedError(f"{where}: mlp_bias is true; respike has no biases in the MLP")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UnsupportedError(f"{where}: hidden_act {raw['hidden_act']!r}, expected 'silu'")
+    heads = int(raw["num_attention_heads"])
+    groups = int(raw.get("num_key_value_heads") or heads)
+    num_layers, context = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
+    eos = raw.get("eos_token_id")
+    # Validated with one layer first, so that a hostile layer count meets its limit, not memory.
+    fields: dict[str, Any] = {
+        "family": family,
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": raw["hidden_size"],
+        "intermediate_size": raw["intermediate_size"],
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": raw.get("head_dim") or int(raw["hidden_size"]) // max(heads, 1),
+        "rms_norm_eps": raw["rms_norm_eps"],
+        "rope": _rope(raw, where),
+        "max_position_embeddings": context,
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        **FAMILIES[family](raw),
+        "bos_token_id": raw.get("bos_token_id"),
+        "eos_token_ids": tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
+    }
+    if not (0 < num_layers <= 1024 and 0 < groups <= 4096):
+        raise CheckpointError(
+            f"{where}: num_hidden_layers {num_layers} or num_key_value_heads {groups} "
+            "is out of range (1..1024, 1..4096)"
+        )
+    return ModelConfig(**fields, layers=_layers(raw, num_layers, groups, context))
+
+
+def _layers(raw: Json, num_layers: int, groups: int, context: int) -> tuple[LayerConfig, ...]:
+    """All full, but for sources that are born with sliding windows (some qwen2 and qwen3)."""
+    layers = full_layers(num_layers, groups)
+    if not raw.get("use_sliding_window") or not raw.get("sliding_window"):
+        return layers
+    window = WindowMixer(
+        groups=tuple(range(groups)),
+        window_tokens=int(raw["sliding_window"]),
+        sink_tokens=0,
+        sink_reach_tokens=context,
+    )
+    first = int(raw.get("max_window_layers", 0))
+    kinds = raw.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
+    ]
+    slides = LayerConfig(mixers=(window,))
+    return tuple(
+        slides if kind == "sliding_attention" else full
+        for kind, full in zip(kinds, layers, strict=True)
+    )
+
+
+def _rope(raw: Json, where: str) -> RopeConfig:
+    # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling stood apart.
+    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta: Any = scaling.get("rope_theta", raw.get("rope_theta", 10_000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=scaling["factor"])
+    if kind == "llama3":
+        names = (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+        return RopeConfig(theta=theta, kind="llama3", **{name: scaling[name] for name in names})
+    raise UnsupportedError(
+        f"{where}: rotary scaling {kind!r} is not one of default, linear, llama3"
+    )
+
+
+def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor a model of this shape has, in the order it is stored."""
+    width, mlp, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    head = config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    yield "model.embed_tokens.weight", (vocab, width)
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        yield layer + "input_layernorm.weight", (width,)
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            yield f"{layer}self_attn.{name}_proj.weight", (rows, width)
+            if config.qkv_bias:
+                yield f"{layer}self_attn.{name}_proj.bias", (rows,)
+        yield layer + "self_attn.o_proj.weight", (width, q)
+        if config.o_bias:
+            yield layer + "self_attn.o_proj.bias", (width,)
+        if config.qk_norm:
+            yield layer + "self_attn.q_norm.weight", (head,)
+            yield layer + "self_attn.k_norm.weight", (head,)
+        yield layer + "post_attention_layernorm.weight", (width,)
+        yield layer + "mlp.gate_proj.weight", (mlp, width)
+        yield layer + "mlp.up_proj.weight", (mlp, width)
+        yield layer + "mlp.down_proj.weight", (width, mlp)
+    yield "model.norm.weight", (width,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (vocab, width)
+
+
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+"""Tensors old exporters wrote although they follow from the config."""
+
+
+def account_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Check a checkpoint's tensors against its config, by name and shape, before any is read.
+
+    Raises:
+        CheckpointError: One is missing, unexpected, or of the wrong shape; the message names it.
+    """
+    expected = dict(expected_tensors(config))
+    missing = [name for name in expected if name not in shapes]
+    extra = [
+        name for name in shapes if name not in expected and not name.endswith(IGNORED_SUFFIXES)
+    ]
+    if config.tie_word_embeddings:
+        # Some exporters store the tied matrix twice; it is dropped, with that reason, by `convert`.
+        extra = [name for name in extra if name != "lm_head.weight"]
+    if missing:
+        raise CheckpointError(
+            f"{where}: tensor {missing[0]!r} is missing "
+            f"({len(missing)} missing, {len(extra)} extra; "
+            f"the config asks for {config.num_hidden_layers} layers)"
+        )
+    if extra:
+        raise CheckpointError(
+            f"{where}: tensor {extra[0]!r} belongs to nothing the config names "
+            f"({len(extra)} such tensors)"
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has shape {shapes[name]}, the config says {shape}"
+            )

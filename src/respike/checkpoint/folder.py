@@ -1,0 +1,123 @@
+"""Reading a Hugging Face folder: ``config.json`` and one or more safetensors files, lazily."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from respike.checkpoint.families import account_tensors, config_from_json
+from respike.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path, limit_bytes: int = 64 << 20) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: Missing, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > limit_bytes:
+            raise CheckpointError(f"{path}: larger than {limit_bytes >> 20} MiB, refused")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got a {type(value).__name__}")
+    return value
+
+
+class Folder:
+    """A checkpoint folder; weights are read one by one when asked for.
+
+    Every file's header is read and every name and shape checked here; no tensor data is.
+
+    Raises:
+        CheckpointError: Anything missing, extra, corrupt or contradictory, with file and tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.raw_config = read_json(path / "config.json")
+        self.config = config_from_json(self.raw_config, str(path / "config.json"))
+        self.files: list[Path] = []
+        self._home: dict[str, Path] = {}
+        shapes = {}
+        for file in self._weight_files():
+            self.files.append(file)
+            for name, shape in _header(file).items():
+                if name in self._home:
+                    raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name]}")
+                self._home[name], shapes[name] = file, shape
+        account_tensors(self.config, shapes, str(path))
+        self.names = tuple(shapes)
+
+    def _weight_files(self) -> list[Path]:
+        single = self.path / "model.safetensors"
+        if (self.path / INDEX).exists():
+            listed = read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(listed, dict) or not listed:
+                raise CheckpointError(f"{self.path / INDEX}: has no weight_map")
+            names = sorted(set(listed.values()))
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise CheckpointError(f"{self.path / INDEX}: {name!r} is not a file name")
+            return [self.path / name for name in names]
+        if single.exists():
+            return [single]
+        found = sorted(p.name for p in self.path.glob("*.bin")) + sorted(
+            p.name for p in self.path.glob("*.pt*")
+        )
+        hint = None
+        if found:
+            hint = f"{found[0]} is a pickle, which can run code: ask its maker for safetensors"
+        raise CheckpointError(f"{self.path}: no model.safetensors and no {INDEX}", hint=hint)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype."""
+        file = self._home[name]
+        try:
+            with safe_open(file, framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{file}: tensor {name!r} is {tensor.dtype}, expected a float type"
+            )
+        return tensor
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of the final norm, which stands for the checkpoint's."""
+        return self.read("model.norm.weight").dtype
+
+    @property
+    def license(self) -> str:
+        """``license`` of the model card's front matter."""
+        card = self.path / "README.md"
+        if not card.is_file():
+            return "not stated"
+        head = card.read_text(encoding="utf-8", errors="replace")[:65536].split("---")
+        try:
+            front = yaml.safe_load(head[1]) if len(head) > 2 else None
+        except yaml.YAMLError:
+            return "not stated"
+        return str(front.get("license", "not stated")) if isinstance(front, dict) else "not stated"
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: named by the index, but not there") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error

@@ -1,0 +1,169 @@
+"""Verbs that make models and recipes: convert, select."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from respike.cli.show import (
+    echo_json,
+    human_bytes,
+    json_option,
+    pairs,
+    progress,
+    run_options,
+    table,
+)
+from respike.errors import BackendError, UsageError
+
+
+@click.command("convert")
+@click.argument("model")
+@click.argument("out")
+@click.option("--recipe", required=True, help="Built-in name or YAML file; see `respike recipes`.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe.")
+@click.option("--weights", type=click.Choice(["f32", "bf16", "f16"]), help="Dtype to store.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a model folder.")
+@json_option
+def convert_command(
+    model: str,
+    out: str,
+    recipe: str,
+    overrides: tuple[str, ...],
+    weights: str | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert MODEL by a recipe and write the result to the folder OUT.
+
+    OUT holds the weights, the tokenizer, the resolved recipe, report.json and a model card.
+    """
+    from respike.conversion import convert, plan
+    from respike.recipe import load_recipe
+
+    if weights:
+        overrides = (*overrides, f"weights={weights}")
+    made = plan(model, load_recipe(recipe, overrides))
+    if dry_run:
+        report: dict[str, Any] = made.summary()
+    else:
+        with progress("converting") as step:
+            report = convert(made, out, force=force, progress=step)
+    if as_json:
+        echo_json(report)
+        return
+    click.echo(_plan_text(report))
+    click.echo("nothing written (--dry-run)" if dry_run else f"wrote {out}", err=True)
+
+
+def _plan_text(report: dict[str, Any]) -> str:
+    tensors, lengths = report["tensors"], report["state_bytes_bf16"]
+    facts = pairs(
+        [
+            ("source", f"{report['source']['name']} ({report['source']['family']})"),
+            ("recipe", report["recipe"]),
+            ("softmax groups", f"{report['softmax_groups']} of {report['kv_groups']} KV groups"),
+            ("parameters", f"{report['parameters']:,} ({report['new_parameters']:+,} new)"),
+            ("weights", f"{human_bytes(report['weight_bytes'])} as {report['weights']}"),
+            ("tensors", ", ".join(f"{n} {a}" for a, n in tensors.items() if n)),
+            *[("dropped", f"{name}: {why}") for name, why in report["dropped"].items()],
+            ("state growth", f"{report['growth_bytes_per_token_bf16']:,} bytes a token (bf16)"),
+        ]
+    )
+    layers = table(("layers", "mixers"), [(r["layers"], r["mixers"]) for r in report["layers"]])
+    state = table(
+        ("tokens", "state, original", "state, converted"),
+        [
+            (f"{int(n):,}", human_bytes(b["original"]), human_bytes(b["converted"]))
+            for n, b in lengths.items()
+        ],
+    )
+    return f"{facts}\n\n{layers}\n\n{state}"
+
+
+@click.command("select")
+@click.argument("model")
+@click.option("-o", "--output", required=True, help="Recipe to write, a .yaml file.")
+@click.option("--softmax-groups", required=True, type=int, help="KV groups that keep full softmax.")
+@click.option(
+    "--data", multiple=True, type=click.Path(), help="Text files.  [default: see `check`]"
+)
+@click.option("--window-tokens", default=256, show_default=True, type=click.IntRange(1))
+@click.option("--sink-tokens", default=4, show_default=True, type=click.IntRange(0))
+@click.option("--context-tokens", default=1024, show_default=True, type=click.IntRange(2))
+@click.option("--max-tokens", default=3072, show_default=True, type=click.IntRange(1))
+@click.option("--copy-trials", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--heat-map/--no-heat-map", default=True, help="Draw the scores beside the recipe.")
+@click.option("--force", is_flag=True, help="Replace the output files.")
+@run_options
+@json_option
+def select_command(model: str, output: str, **options: Any) -> None:
+    """Measure which KV groups of MODEL carry recall; write a recipe that keeps them.
+
+    Writes the recipe, OUTPUT.scores.json with every score, and OUTPUT.png, a heat map.
+    """
+    from respike.device import set_threads
+    from respike.evaluation import contexts
+    from respike.loading import load
+    from respike.recipe import dump_recipe
+    from respike.selection import Budget, select, selected_recipe
+
+    recipe_path = Path(output)
+    scores_path, map_path = recipe_path.with_suffix(".scores.json"), recipe_path.with_suffix(".png")
+    wanted = [recipe_path, scores_path] + [map_path] * options["heat_map"]
+    _refuse_existing(wanted, options["force"])
+    if options["heat_map"]:
+        _need_matplotlib()
+    set_threads(options["threads"])
+    loaded = load(model, device=options["device"], dtype=options["dtype"])
+    text = contexts(
+        options["data"],
+        loaded.tokenizer,
+        context_tokens=options["context_tokens"],
+        max_tokens=options["max_tokens"],
+    )
+    budget = Budget(
+        softmax_groups=options["softmax_groups"],
+        window_tokens=options["window_tokens"],
+        sink_tokens=options["sink_tokens"],
+        copy_trials=options["copy_trials"],
+    )
+    with progress("measuring") as step:
+        selection = select(loaded.decoder, loaded.tokenizer, text, budget, step)
+    name = Path(model).name
+    recipe = selected_recipe(selection, budget, loaded.config, recipe_path.stem, name)
+    recipe_path.write_text(dump_recipe(recipe, {"measured on": name}), encoding="utf-8")
+    scores = selection.as_dict()
+    scores_path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    if options["heat_map"]:
+        from respike.selection.heat_map import draw
+
+        draw(selection, loaded.config, map_path)
+    if options["as_json"]:
+        echo_json(scores)
+        return
+    rows = [(f"{i + 1}", f"{a}.{b}", why) for i, (a, b, why) in enumerate(scores["picked"])]
+    click.echo(table(("pick", "layer.group", "for"), rows))
+    for path in wanted:
+        click.echo(f"wrote {path}", err=True)
+
+
+def _refuse_existing(paths: list[Path], force: bool) -> None:
+    for path in paths:
+        if path.exists() and not force:
+            raise UsageError(f"{path}: already exists", hint="add --force to replace it")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist")
+
+
+def _need_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise BackendError(
+            "the heat map needs matplotlib, which is not installed",
+            hint="run `pip install 'respike[plot]'`, or add --no-heat-map",
+        )

@@ -1,0 +1,105 @@
+"""The program: one verb a library function, and the one place where errors become messages.
+
+stdout carries data, stderr carries talk. Exit codes: 0 done, 1 failed or a check not met, 2 the
+call was wrong, 130 interrupted.
+"""
+
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from respike.errors import RespikeError, did_you_mean
+
+VERBS = {
+    # verb -> (module, what --help says); the module is imported when the verb is used.
+    "inspect": ("model", "What a model is: family, mixers, parameters, bytes, state."),
+    "select": ("convert", "Measure which KV groups carry recall; write a recipe."),
+    "convert": ("convert", "Convert a model by a recipe."),
+    "check": ("measure", "How far two models' predictions are apart."),
+    "eval": ("measure", "Perplexity by position, or recall."),
+    "generate": ("talk", "Continue a prompt."),
+    "chat": ("talk", "Talk with a model."),
+    "recipes": ("model", "List the built-in recipes, or print one."),
+    "doctor": ("model", "What can run here, and why the rest cannot."),
+}
+
+
+class Program(click.Group):
+    """Loads a verb's module only when that verb runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order a person meets them."""
+        del ctx
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb's command, or None."""
+        del ctx
+        if cmd_name not in VERBS:
+            return None
+        module = import_module(f"respike.cli.{VERBS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb, or say which one was probably meant."""
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            hint = did_you_mean(args[0], VERBS) or "run `respike --help` for the verbs"
+            raise click.UsageError(f"no verb {args[0]!r}\nhint: {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs, without importing any of them."""
+        del ctx
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="respike", message="respike %(version)s")
+@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+def program(debug: bool) -> None:
+    """Turn open-weights Transformers into hybrid linear-time models, and run them on a CPU.
+
+    MODEL is a Hugging Face folder, a folder written by `respike convert`, or a .gguf file.
+    """
+    del debug  # read in main(), which also catches what fails before this runs
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        code = program.main(standalone_mode=False)
+    except RespikeError as error:
+        if debug:
+            raise
+        _complain(str(error), error.hint)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        message, _, hint = error.format_message().partition("\nhint: ")
+        verb = (
+            error.ctx.command_path
+            if isinstance(error, click.UsageError) and error.ctx
+            else "respike"
+        )
+        _complain(message, hint or f"run `{verb} --help`")
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does: not an error.
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str, hint: str | None) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)

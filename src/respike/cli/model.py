@@ -1,0 +1,129 @@
+"""Verbs that look without running: inspect, recipes, doctor."""
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import distributions
+from typing import Any
+
+import click
+import yaml
+
+from respike.cli.show import echo_json, human_bytes, json_option, pairs, table
+
+
+@click.command("inspect")
+@click.argument("model")
+@json_option
+def inspect_command(model: str, as_json: bool) -> None:
+    """What MODEL is: family, layers, mixers, parameters, bytes, state bytes per token."""
+    from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
+    from respike.checkpoint import Folder, open_checkpoint
+    from respike.conversion.plan import layer_table
+    from respike.device import dtype_name
+
+    source = open_checkpoint(model)
+    config = source.config
+    groups = config.num_hidden_layers * config.num_key_value_heads
+    figures: dict[str, Any] = {
+        "model": source.path.name,
+        "kind": "folder" if isinstance(source, Folder) else "gguf",
+        "family": config.family,
+        "converted": len(config.softmax_groups()) < groups,
+        "parameters": num_parameters(config),
+        "file_bytes": sum(f.stat().st_size for f in source.files),
+        "compute_dtype": dtype_name(source.stored_dtype),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_groups": groups,
+        "softmax_groups": len(config.softmax_groups()),
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "trained_tokens": config.max_position_embeddings,
+        "rope": f"{config.rope.kind}, theta {config.rope.theta:g}",
+        "tied_embedding": config.tie_word_embeddings,
+        "license": source.license,
+        "growth_bytes_per_token": growth_bytes_per_token(config),
+        "state_bytes": {str(n): state_bytes(config, n) for n in REPORT_LENGTHS},
+        "mixers": [{"layers": a, "mixers": b} for a, b in layer_table(config)],
+        "unknown_keys": list(getattr(source, "unknown_keys", ())),
+    }
+    if as_json:
+        echo_json(figures)
+        return
+    simple = [(k, v) for k, v in figures.items() if not isinstance(v, dict | list)]
+    shown = [
+        (
+            k.replace("_", " "),
+            human_bytes(v) if k == "file_bytes" else f"{v:,}" if type(v) is int else v,
+        )
+        for k, v in simple
+    ]
+    click.echo(pairs(shown))
+    click.echo("\n" + table(("layers", "mixers"), layer_table(config)))
+    rows = [(f"{n:,}", human_bytes(state_bytes(config, n))) for n in REPORT_LENGTHS]
+    click.echo("\n" + table(("tokens", "state (bf16)"), rows))
+    if figures["unknown_keys"]:
+        click.echo(f"\nconfig.json keys respike does not use: {', '.join(figures['unknown_keys'])}")
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+@json_option
+def recipes_command(name: str | None, as_json: bool) -> None:
+    """List the built-in recipes, or print the one called NAME."""
+    from respike.recipe import builtin_recipes, load_recipe, recipe_text
+
+    if name:
+        text = recipe_text(name)
+        if as_json:
+            echo_json(yaml.safe_load(text))
+        else:
+            click.echo(text, nl=False)
+        return
+    recipes = [load_recipe(n) for n in builtin_recipes()]
+    if as_json:
+        echo_json([r.model_dump(mode="json") for r in recipes])
+        return
+    for recipe in recipes:
+        click.echo(
+            f"{recipe.name}"
+            + (f"  (measured on {recipe.measured_on})" if recipe.measured_on else "")
+        )
+        click.echo(f"  {recipe.about}")
+
+
+@click.command("doctor")
+@json_option
+def doctor_command(as_json: bool) -> None:
+    """What this machine can run: devices, kernels, and why each other one does not run."""
+    import torch
+
+    from respike import __version__
+    from respike.device import available_devices, build_of_torch, set_threads
+    from respike.ops import backends
+
+    plain = {
+        "respike": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "torch_build": build_of_torch(),
+        "threads": set_threads(None),
+        "devices": available_devices(),
+        "cpu_features": sorted(k for k, v in backends.cpu_features().items() if v),
+        "vendor_packages": sorted(
+            {d.name for d in distributions() if d.name.startswith(("nvidia-", "triton"))}
+        ),
+    }
+    if as_json:
+        echo_json({**plain, "kernels": [asdict(c) for c in backends.table()]})
+        return
+    listed = {k: ", ".join(v) or "none" if isinstance(v, list) else v for k, v in plain.items()}
+    click.echo(pairs([(k.replace("_", " "), v) for k, v in listed.items()]))
+    rows = [
+        (c.op, f"{c.backend} {c.level or ''}".strip(), other, why)
+        for c in backends.table()
+        for other, why in c.others.items()
+    ]
+    click.echo("\n" + table(("op", "runs as", "other", "why not, or when"), rows))

@@ -1,0 +1,141 @@
+"""What a model is: the one schema for shapes, rotary scaling and the mixer of each KV group.
+
+A converted folder's ``config.json`` is a `ModelConfig` written out. Foreign configs are turned
+into one by `respike.checkpoint.families`. Layers never see these objects: only
+`respike.models.decoder` reads them and hands numbers down.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT_VERSION: Literal[1] = 1
+"""Version of ``config.json`` in a converted folder."""
+
+MIXERS = ("full", "window")
+"""Names a recipe may give to a mixer."""
+
+
+# The bounds of a recipe and of a model; the upper ones are far above what makes sense.
+WindowTokens = Annotated[int, Field(gt=0, le=1 << 24)]
+SinkTokens = Annotated[int, Field(ge=0, le=1 << 16)]
+ReachTokens = Annotated[int, Field(gt=0, le=1 << 32)]
+
+
+class Frozen(BaseModel):
+    """Base of all our schemas: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RopeConfig(Frozen):
+    """Rotary embedding: base and, for long-context models, how frequencies are scaled."""
+
+    theta: float = Field(gt=0)
+    kind: Literal["default", "linear", "llama3", "factors"] = "default"
+    factor: float = Field(default=1.0, gt=0)
+    """linear, llama3: the length is stretched by this factor."""
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    original_max_position_embeddings: int = Field(default=8192, gt=0)
+    factors: tuple[float, ...] = ()
+    """factors: one divisor per frequency, as GGUF's ``rope_freqs.weight`` stores llama3's."""
+
+
+class FullMixer(Frozen):
+    """Causal softmax over everything before: exact, with a cache that grows."""
+
+    mixer: Literal["full"] = "full"
+    groups: tuple[int, ...]
+    """KV groups this mixer serves, ascending."""
+
+
+class WindowMixer(Frozen):
+    """Causal softmax over the last ``window_tokens`` tokens (self included) and the sinks."""
+
+    mixer: Literal["window"] = "window"
+    groups: tuple[int, ...]
+    window_tokens: WindowTokens
+    sink_tokens: SinkTokens
+    """First tokens of the sequence that are always attended."""
+    sink_reach_tokens: ReachTokens
+    """Largest distance at which a sink is seen; see `respike.layers.attention`."""
+
+
+Mixer = Annotated[FullMixer | WindowMixer, Field(discriminator="mixer")]
+
+
+class LayerConfig(Frozen):
+    """The mixers of one layer; their groups partition the layer's KV groups."""
+
+    mixers: tuple[Mixer, ...]
+
+
+class ModelConfig(Frozen):
+    """Everything needed to build the decoder. Shapes use Hugging Face's words."""
+
+    model_type: Literal["respike"] = "respike"
+    format_version: Literal[1] = FORMAT_VERSION
+    family: Literal["llama", "qwen2", "qwen3"]
+    # Upper bounds refuse hostile files before any memory is spent; each is >= 8x of what exists.
+    vocab_size: int = Field(gt=0, le=1 << 22)
+    hidden_size: int = Field(gt=0, le=1 << 18)
+    intermediate_size: int = Field(gt=0, le=1 << 20)
+    num_hidden_layers: int = Field(gt=0, le=1024)
+    num_attention_heads: int = Field(gt=0, le=4096)
+    num_key_value_heads: int = Field(gt=0, le=4096)
+    head_dim: int = Field(gt=0, le=4096)
+    rms_norm_eps: float = Field(gt=0, lt=1)
+    rope: RopeConfig
+    max_position_embeddings: int = Field(gt=0, le=1 << 32)
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    layers: tuple[LayerConfig, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        if len(self.layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"layers has {len(self.layers)} entries, num_hidden_layers={self.num_hidden_layers}"
+            )
+        everyone = list(range(self.num_key_value_heads))
+        for index, layer in enumerate(self.layers):
+            served = sorted(g for part in layer.mixers for g in part.groups)
+            if served != everyone:
+                raise ValueError(f"layers.{index}: mixers serve KV groups {served}, not {everyone}")
+        return self
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV group."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    def mixers(self) -> Iterator[tuple[int, FullMixer | WindowMixer]]:
+        """Every (layer index, mixer) of the model, in order."""
+        for index, layer in enumerate(self.layers):
+            for part in layer.mixers:
+                yield index, part
+
+    def softmax_groups(self) -> tuple[tuple[int, int], ...]:
+        """(layer, KV group) pairs whose cache grows with the sequence."""
+        return tuple(
+            (i, g) for i, part in self.mixers() if part.mixer == "full" for g in part.groups
+        )
+
+
+def full_layers(num_layers: int, num_groups: int) -> tuple[LayerConfig, ...]:
+    """Full causal softmax everywhere: what every source model is."""
+    layer = LayerConfig(mixers=(FullMixer(groups=tuple(range(num_groups))),))
+    return (layer,) * num_layers

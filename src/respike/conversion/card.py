@@ -1,0 +1,41 @@
+"""The model card a converted folder carries."""
+
+from typing import Any
+
+
+def model_card(report: dict[str, Any]) -> str:
+    """README.md of a converted model, from its report: what it is, what it holds, what it lost."""
+    source, lengths = report["source"], report["state_bytes_bf16"]
+    rows = "\n".join(
+        f"| {int(n):,} | {b['original'] / 2**20:,.1f} | {b['converted'] / 2**20:,.1f} |"
+        for n, b in lengths.items()
+    )
+    layers = "\n".join(f"| {row['layers']} | {row['mixers']} |" for row in report["layers"])
+    return f"""---
+license: {source["license"]}
+base_model: {source["name"]}
+tags: [respike, hybrid-attention]
+---
+# {source["name"]}, converted by the recipe `{report["recipe"]}`
+
+Made from **{source["name"]}** ({source["family"]}, licence of the source: {source["license"]}) by
+respike {report["respike"]}. The weights are the source's, stored as {report["weights"]}; nothing
+was trained. {report["softmax_groups"]} of {report["kv_groups"]} KV groups keep full softmax.
+
+| layers | mixers |
+|---|---|
+{layers}
+
+State of one sequence, bf16, in MiB (computed):
+
+| tokens | original | converted |
+|--:|--:|--:|
+{rows}
+
+Each further token adds {report["growth_bytes_per_token_bf16"]:,} bytes. What the conversion costs
+in quality depends on the text: measure it with `respike check ORIGINAL THIS --data TEXT` and
+`respike eval THIS --task recall --vs ORIGINAL`.
+
+Source SHA-256 {report["source_sha256"]}; fingerprint {report["fingerprint"]}. `recipe.yaml` makes
+this folder again, byte for byte; `report.json` has every figure.
+"""

@@ -1,0 +1,156 @@
+"""Carry out a plan: weights shard by shard into a hidden folder, then one rename."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from respike import __version__
+from respike.checkpoint import fingerprint
+from respike.conversion.card import model_card
+from respike.conversion.plan import Plan
+from respike.device import get_dtype
+from respike.errors import CheckpointError, UsageError
+from respike.loading import load_tokenizer
+from respike.recipe import dump_recipe
+
+SHARD_BYTES = 2 << 30
+"""Largest weight file: bounds the memory a conversion needs."""
+
+
+def convert(
+    plan: Plan,
+    out: str | Path,
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write the converted model: weights, config, tokenizer, resolved recipe, report, card.
+
+    The same plan gives the same bytes. An interrupted conversion leaves nothing behind.
+
+    Args:
+        plan: From `respike.plan`.
+        out: Folder to create.
+        force: Replace ``out`` if it is a model folder.
+        shard_bytes: Largest weight file.
+        progress: Called with (tensors done, tensors).
+
+    Returns:
+        The report, as written to ``report.json``.
+
+    Raises:
+        UsageError: ``out`` exists and ``force`` was not given.
+        CheckpointError: The source turned out to be unreadable, or the disk full.
+    """
+    out = Path(out)
+    _check_out(out, plan, force)
+    with _staged(out) as folder:
+        files = _write_weights(plan, folder, shard_bytes, progress)
+        config = plan.config.model_dump(mode="json")
+        _write_json(folder / "config.json", config)
+        load_tokenizer(plan.source).save(folder)
+        source_sha256 = _hash_files(plan.source.files)
+        report = {
+            "respike": __version__,
+            "fingerprint": fingerprint(plan.config, files),
+            "source_sha256": source_sha256,
+            **plan.summary(),
+        }
+        notes = {"made by": f"respike {__version__}", "source sha256": source_sha256}
+        (folder / "recipe.yaml").write_text(dump_recipe(plan.recipe, notes), encoding="utf-8")
+        _write_json(folder / "report.json", report)
+        (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+    return report
+
+
+def _check_out(out: Path, plan: Plan, force: bool) -> None:
+    source = plan.source.path.resolve()
+    if out.resolve() == source or out.resolve() in source.parents:
+        raise UsageError(f"{out}: is or holds the source; choose another folder")
+    if not out.exists():
+        return
+    if not force:
+        raise UsageError(
+            f"{out}: already exists", hint="choose another folder, or add --force to replace it"
+        )
+    if any(out.iterdir() if out.is_dir() else [out]) and not (out / "config.json").is_file():
+        raise UsageError(f"{out}: exists and is not a model folder, so --force will not replace it")
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A hidden sibling of ``out`` that becomes ``out`` if the block succeeds, else vanishes."""
+    staging = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if out.exists():
+            old = out.parent / f".{out.name}.{os.getpid()}.old"
+            out.rename(old)
+            staging.rename(out)
+            shutil.rmtree(old)
+        else:
+            staging.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_weights(
+    plan: Plan, folder: Path, shard_bytes: int, progress: Callable[[int, int], None] | None
+) -> list[Path]:
+    """Stream the kept tensors into shards of at most ``shard_bytes``; returns the files."""
+    dtype = get_dtype(plan.recipe.weights)
+    kept = [t for t in plan.tensors if t.action != "drop"]
+    shards: list[list[str]] = [[]]
+    size = 0
+    for tensor in kept:
+        tensor_bytes = math.prod(tensor.shape) * dtype.itemsize
+        if shards[-1] and size + tensor_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor.name)
+        size += tensor_bytes
+    files, home, done = [], {}, 0
+    for number, names in enumerate(shards, start=1):
+        one = len(shards) == 1
+        name = "model" if one else f"model-{number:05d}-of-{len(shards):05d}"
+        file = folder / f"{name}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for tensor_name in names:
+            tensors[tensor_name] = plan.source.read(tensor_name).to(dtype).contiguous()
+            home[tensor_name] = file.name
+            done += 1
+            if progress:
+                progress(done, len(kept))
+        save_file(tensors, file, metadata={"format": "pt"})
+        files.append(file)
+    if len(shards) > 1:
+        total = {"total_size": plan.weight_bytes}
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": total, "weight_map": home}
+        )
+    return files
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _hash_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()

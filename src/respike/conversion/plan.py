@@ -1,0 +1,127 @@
+"""What a conversion would do, as data: nothing is read but headers, nothing is written."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
+from respike.checkpoint import Folder, GgufCheckpoint, open_checkpoint
+from respike.checkpoint.families import expected_tensors
+from respike.config import LayerConfig, ModelConfig
+from respike.device import dtype_name, get_dtype
+from respike.recipe import Recipe, apply_recipe
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor of the source.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape; empty for a dropped one.
+        action: copy (same bits), cast (another dtype), or drop.
+        reason: Why it is dropped; empty otherwise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    action: Literal["copy", "cast", "drop"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, decided in every detail."""
+
+    source: Folder | GgufCheckpoint
+    recipe: Recipe
+    config: ModelConfig
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the converted weights."""
+        return num_parameters(self.config) * get_dtype(self.recipe.weights).itemsize
+
+    def summary(self) -> dict[str, Any]:
+        """The figures, for the report and for ``--json``."""
+        config, before = self.config, self.source.config
+        groups = config.num_hidden_layers * config.num_key_value_heads
+        kept = len(config.softmax_groups())
+        lengths = {
+            str(n): {"original": state_bytes(before, n), "converted": state_bytes(config, n)}
+            for n in REPORT_LENGTHS
+        }
+        actions = [t.action for t in self.tensors]
+        return {
+            "source": {
+                "name": self.source.path.name,
+                "family": before.family,
+                "stored_dtype": dtype_name(self.source.stored_dtype),
+                "license": self.source.license,
+            },
+            "recipe": self.recipe.name,
+            "weights": self.recipe.weights,
+            "parameters": num_parameters(config),
+            "new_parameters": num_parameters(config) - num_parameters(before),
+            "weight_bytes": self.weight_bytes,
+            "kv_groups": groups,
+            "softmax_groups": kept,
+            "softmax_groups_frac": kept / groups,
+            "state_bytes_bf16": lengths,
+            "growth_bytes_per_token_bf16": growth_bytes_per_token(config),
+            "tensors": {a: actions.count(a) for a in ("copy", "cast", "drop")},
+            "dropped": {t.name: t.reason for t in self.tensors if t.action == "drop"},
+            "layers": [{"layers": where, "mixers": what} for where, what in layer_table(config)],
+        }
+
+
+def layer_table(config: ModelConfig) -> list[tuple[str, str]]:
+    """(layers, mixers) with equal neighbours merged, such as ("3-7", "window 256 + 4 sinks")."""
+    rows = []
+    for text, run in groupby(enumerate(config.layers), key=lambda x: describe(x[1])):
+        indices = [i for i, _ in run]
+        span = f"{indices[0]}-{indices[-1]}" if len(indices) > 1 else str(indices[0])
+        rows.append((span, text))
+    return rows
+
+
+def describe(layer: LayerConfig) -> str:
+    """A layer's mixers in words."""
+    parts = []
+    for part in layer.mixers:
+        groups = ",".join(map(str, part.groups))
+        where = f" (groups {groups})" if len(layer.mixers) > 1 else ""
+        if part.mixer == "full":
+            parts.append(f"full{where}")
+        else:
+            parts.append(f"window {part.window_tokens} + {part.sink_tokens} sinks{where}")
+    return ", ".join(parts)
+
+
+def plan(source: str | Path, recipe: Recipe) -> Plan:
+    """Decide what converting ``source`` by ``recipe`` would do.
+
+    Args:
+        source: A model folder or ``.gguf`` file.
+        recipe: From `respike.load_recipe`.
+
+    Raises:
+        CheckpointError: The source cannot be used.
+        RecipeError: The recipe does not fit it.
+    """
+    checkpoint = open_checkpoint(source)
+    config = apply_recipe(recipe, checkpoint.config)
+    same = get_dtype(recipe.weights) == checkpoint.stored_dtype and isinstance(checkpoint, Folder)
+    kept = dict(expected_tensors(config))
+    tensors = [TensorPlan(n, s, "copy" if same else "cast") for n, s in kept.items()]
+    for name in checkpoint.names:
+        if name in kept:
+            continue
+        retied = name == "lm_head.weight"
+        reason = (
+            "tied: the embedding serves as output matrix" if retied else "follows from the config"
+        )
+        tensors.append(TensorPlan(name, (), "drop", reason))
+    return Plan(checkpoint, recipe, config, tuple(tensors))

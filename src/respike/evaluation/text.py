@@ -1,0 +1,70 @@
+"""Text for measuring: files in, equal contexts of tokens out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from respike.errors import DataError
+from respike.tokenizer import Tokenizer
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        DataError: Missing, a folder, or not UTF-8; says where.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def builtin_text() -> str:
+    """The language reference that comes with Python: real prose on every machine."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics, key=lambda n: (-len(topics[n]), n)))
+
+
+def contexts(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, *, context_tokens: int, max_tokens: int
+) -> Tensor:
+    """Cut files into contexts of equal length, taken in turn from each file.
+
+    A context never crosses files; a file's last, shorter piece is left out. Taking them in turn
+    weighs files alike when ``max_tokens`` stops early.
+
+    Args:
+        paths: Text files; none takes `builtin_text`.
+        tokenizer: Of the model that will read them.
+        context_tokens: Tokens in one context.
+        max_tokens: Stop after this many tokens.
+
+    Returns:
+        Token ids (N, context_tokens), int64.
+
+    Raises:
+        DataError: A file cannot be read, or all of them are too short for one context.
+    """
+    piles = []
+    for text in [read_text(path) for path in paths] or [builtin_text()]:
+        # Four characters a token, with room to spare: no need to tokenize a whole library.
+        ids = tokenizer.encode(text[: 8 * (max_tokens + context_tokens)])
+        whole = len(ids) // context_tokens
+        piles.append([ids[i * context_tokens : (i + 1) * context_tokens] for i in range(whole)])
+    rows = []
+    for depth in range(max(map(len, piles), default=0)):
+        rows += [pile[depth] for pile in piles if depth < len(pile)]
+    rows = rows[: max(1, max_tokens // context_tokens)]
+    if not rows:
+        raise DataError(
+            f"{', '.join(map(str, paths)) or 'the built-in text'}: too short for one context of "
+            f"{context_tokens} tokens",
+            hint="give more text or a smaller --context-tokens",
+        )
+    return torch.tensor(rows, dtype=torch.int64)

@@ -1,0 +1,176 @@
+"""Text out: sampling, streaming, stopping. One sequence at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from respike.errors import UsageError
+from respike.loading import Model
+from respike.models.state import DecoderState
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults are greedy.
+
+    Applied in this order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: 0 is greedy; 1 samples from the model's distribution.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the fewest tokens whose probabilities reach top_p.
+        min_p: Keep tokens at least min_p times as likely as the likeliest.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens seen before.
+        seed: Equal seeds give equal text.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        checks = [
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ]
+        for name, good, expected in checks:
+            if not good:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+
+def choose(logits: Tensor, seen: Sequence[int], sampling: Sampling, draw: torch.Generator) -> int:
+    """The next token from logits (V,), given the tokens ``seen`` so far."""
+    logits = logits.float().cpu()
+    if sampling.repetition_penalty != 1 and seen:
+        index = torch.tensor(sorted(set(seen)))
+        old = logits[index]
+        p = sampling.repetition_penalty
+        logits[index] = torch.where(old > 0, old / p, old * p)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    values, order = (logits / sampling.temperature).sort(descending=True, stable=True)
+    keep = torch.ones_like(values, dtype=torch.bool)
+    if sampling.top_k:
+        keep[sampling.top_k :] = False
+    probs = values.masked_fill(~keep, -torch.inf).softmax(-1)
+    keep &= probs.cumsum(-1) - probs < sampling.top_p
+    keep &= probs >= sampling.min_p * probs[0]
+    probs = probs.where(keep, 0)
+    return int(order[torch.multinomial(probs, 1, generator=draw)])
+
+
+@dataclass
+class Generation:
+    """What came out, and how it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = "length"
+    """length: max_tokens reached. stop: an end token or a stop string."""
+    state: DecoderState | None = None
+    """State after every token but the last chosen one, to continue from."""
+
+
+class TextStream:
+    """Iterate over pieces of text; afterwards `result` holds the whole.
+
+    Pieces are whole UTF-8 characters. Text that might be the beginning of a stop string is held
+    back until it is known not to be.
+    """
+
+    def __init__(self, pieces: Iterator[str], result: Generation) -> None:
+        self._pieces, self.result = pieces, result
+
+    def __iter__(self) -> Iterator[str]:
+        """The pieces, as they come."""
+        return self._pieces
+
+
+def stream(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    state: DecoderState | None = None,
+) -> TextStream:
+    """Generate text token by token.
+
+    Args:
+        model: From `respike.load`.
+        prompt: Token ids, at least one.
+        max_tokens: Most tokens to generate.
+        sampling: How to choose them.
+        stop: Strings that end the text and are not part of it.
+        state: What came before the prompt; consumed.
+
+    Raises:
+        UsageError: An empty prompt, or an empty stop string.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty: there is nothing to continue")
+    if "" in stop:
+        raise UsageError("an empty stop string would stop before the first token")
+    result = Generation(state=state)
+    return TextStream(_pieces(model, list(prompt), max_tokens, sampling, stop, result), result)
+
+
+def _pieces(
+    model: Model,
+    seen: list[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    result: Generation,
+) -> Iterator[str]:
+    decoder, held = model.decoder, ""
+    draw = torch.Generator().manual_seed(sampling.seed)
+    decoding = model.tokenizer.stream()
+    new = seen
+    for _ in range(max_tokens):
+        with torch.inference_mode():
+            tokens = torch.tensor([new], device=decoder.embedding.device)
+            logits, result.state = decoder(tokens, result.state, logits="last")
+            token = choose(logits[0, 0].clone(), seen, sampling, draw)
+        if token in model.tokenizer.eos_token_ids or token in model.config.eos_token_ids:
+            result.finish_reason = "stop"
+            break
+        new = [token]
+        seen.append(token)
+        result.tokens.append(token)
+        held += decoding.push(token)
+        cut = min((at for s in stop if (at := held.find(s)) >= 0), default=-1)
+        if cut >= 0:
+            result.finish_reason, result.text = "stop", result.text + held[:cut]
+            yield held[:cut]
+            return
+        safe = len(held) - _may_begin_stop(held, stop)
+        if safe:
+            result.text += held[:safe]
+            yield held[:safe]
+            held = held[safe:]
+    held += decoding.flush()
+    result.text += held
+    yield held
+
+
+def _may_begin_stop(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that begins a stop string."""
+    lengths = (n for s in stop for n in range(len(s) - 1, 0, -1) if text.endswith(s[:n]))
+    return max(lengths, default=0)
+
+
+def generate(model: Model, prompt: str, **options: object) -> str:
+    """The text that follows ``prompt``; options as for `stream`."""
+    text = stream(model, model.tokenizer.encode(prompt), **options)  # type: ignore[arg-type]
+    return "".join(text)

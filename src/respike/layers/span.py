@@ -1,0 +1,76 @@
+"""A span: the stretch of tokens one forward pass works on, the same for every layer.
+
+Positions, rotary tables and masks depend only on the span, so they are made here once and not
+once per layer. Letters: B batch, T tokens of the span, K head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from respike.ops.attention import attention_bias, visible
+from respike.ops.rotary import rotary_tables, rotate
+
+
+class Span:
+    """``T`` new tokens for each of ``B`` sequences that may have seen different numbers before.
+
+    Rows may be ragged: row b holds ``valid[b]`` tokens and padding after them. Padding never
+    enters a state and no valid query sees it, because it lies in the future of its row.
+
+    Args:
+        start: Tokens each row has seen before, int64 (B,), on the processor.
+        valid: Real tokens of each row in this span, int64 (B,), on the processor.
+        num_tokens: T.
+        frequencies: Rotary frequencies, float64 (K / 2,).
+        dtype: Dtype of queries and keys, which masks must share.
+        device: Where queries and keys live.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        valid: Tensor,
+        num_tokens: int,
+        frequencies: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.start, self.valid, self.num_tokens = start, valid, num_tokens
+        first = int(start[0])
+        even = bool((start == first).all()) and bool((valid == num_tokens).all())
+        self.offset: int | None = first if even else None
+        """Common start of all rows when none is padded, else None."""
+        self.fresh = not bool(start.any())
+        """No row has seen a token yet."""
+        self.end = int((start + valid).max())
+        self.dtype, self.device = dtype, device
+        self._frequencies = frequencies
+        self._memo: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
+        self.positions = start[:, None] + torch.arange(num_tokens)
+
+    def rotate(self, x: Tensor, reach_tokens: int | None = None) -> Tensor:
+        """Rotate (B, T, H, K) by the span's positions, held at ``reach_tokens - 1`` if given."""
+        key = ("rotary", reach_tokens)
+        if key not in self._memo:
+            positions = self.positions
+            if reach_tokens is not None:
+                positions = positions.clamp(max=reach_tokens - 1)
+            cos, sin = rotary_tables(positions, self._frequencies)
+            self._memo[key] = (cos.to(self.device), sin.to(self.device))
+        cos, sin = self._memo[key]
+        return rotate(x, cos, sin)
+
+    def bias(
+        self, key_positions: Tensor, window_tokens: int | None = None, sink_tokens: int = 0
+    ) -> Tensor:
+        """The mask over keys at ``key_positions`` (B, S), made once for each window and sinks.
+
+        Layers with equal window and sinks lay their keys out alike, so they share the mask.
+        """
+        key = ("bias", window_tokens, sink_tokens)
+        if key not in self._memo:
+            seen = visible(self.positions, key_positions, window_tokens, sink_tokens)
+            self._memo[key] = attention_bias(seen.to(self.device), self.dtype)
+        bias = self._memo[key]
+        assert isinstance(bias, Tensor)
+        return bias

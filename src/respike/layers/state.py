@@ -1,0 +1,184 @@
+"""What a mixer remembers between calls: explicit, countable, savable.
+
+Letters: B batch, G KV groups of the mixer, K head dim, W window, S sinks.
+
+A mixer's forward consumes the state it is given and returns the next one; buffers may be reused,
+so `clone` a state first to keep it. States do not count tokens: the decoder's state does, once for
+all layers, and passes the counts in a `Span`. Cached keys are already rotated.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from respike.layers.span import Span
+
+# Not typing.Self: the shape checks of the tests decorate methods one by one and cannot know it.
+S = TypeVar("S", bound="MixerState")
+
+
+@runtime_checkable
+class MixerState(Protocol):
+    """The contract of every mixer's state."""
+
+    def nbytes(self, num_tokens: int) -> int:
+        """Bytes one sequence of ``num_tokens`` tokens needs, whatever is allocated now."""
+        ...
+
+    def clone(self: S) -> S:
+        """An independent copy."""
+        ...
+
+    def rows(self: S, index: slice) -> S:
+        """A copy of some sequences of the batch."""
+        ...
+
+    @classmethod
+    def join(cls: type[S], states: Sequence[S]) -> S:
+        """One batch from several, in order."""
+        ...
+
+    def tensors(self, num_tokens: int) -> dict[str, Tensor]:
+        """What has to be stored for sequences of up to ``num_tokens`` tokens."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `tensors` gave; shapes are checked by the caller's state format."""
+        ...
+
+
+class KVState:
+    """A cache that grows: slot = position. Memory: 2 * G * K values a token."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v  # (B, G, capacity, K)
+
+    @classmethod
+    def empty(cls, batch: int, groups: int, head_dim: int, like: Tensor) -> "KVState":
+        """No tokens yet; dtype and device of ``like``."""
+        k = like.new_zeros(batch, groups, 0, head_dim)
+        return cls(k, k.clone())
+
+    def append(self, k: Tensor, v: Tensor, span: Span) -> None:
+        """Store the span's keys and values, (B, G, T, K); padding is left out."""
+        self._reserve(span.end)
+        for mine, new in ((self.k, k), (self.v, v)):
+            if span.offset is not None:
+                mine[:, :, span.offset : span.end] = new.detach()
+                continue
+            for row, (start, count) in enumerate(
+                zip(span.start.tolist(), span.valid.tolist(), strict=True)
+            ):
+                mine[row, :, start : start + count] = new[row, :, :count].detach()
+
+    def _reserve(self, num_tokens: int) -> None:
+        have = self.k.shape[2]
+        if num_tokens <= have:
+            return
+        # Growing by a quarter bounds both copies (amortised) and slack. Zeros, because a masked
+        # slot is still multiplied: garbage could be NaN.
+        extra = max(num_tokens, have + have // 4, 64) - have
+        pad = self.k.new_zeros(*self.k.shape[:2], extra, self.k.shape[3])
+        self.k, self.v = torch.cat((self.k, pad), 2), torch.cat((self.v, pad), 2)
+
+    def nbytes(self, num_tokens: int) -> int:
+        """See `MixerState.nbytes`."""
+        _, groups, _, head_dim = self.k.shape
+        return 2 * groups * head_dim * self.k.element_size() * num_tokens
+
+    def clone(self) -> "KVState":
+        """See `MixerState.clone`."""
+        return KVState(self.k.clone(), self.v.clone())
+
+    def rows(self, index: slice) -> "KVState":
+        """See `MixerState.rows`."""
+        return KVState(self.k[index].clone(), self.v[index].clone())
+
+    @classmethod
+    def join(cls, states: Sequence["KVState"]) -> "KVState":
+        """See `MixerState.join`."""
+        capacity = max(s.k.shape[2] for s in states)
+
+        def padded(x: Tensor) -> Tensor:
+            return torch.nn.functional.pad(x, (0, 0, 0, capacity - x.shape[2]))
+
+        return cls(
+            torch.cat([padded(s.k) for s in states]), torch.cat([padded(s.v) for s in states])
+        )
+
+    def tensors(self, num_tokens: int) -> dict[str, Tensor]:
+        """See `MixerState.tensors`."""
+        return {"k": self.k[:, :, :num_tokens], "v": self.v[:, :, :num_tokens]}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `MixerState.restore`."""
+        self.k, self.v = tensors["k"], tensors["v"]
+
+
+class WindowState:
+    """Sinks and a ring of the last W tokens in one buffer of S + W slots. Constant memory.
+
+    Slot j < S holds position j, for good. Slot S + (p - S) % W holds position p >= S until p + W
+    replaces it. So a token is never stored twice, and which position a slot holds follows from
+    the number of tokens seen.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, sink_tokens: int) -> None:
+        self.k, self.v, self.sink_tokens = k, v, sink_tokens  # (B, G, S + W, K)
+
+    def slot_positions(self, seen: Tensor) -> Tensor:
+        """Position in each slot, (B, S + W), after ``seen`` (B,) tokens; -1 where empty."""
+        sinks = self.sink_tokens
+        window = self.k.shape[2] - sinks
+        slot = torch.arange(sinks + window)[None]
+        last = seen[:, None] - 1
+        ring = last - (last - slot) % window
+        position = torch.where(slot < sinks, slot.expand_as(ring), ring)
+        stored = (position <= last) & ((slot < sinks) | (position >= sinks))
+        return position.where(stored, -1)
+
+    def append(self, k: Tensor, v: Tensor, span: Span) -> None:
+        """Store the span's keys and values, (B, G, T, K): sinks once, then the newest W."""
+        sinks = self.sink_tokens
+        if span.offset is not None and span.num_tokens == 1:
+            p = span.offset
+            slot = p if p < sinks else sinks + (p - sinks) % (self.k.shape[2] - sinks)
+            self.k[:, :, slot : slot + 1] = k.detach()
+            self.v[:, :, slot : slot + 1] = v.detach()
+            return
+        after = self.slot_positions(span.start + span.valid) - span.start[:, None]
+        fresh = (after >= 0).to(k.device)[:, None, :, None]
+        index = after.clamp(0, span.num_tokens - 1).to(k.device)[:, None, :, None]
+        index = index.expand(-1, k.shape[1], -1, k.shape[3])
+        self.k = torch.where(fresh, k.detach().gather(2, index), self.k)
+        self.v = torch.where(fresh, v.detach().gather(2, index), self.v)
+
+    def nbytes(self, num_tokens: int) -> int:
+        """See `MixerState.nbytes`: at most S + W tokens are held, and all slots are allocated."""
+        del num_tokens
+        return 2 * self.k[0].numel() * self.k.element_size()
+
+    def clone(self) -> "WindowState":
+        """See `MixerState.clone`."""
+        return WindowState(self.k.clone(), self.v.clone(), self.sink_tokens)
+
+    def rows(self, index: slice) -> "WindowState":
+        """See `MixerState.rows`."""
+        return WindowState(self.k[index].clone(), self.v[index].clone(), self.sink_tokens)
+
+    @classmethod
+    def join(cls, states: Sequence["WindowState"]) -> "WindowState":
+        """See `MixerState.join`."""
+        k, v = (torch.cat([getattr(s, name) for s in states]) for name in ("k", "v"))
+        return cls(k, v, states[0].sink_tokens)
+
+    def tensors(self, num_tokens: int) -> dict[str, Tensor]:
+        """See `MixerState.tensors`."""
+        del num_tokens
+        return {"k": self.k, "v": self.v}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `MixerState.restore`."""
+        self.k, self.v = tensors["k"], tensors["v"]

@@ -1,0 +1,1 @@
+"""The one decoder and its state."""

@@ -1,0 +1,222 @@
+"""The one decoder: embedding, layers of (mixer, MLP) with pre-norms, norm, head.
+
+Every source family and every converted model is this module with another `ModelConfig`. Tensor
+names are the source's (Hugging Face's), so a diff of two checkpoints lists what conversion added.
+
+Letters: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from respike.config import FullMixer, LayerConfig, ModelConfig, RopeConfig, WindowMixer
+from respike.layers.attention import Attention, FullSoftmax, GroupMixer, WindowSoftmax
+from respike.layers.mlp import GatedMLP
+from respike.layers.norm import RMSNorm
+from respike.layers.span import Span
+from respike.layers.state import MixerState
+from respike.models.state import DecoderState
+from respike.ops.rotary import llama3_frequencies, rotary_frequencies
+
+PREFILL_CHUNK_TOKENS = 512
+"""Tokens a prefill works on at a time: bounds memory, and keeps a chunk's activations in cache."""
+
+Logits = Literal["all", "last", "none"]
+
+
+def build_mixer(mixer: FullMixer | WindowMixer) -> GroupMixer:
+    """The mixer a config names."""
+    if mixer.mixer == "full":
+        return FullSoftmax()
+    return WindowSoftmax(mixer.window_tokens, mixer.sink_tokens, mixer.sink_reach_tokens)
+
+
+def build_mixers(layer: LayerConfig) -> list[tuple[tuple[int, ...], GroupMixer]]:
+    """(KV groups, mixer) pairs of a layer, for `Attention`."""
+    return [(part.groups, build_mixer(part)) for part in layer.mixers]
+
+
+def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Rotary frequencies with the source's scaling, radians per token, float64 (head_dim / 2,)."""
+    base = rotary_frequencies(head_dim, rope.theta)
+    if rope.kind == "linear":
+        return base / rope.factor
+    if rope.kind == "factors":
+        return base / torch.tensor(rope.factors, dtype=torch.float64)
+    if rope.kind == "llama3":
+        return llama3_frequencies(
+            base,
+            rope.factor,
+            rope.low_freq_factor,
+            rope.high_freq_factor,
+            rope.original_max_position_embeddings,
+        )
+    return base
+
+
+class DecoderLayer(nn.Module):
+    """``x += mixer(norm(x)); x += mlp(norm(x))``."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, eps)
+        self.self_attn = Attention(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            mixers=build_mixers(layer),
+            qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            qk_norm_eps=eps if config.qk_norm else None,
+        )
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, span: Span, state: tuple[MixerState, ...]
+    ) -> tuple[Tensor, tuple[MixerState, ...]]:
+        """(B, T, D) and the layer's state before the span -> the same after it."""
+        mixed, state = self.self_attn(self.input_layernorm(x), span, state)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), state
+
+
+class Trunk(nn.Module):
+    """Everything but the head; carries the prefix ``model.`` of the tensor names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model with a mixer for each set of KV groups.
+
+    Args:
+        config: Shapes and mixers. Weights are uninitialised parameters: see `respike.load`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        with torch.device("cpu"):
+            self._frequencies = frequencies(config.rope, config.head_dim)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The layers, bottom first."""
+        return cast(list[DecoderLayer], list(self.model.layers))
+
+    @property
+    def embedding(self) -> Tensor:
+        """The (V, D) embedding matrix; its dtype and device are the model's."""
+        return self.model.embed_tokens.weight
+
+    def init_state(self, batch: int = 1) -> DecoderState:
+        """The state before the first token of ``batch`` sequences."""
+        layers = tuple(layer.self_attn.init_state(batch, self.embedding) for layer in self.layers)
+        return DecoderState(layers, torch.zeros(batch, dtype=torch.int64))
+
+    def span(self, state: DecoderState, num_tokens: int, valid: Tensor | None = None) -> Span:
+        """The next ``num_tokens`` tokens of each sequence of ``state``."""
+        if valid is None:
+            valid = torch.full_like(state.tokens_seen, num_tokens)
+        like = self.embedding
+        return Span(
+            state.tokens_seen, valid, num_tokens, self._frequencies, like.dtype, like.device
+        )
+
+    def head(self, x: Tensor) -> Tensor:
+        """Final norm and output matrix: (B, T, D) -> (B, T, V)."""
+        x = self.model.norm(x)
+        return linear(x, self.embedding) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: DecoderState | None = None,
+        *,
+        lengths: Tensor | None = None,
+        logits: Logits = "all",
+        chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    ) -> tuple[Tensor, DecoderState]:
+        """Continue each sequence by ``tokens``.
+
+        Without gradients the tokens are worked on in chunks that end at multiples of
+        ``chunk_tokens``, so memory is bounded and calls split at such multiples give the same
+        bits. With gradients the whole call is one span; caches carry no gradient between calls.
+
+        Args:
+            tokens: Token ids (B, T), int64. Shorter rows are padded at the end with any id.
+            state: What came before; consumed. None starts new sequences.
+            lengths: Real tokens in each row (B,). None means all T.
+            logits: Which logits to compute: of all tokens, of each row's last real token, or none.
+            chunk_tokens: Largest number of tokens worked on at once.
+
+        Returns:
+            Logits (B, T, V), (B, 1, V) or (B, 0, V) in the model's dtype, and the next state.
+        """
+        batch = len(tokens)
+        state = self.init_state(batch) if state is None else state
+        lengths = torch.full((batch,), tokens.shape[1]) if lengths is None else lengths.cpu()
+        last = tokens.new_zeros((batch, 1, self.config.hidden_size), dtype=self.embedding.dtype)
+        outputs = [last.new_zeros(batch, 0, self.config.vocab_size)]
+        for begin, x, valid, after in self._chunks(tokens, state, lengths, chunk_tokens):
+            state = after
+            if logits == "all":
+                outputs.append(self.head(x))
+            elif logits == "last":
+                end = begin + x.shape[1]
+                rows = torch.nonzero((lengths > begin) & (lengths <= end))[:, 0]
+                last[rows, 0] = x[rows, valid[rows] - 1]
+        if logits == "last":
+            outputs = [self.head(last)]
+        return torch.cat(outputs, 1), state
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: DecoderState | None = None,
+        *,
+        chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    ) -> tuple[Tensor, DecoderState]:
+        """What `head` turns into logits, (B, T, D), and the next state; see `forward`.
+
+        For callers that want logits of long sequences piece by piece.
+        """
+        state = self.init_state(len(tokens)) if state is None else state
+        lengths = torch.full((len(tokens),), tokens.shape[1])
+        outputs = []
+        for _, x, _, after in self._chunks(tokens, state, lengths, chunk_tokens):
+            state = after
+            outputs.append(x)
+        return torch.cat(outputs, 1), state
+
+    def _chunks(
+        self, tokens: Tensor, state: DecoderState, lengths: Tensor, chunk_tokens: int
+    ) -> Iterator[tuple[int, Tensor, Tensor, DecoderState]]:
+        """Work through ``tokens``; yields (begin, hidden, valid tokens of each row, state)."""
+        begin, total = 0, tokens.shape[1]
+        while begin < total:
+            step = chunk_tokens - int(state.tokens_seen[0]) % chunk_tokens
+            end = total if torch.is_grad_enabled() else min(total, begin + step)
+            valid = (lengths - begin).clamp(0, end - begin)
+            span = self.span(state, end - begin, valid)
+            x = self.model.embed_tokens(tokens[:, begin:end])
+            layers = []
+            for layer, before in zip(self.layers, state.layers, strict=True):
+                x, after = layer(x, span, before)
+                layers.append(after)
+            state = DecoderState(tuple(layers), state.tokens_seen + valid)
+            yield begin, x, valid, state
+            begin = end

@@ -1,0 +1,100 @@
+"""Softmax attention over any set of visible keys; the definition and the form that runs.
+
+Which keys a query may see is decided by `visible`, the only place where the window is defined:
+a query at position p sees position j <= p if j is one of the sinks (j < sink_tokens) or lies in
+the sliding window of ``window_tokens`` tokens that ends with p itself (p - j < window_tokens).
+
+Letters: B batch, T queries, S keys, H query heads, G key/value heads, K key dim, V value dim.
+Source: Vaswani et al., arXiv:1706.03762; sinks: Xiao et al., arXiv:2309.17453.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def visible(
+    query_positions: Int[Tensor, "B T"],
+    key_positions: Int[Tensor, "B S"],
+    window_tokens: int | None = None,
+    sink_tokens: int = 0,
+) -> Bool[Tensor, "B T S"]:
+    """Which key each query may see; a negative key position marks an empty slot.
+
+    Args:
+        query_positions: Absolute positions, 0 for the first token of a sequence.
+        key_positions: Likewise; -1 where nothing is stored.
+        window_tokens: Length of the sliding window, self included. None sees everything before.
+        sink_tokens: The first tokens of the sequence that stay visible.
+    """
+    p, j = query_positions[:, :, None], key_positions[:, None, :]
+    seen = (j >= 0) & (j <= p)
+    if window_tokens is not None:
+        seen &= (p - j < window_tokens) | (j < sink_tokens)
+    return seen
+
+
+def attention_definition(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
+    seen: Bool[Tensor, "B T S"],
+) -> Float[Tensor, "B T H V"]:
+    """Softmax attention written out in float32: the definition.
+
+    For head h of group g and a query at t::
+
+        o_t = sum_s softmax_s(q_t . k_s / sqrt(K), over s with seen[t, s]) v_s
+
+    Args:
+        q: Queries, rotated. Query head h belongs to KV group h // (H / G).
+        k: Keys, rotated.
+        v: Values.
+        seen: Which keys count; every query must see at least one.
+    """
+    heads_per_group = q.shape[2] // k.shape[2]
+    k32 = k.float().repeat_interleave(heads_per_group, dim=2)
+    v32 = v.float().repeat_interleave(heads_per_group, dim=2)
+    scores = torch.einsum("bthk,bshk->bhts", q.float(), k32) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(dim=-1)
+    return torch.einsum("bhts,bshv->bthv", weights, v32).to(v.dtype)
+
+
+def attention_bias(seen: Bool[Tensor, "B T S"], dtype: torch.dtype) -> Float[Tensor, "B 1 T S"]:
+    """``seen`` as the additive mask `attend` takes: 0 where visible, -inf elsewhere."""
+    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return bias.masked_fill_(~seen, -torch.inf)[:, None]
+
+
+def attend(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S V"],
+    bias: Float[Tensor, "B 1 T S"] | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "B T H V"]:
+    """`attention_definition` by torch's fused kernel, keys and values laid out as caches hold them.
+
+    Args:
+        q: Queries, rotated.
+        k: Keys, rotated, key/value head first.
+        v: Values, likewise.
+        bias: From `attention_bias`. None sees every key, or the causal ones.
+        causal: Queries and keys are the same tokens and query t sees keys 0..t.
+        scale: Factor on the scores. None means ``K ** -0.5``.
+    """
+    B, T, H, K = q.shape
+    if T == 1:
+        # One query: the heads of a group become the rows of one product, so that a key is read
+        # once a group and not once a head.
+        rows = q.reshape(B, k.shape[1], -1, K)
+        out = scaled_dot_product_attention(rows, k, v, attn_mask=bias, scale=scale)
+        return out.reshape(B, 1, H, -1)
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=bias, is_causal=causal, scale=scale,
+        enable_gqa=k.shape[1] != H,
+    )  # fmt: skip
+    return out.transpose(1, 2)

@@ -1,0 +1,332 @@
+"""Which KV groups keep full softmax: greedy addition to the all-window model, by two measures.
+
+kl_gain      Nats of KL per token, beyond the window, that adding the group removes.
+copy_gain    Nats per word of copying beyond the window that adding it gives back.
+copy_damage  Nats per word that copying loses when only this group of the original is windowed.
+
+Picks alternate between the largest kl_gain and the largest copy_gain + copy_damage: a group that
+copying cannot do without may show no gain until the others of its circuit are there. Gains are
+measured anew after every few picks; copy_damage does not depend on them. Why addition and not
+removal, and why copying has a say of its own: docs/concepts/selection.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from respike.config import ModelConfig
+from respike.errors import UsageError
+from respike.evaluation.recall import Task, Vocabulary, make_trials
+from respike.layers.attention import FullSoftmax, GroupMixer, WindowSoftmax
+from respike.models.decoder import Decoder
+from respike.recipe import Recipe, Rule, SourceShape
+from respike.tokenizer import Tokenizer
+
+Group = tuple[int, int]
+"""(layer, KV group)."""
+
+POSITION_STRIDE = 4
+"""KL is measured at every fourth position: a quarter of the memory for the reference's logits."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to keep, and how carefully to look.
+
+    Attributes:
+        softmax_groups: KV groups that keep full softmax.
+        window_tokens: Window of all others.
+        sink_tokens: Sinks of all others.
+        picks_per_round: Picks between two measurements of the gains.
+        copy_trials: Sequences of the copying probe.
+        seed: Of the copying probe.
+    """
+
+    softmax_groups: int
+    window_tokens: int = 256
+    sink_tokens: int = 4
+    picks_per_round: int = 4
+    copy_trials: int = 6
+    seed: int = 0
+
+
+@dataclass
+class Selection:
+    """The groups in the order they were picked, and every score on the way."""
+
+    picked: list[Group] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    copy_damage: dict[Group, float] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the scores file."""
+
+        def named(scores: dict[Group, float]) -> dict[str, float]:
+            return {f"{layer}.{group}": round(x, 6) for (layer, group), x in scores.items()}
+
+        rounds = [
+            {
+                "kept": len(r["kept"]),
+                "kl_nats": round(r["kl"], 6),
+                "copy_nats": round(r["copy"], 6),
+                "kl_gain_nats": named(r["kl_gain"]),
+                "copy_gain_nats": named(r["copy_gain"]),
+            }
+            for r in self.rounds
+        ]
+        return {
+            "picked": [[*g, why] for g, why in zip(self.picked, self.reasons, strict=True)],
+            "copy_damage_nats": named(self.copy_damage),
+            "rounds": rounds,
+        }
+
+
+class _Probe:
+    """Hidden states in, one number out; the lower the better."""
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, positions: Tensor) -> None:
+        self.decoder, self.tokens, self.positions = decoder, tokens, positions
+
+    def value(self, hidden: Tensor) -> float:
+        """Mean over sequences and positions."""
+        values = [
+            self.one(row, hidden[row : row + 1, self.positions]) for row in range(len(hidden))
+        ]
+        return float(torch.stack(values).mean())
+
+    def one(self, row: int, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _TextProbe(_Probe):
+    """KL to the original beyond the window."""
+
+    def __init__(self, decoder: Decoder, tokens: Tensor, positions: Tensor) -> None:
+        super().__init__(decoder, tokens, positions)
+        self.reference: list[Tensor] = []
+
+    def remember(self, hidden: Tensor) -> None:
+        """Take the original's hidden states as the reference."""
+        self.reference = [
+            self.decoder.head(row[None, self.positions])[0].float().log_softmax(-1)
+            for row in hidden
+        ]
+
+    def one(self, row: int, hidden: Tensor) -> Tensor:
+        log_q = self.decoder.head(hidden)[0].float().log_softmax(-1)
+        log_p = self.reference[row]
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+class _CopyProbe(_Probe):
+    """Nats per word in the second half of twice-repeated random words."""
+
+    def one(self, row: int, hidden: Tensor) -> Tensor:
+        logits = self.decoder.head(hidden)[0].float()
+        target = self.tokens[row, self.positions + 1]
+        return torch.nn.functional.cross_entropy(logits, target)
+
+
+class _Student:
+    """The decoder with some groups full and all others windowed; measures with shared prefixes."""
+
+    def __init__(self, decoder: Decoder, budget: Budget, probes: list[_Probe]) -> None:
+        self.decoder, self.probes = decoder, probes
+        config = decoder.config
+        self.groups = range(config.num_key_value_heads)
+        self.window = WindowSoftmax(
+            budget.window_tokens, budget.sink_tokens, config.max_position_embeddings
+        )
+        self.full: set[Group] = set()
+
+    def arrange(self, full: set[Group]) -> None:
+        """Make exactly ``full`` full and remember every layer's input."""
+        self.full = full
+        for layer in range(len(self.decoder.layers)):
+            self._set(layer, full)
+        self.inputs = []
+        for probe in self.probes:
+            state = self.decoder.init_state(len(probe.tokens))
+            span = self.decoder.span(state, probe.tokens.shape[1])
+            x = self.decoder.model.embed_tokens(probe.tokens)
+            trail = [x]
+            for index in range(len(self.decoder.layers)):
+                x = self._run(index, x, span)
+                trail.append(x)
+            self.inputs.append((span, trail))
+
+    def _set(self, layer: int, full: set[Group]) -> None:
+        kept = [g for g in self.groups if (layer, g) in full]
+        rest = [g for g in self.groups if (layer, g) not in full]
+        parts: list[tuple[list[int], GroupMixer]] = [(kept, FullSoftmax()), (rest, self.window)]
+        self.decoder.layers[layer].self_attn.set_mixers([p for p in parts if p[0]])
+
+    def _run(self, index: int, x: Tensor, span: Any) -> Tensor:
+        layer = self.decoder.layers[index]
+        out: Tensor = layer(x, span, layer.self_attn.init_state(len(x), x))[0]
+        return out
+
+    def values(self) -> list[float]:
+        """Each probe's value as arranged."""
+        return [p.value(trail[-1]) for p, (_, trail) in zip(self.probes, self.inputs, strict=True)]
+
+    def values_with(self, group: Group, probes: list[int]) -> list[float]:
+        """Values of some probes with one group switched; only layers from its own on are run."""
+        layer = group[0]
+        self._set(layer, self.full ^ {group})
+        values = []
+        for number in probes:
+            span, trail = self.inputs[number]
+            x = trail[layer]
+            for index in range(layer, len(self.decoder.layers)):
+                x = self._run(index, x, span)
+            values.append(self.probes[number].value(x))
+        self._set(layer, self.full)
+        return values
+
+
+def select(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    contexts: Tensor,
+    budget: Budget,
+    progress: Callable[[int, int], None] | None = None,
+) -> Selection:
+    """Pick the KV groups that keep full softmax.
+
+    Args:
+        decoder: The original model. Its mixers are exchanged while measuring and put back after.
+        tokenizer: Its tokenizer.
+        contexts: Text as token ids (N, T) with T at least twice the window.
+        budget: How many to pick.
+        progress: Called with (measurements done, measurements in all).
+
+    Raises:
+        UsageError: The budget or the contexts cannot work.
+    """
+    config = decoder.config
+    every = [
+        (i, g) for i in range(config.num_hidden_layers) for g in range(config.num_key_value_heads)
+    ]
+    if not 0 < budget.softmax_groups <= len(every):
+        raise UsageError(
+            f"--softmax-groups {budget.softmax_groups}: the model has {len(every)} KV groups"
+        )
+    if contexts.shape[1] < 2 * budget.window_tokens:
+        raise UsageError(
+            f"contexts of {contexts.shape[1]} tokens are too short to see beyond a window of "
+            f"{budget.window_tokens}: at least {2 * budget.window_tokens} are needed"
+        )
+    rounds = -(-budget.softmax_groups // budget.picks_per_round)
+    total, done = len(every) * (rounds + 1), 0
+    kept_mixers = [layer.self_attn.mixers for layer in decoder.layers]
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress(done, total)
+
+    try:
+        with torch.inference_mode():
+            student, result = _prepare(decoder, tokenizer, contexts, budget), Selection()
+            for group in every:
+                damaged = student.values_with(group, [1])[0]
+                result.copy_damage[group] = damaged - student.values()[1]
+                tick()
+            while len(result.picked) < budget.softmax_groups:
+                _round(student, every, budget, result, tick)
+            student.arrange(set(result.picked))
+            kl, copy = student.values()
+            last = {"kept": list(result.picked), "kl": kl, "copy": copy}
+            result.rounds.append({**last, "kl_gain": {}, "copy_gain": {}})
+    finally:
+        for layer, mixers in zip(decoder.layers, kept_mixers, strict=True):
+            layer.self_attn.set_mixers(mixers)
+    return result
+
+
+def _prepare(decoder: Decoder, tokenizer: Tokenizer, contexts: Tensor, budget: Budget) -> _Student:
+    """Probes, and the student arranged as the original."""
+    device = decoder.embedding.device
+    lag = budget.window_tokens + max(64, budget.window_tokens // 2)
+    trials = make_trials(
+        Vocabulary(tokenizer), Task("copy", lag), budget.copy_trials, seed=budget.seed
+    )
+    copies = torch.tensor([t.tokens for t in trials], device=device)
+    copy = _CopyProbe(decoder, copies, torch.arange(lag, 2 * lag - 1, 2, device=device))
+    beyond = torch.arange(
+        budget.window_tokens, contexts.shape[1] - 1, POSITION_STRIDE, device=device
+    )
+    text = _TextProbe(decoder, contexts.to(device), beyond)
+    student = _Student(decoder, budget, [text, copy])
+    depth, groups = decoder.config.num_hidden_layers, decoder.config.num_key_value_heads
+    student.arrange({(i, g) for i in range(depth) for g in range(groups)})
+    text.remember(student.inputs[0][1][-1])
+    return student
+
+
+def _round(
+    student: _Student,
+    every: list[Group],
+    budget: Budget,
+    result: Selection,
+    tick: Callable[[], None],
+) -> None:
+    """Measure all gains, then pick a few groups, alternating between the two measures."""
+    student.arrange(set(result.picked))
+    kl, copy = student.values()
+    kl_gain, copy_gain = {}, {}
+    for group in every:
+        if group not in result.picked:
+            with_kl, with_copy = student.values_with(group, [0, 1])
+            kl_gain[group], copy_gain[group] = kl - with_kl, copy - with_copy
+        tick()
+    result.rounds.append(
+        {
+            "kept": list(result.picked),
+            "kl": kl,
+            "copy": copy,
+            "kl_gain": kl_gain,
+            "copy_gain": copy_gain,
+        }
+    )
+    copying = {g: copy_gain[g] + result.copy_damage[g] for g in copy_gain}
+    for _ in range(min(budget.picks_per_round, budget.softmax_groups - len(result.picked))):
+        by_copy = len(result.picked) % 2 == 0
+        scores = copying if by_copy else kl_gain
+        best = max((g for g in scores if g not in result.picked), key=lambda g: scores[g])
+        result.picked.append(best)
+        result.reasons.append("copying" if by_copy else "kl")
+
+
+def selected_recipe(
+    selection: Selection, budget: Budget, source: ModelConfig, name: str, measured_on: str
+) -> Recipe:
+    """The recipe that keeps what was selected."""
+    groups: dict[int, tuple[int, ...]] = {}
+    for layer, group in sorted(selection.picked):
+        groups[layer] = (*groups.get(layer, ()), group)
+    total = source.num_hidden_layers * source.num_key_value_heads
+    return Recipe(
+        recipe=1,
+        name=name,
+        about=f"{len(selection.picked)} of {total} KV groups keep full softmax, chosen by "
+        f"measurement (`respike select`); the rest see {budget.window_tokens} tokens and "
+        f"{budget.sink_tokens} sinks.",
+        measured_on=measured_on,
+        source=SourceShape(
+            family=source.family,
+            num_hidden_layers=source.num_hidden_layers,
+            num_key_value_heads=source.num_key_value_heads,
+            hidden_size=source.hidden_size,
+        ),
+        layers=(Rule(at="all", mixer="window"),),
+        window_tokens=budget.window_tokens,
+        sink_tokens=budget.sink_tokens,
+        softmax_groups=groups,
+    )
