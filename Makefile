@@ -34,6 +34,7 @@ check: $(VENV)/stamp-dev ## formatting, lint, types, architecture, device names
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_devices.py
+	$(BIN)/python scripts/docs.py --check
 
 demo: $(VENV)/stamp-plot model ## convert, run and compare a real 135M model
 	$(BIN)/python demo/run.py

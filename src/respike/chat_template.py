@@ -8,9 +8,10 @@ still be slow: nothing here stops a loop within a loop.
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -101,6 +102,11 @@ def _sandbox() -> _Sandbox:
     return sandbox
 
 
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
+    return _sandbox().from_string(template)
+
+
 def render(template: str, variables: Mapping[str, Any]) -> str:
     """The text that ``template`` makes of a conversation.
 
@@ -113,7 +119,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     """
     pieces, size = [], 0
     try:
-        for piece in _sandbox().from_string(template).generate(variables):
+        for piece in _compiled(template).generate(variables):
             pieces.append(piece)
             size += len(piece)
             if size > MAX_TEXT:

@@ -14,7 +14,7 @@ from respike.checkpoint.gguf_config import gguf_config, gguf_tensor_map
 from respike.config import ModelConfig
 from respike.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Folder", "GgufCheckpoint", "fingerprint", "open_checkpoint", "read_json"]
+__all__ = ["Checkpoint", "Folder", "GgufCheckpoint", "file_sha256", "fingerprint", "open_checkpoint", "read_json"]
 
 
 @runtime_checkable
@@ -98,6 +98,11 @@ def fingerprint(config: ModelConfig, files: list[Path]) -> str:
     """SHA-256 over a model's config and weight files: two models are equal if theirs are."""
     digest = hashlib.sha256(config.model_dump_json().encode())
     for file in files:
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

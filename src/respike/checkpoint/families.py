@@ -60,13 +60,13 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
     family = str(raw.get("model_type"))
     if family not in FAMILIES:
         raise UnsupportedError(
-            f"{where}: model_type {family!r} is not one of {', '.join(FAMILIES)}",
+            f"{where}: model_type {family[:60]!r} is not one of {', '.join(FAMILIES)}",
             hint=did_you_mean(family, FAMILIES),
         )
     if raw.get("mlp_bias"):
         raise UnsupportedError(f"{where}: mlp_bias is true; respike has no biases in the MLP")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedError(f"{where}: hidden_act {raw['hidden_act']!r}, expected 'silu'")
+        raise UnsupportedError(f"{where}: hidden_act {str(raw['hidden_act'])[:60]!r}, expected 'silu'")
     heads = int(raw["num_attention_heads"])
     groups = int(raw.get("num_key_value_heads") or heads)
     num_layers, context = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
@@ -77,13 +77,13 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
         "vocab_size": raw["vocab_size"],
         "hidden_size": raw["hidden_size"],
         "intermediate_size": raw["intermediate_size"],
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": heads,
+        "num_hidden_layers": raw["num_hidden_layers"],
+        "num_attention_heads": raw["num_attention_heads"],
         "num_key_value_heads": groups,
         "head_dim": raw.get("head_dim") or int(raw["hidden_size"]) // max(heads, 1),
         "rms_norm_eps": raw["rms_norm_eps"],
         "rope": _rope(raw, where),
-        "max_position_embeddings": context,
+        "max_position_embeddings": raw["max_position_embeddings"],
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         **FAMILIES[family](raw),
         "bos_token_id": raw.get("bos_token_id"),
@@ -137,7 +137,7 @@ def _rope(raw: Json, where: str) -> RopeConfig:
         )
         return RopeConfig(theta=theta, kind="llama3", **{name: scaling[name] for name in names})
     raise UnsupportedError(
-        f"{where}: rotary scaling {kind!r} is not one of default, linear, llama3"
+        f"{where}: rotary scaling {str(kind)[:60]!r} is not one of default, linear, llama3"
     )
 
 

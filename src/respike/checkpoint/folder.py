@@ -65,11 +65,10 @@ class Folder:
             listed = read_json(self.path / INDEX).get("weight_map")
             if not isinstance(listed, dict) or not listed:
                 raise CheckpointError(f"{self.path / INDEX}: has no weight_map")
-            names = sorted(set(listed.values()))
-            for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise CheckpointError(f"{self.path / INDEX}: {name!r} is not a file name")
-            return [self.path / name for name in names]
+            for name in listed.values():
+                if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
+                    raise CheckpointError(f"{self.path / INDEX}: {str(name)[:60]!r} is no file name")
+            return [self.path / name for name in sorted(set(listed.values()))]
         if single.exists():
             return [single]
         found = sorted(p.name for p in self.path.glob("*.bin")) + sorted(
@@ -88,9 +87,9 @@ class Folder:
                 tensor: Tensor = handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
-        if not tensor.is_floating_point():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise CheckpointError(
-                f"{file}: tensor {name!r} is {tensor.dtype}, expected a float type"
+                f"{file}: tensor {name!r} is {tensor.dtype}, expected f32, bf16 or f16"
             )
         return tensor
 
@@ -105,12 +104,14 @@ class Folder:
         card = self.path / "README.md"
         if not card.is_file():
             return "not stated"
-        head = card.read_text(encoding="utf-8", errors="replace")[:65536].split("---")
+        with card.open(encoding="utf-8", errors="replace") as text:
+            head = text.read(65536).split("---")
         try:
             front = yaml.safe_load(head[1]) if len(head) > 2 else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a 13th month
             return "not stated"
-        return str(front.get("license", "not stated")) if isinstance(front, dict) else "not stated"
+        said = front.get("license") if isinstance(front, dict) else None
+        return " ".join(said.split())[:200] if isinstance(said, str) else "not stated"
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:

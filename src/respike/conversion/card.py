@@ -10,6 +10,7 @@ def model_card(report: dict[str, Any]) -> str:
         f"| {int(n):,} | {b['original'] / 2**20:,.1f} | {b['converted'] / 2**20:,.1f} |"
         for n, b in lengths.items()
     )
+    hashes = ", ".join(f"{n} SHA-256 {h}" for n, h in report["source_sha256"].items())
     layers = "\n".join(f"| {row['layers']} | {row['mixers']} |" for row in report["layers"])
     return f"""---
 license: {source["license"]}
@@ -36,6 +37,6 @@ Each further token adds {report["growth_bytes_per_token_bf16"]:,} bytes. What th
 in quality depends on the text: measure it with `respike check ORIGINAL THIS --data TEXT` and
 `respike eval THIS --task recall --vs ORIGINAL`.
 
-Source SHA-256 {report["source_sha256"]}; fingerprint {report["fingerprint"]}. `recipe.yaml` makes
+Source {hashes}; fingerprint {report["fingerprint"]}. `recipe.yaml` makes
 this folder again, byte for byte; `report.json` has every figure.
 """

@@ -1,6 +1,5 @@
 """Carry out a plan: weights shard by shard into a hidden folder, then one rename."""
 
-import hashlib
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from respike import __version__
-from respike.checkpoint import fingerprint
+from respike.checkpoint import file_sha256, fingerprint
 from respike.conversion.card import model_card
 from respike.conversion.plan import Plan
 from respike.device import get_dtype
@@ -59,14 +58,15 @@ def convert(
         config = plan.config.model_dump(mode="json")
         _write_json(folder / "config.json", config)
         load_tokenizer(plan.source).save(folder)
-        source_sha256 = _hash_files(plan.source.files)
+        hashes = {file.name: file_sha256(file) for file in plan.source.files}
         report = {
             "respike": __version__,
             "fingerprint": fingerprint(plan.config, files),
-            "source_sha256": source_sha256,
+            "source_sha256": hashes,
             **plan.summary(),
         }
-        notes = {"made by": f"respike {__version__}", "source sha256": source_sha256}
+        notes = {"made by": f"respike {__version__}"}
+        notes |= {f"source {name}": f"sha256 {digest}" for name, digest in hashes.items()}
         (folder / "recipe.yaml").write_text(dump_recipe(plan.recipe, notes), encoding="utf-8")
         _write_json(folder / "report.json", report)
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
@@ -135,6 +135,7 @@ def _write_weights(
             if progress:
                 progress(done, len(kept))
         save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o666 & ~_umask())
         files.append(file)
     if len(shards) > 1:
         total = {"total_size": plan.weight_bytes}
@@ -144,13 +145,12 @@ def _write_weights(
     return files
 
 
+def _umask() -> int:
+    """The process's umask, which safetensors does not follow."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _hash_files(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()

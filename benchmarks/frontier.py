@@ -1,0 +1,146 @@
+"""Quality against memory, without training: the original, strawmen, and selections of many sizes.
+
+    python benchmarks/frontier.py MODEL SELECTED.yaml -o benchmarks/results/frontier_X.json
+
+SELECTED.yaml and SELECTED.scores.json come from `respike select`: the order of its picks gives a
+nested recipe for every smaller number of groups. Texts come from `benchmarks/texts.py`, from
+sources no recipe was chosen on. Every row is one artefact: the source's weights under the row's
+config, named by its fingerprint.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from machine import provenance
+
+from respike.account import state_bytes
+from respike.checkpoint import fingerprint
+from respike.config import ModelConfig
+from respike.device import dtype_name, set_threads
+from respike.evaluation import (
+    Reference,
+    Task,
+    Vocabulary,
+    contexts,
+    position_buckets,
+    recall,
+)
+from respike.loading import Model, load
+from respike.models.decoder import build_mixers
+from respike.recipe import Evenly, Recipe, Rule, apply_recipe, load_recipe
+
+CONTEXT_TOKENS = 2048
+BEYOND_TOKENS = 256
+"""KL "beyond the window" is over predictions from at least this many tokens, in every row."""
+
+
+def candidates(selected: Recipe, scores: dict[str, Any], kept: list[int]) -> list[tuple[str, Recipe]]:
+    """Recipes to compare, with the kind each is drawn as."""
+
+    def window(tokens: int, sinks: int) -> Recipe:
+        name = f"window {tokens} + {sinks} sinks"
+        change = {"name": name, "window_tokens": tokens, "sink_tokens": sinks, "softmax_groups": {}}
+        return selected.model_copy(update=change)
+
+    def retrieval(number: int, tokens: int) -> Recipe:
+        groups: dict[int, tuple[int, ...]] = {}
+        for layer, group, _ in scores["picked"][:number]:
+            groups[layer] = (*groups.get(layer, ()), group)
+        name = f"retrieval {number}, window {tokens}"
+        change = {"name": name, "window_tokens": tokens, "softmax_groups": groups}
+        return selected.model_copy(update=change)
+
+    even = selected.model_copy(
+        update={
+            "name": "even 8 layers",
+            "softmax_groups": {},
+            "layers": (Rule(at=Evenly(evenly=8), mixer="full"), Rule(at="rest", mixer="window")),
+        }
+    )
+    rows = [("window", window(w, s)) for w in (128, 256) for s in (0, 4)]
+    rows.append(("even", even))
+    rows += [("retrieval", retrieval(n, 256)) for n in kept]
+    rows.append(("retrieval", retrieval(kept[len(kept) // 2], 128)))
+    return rows
+
+
+def wear(model: Model, config: ModelConfig) -> None:
+    """Give the loaded weights another config's mixers."""
+    for layer, made in zip(model.decoder.layers, config.layers, strict=True):
+        layer.self_attn.set_mixers(build_mixers(made))
+
+
+def row(
+    model: Model, config: ModelConfig, reference: Reference, tasks: list[Task], trials: int
+) -> dict[str, Any]:
+    """Everything measured of one config."""
+    wear(model, config)
+    distances = reference.compare(model.decoder)
+    total = reference.contexts.shape[1]
+    vocabulary = Vocabulary(model.tokenizer)
+    scores = [recall(model.decoder, vocabulary, task, trials=trials) for task in tasks]
+    window = next((p for _, p in config.mixers() if p.mixer == "window"), None)
+    return {
+        "softmax_groups": len(config.softmax_groups()),
+        "window_tokens": window.window_tokens if window else None,
+        "sink_tokens": window.sink_tokens if window else None,
+        "state_bytes": {str(n): state_bytes(config, n) for n in (2048, 8192, 65536)},
+        "buckets": [distances.bucket(*edges) for edges in position_buckets(total)],
+        "beyond": distances.bucket(BEYOND_TOKENS, total),
+        "copy": scores[0].as_dict(),
+        "recall": [score.as_dict() for score in scores[1:]],
+        "fingerprint": fingerprint(config, model.files),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("selected", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("benchmarks/data/evaluate"))
+    parser.add_argument("--tokens", type=int, default=24_576)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--groups", default="6,12,18,24")
+    parser.add_argument("--dtype", default="f32")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    set_threads(options.threads)
+    model = load(options.model, dtype=options.dtype)
+    original = model.config
+    text = contexts(
+        sorted(options.data.glob("*.txt")),
+        model.tokenizer,
+        context_tokens=CONTEXT_TOKENS,
+        max_tokens=options.tokens,
+    )
+    tasks = [Task("copy", 512), Task("passkey", 1024, 0.25), Task("multi-query", 64)]
+    reference = Reference(model.decoder, text)
+    scores = json.loads(options.selected.with_suffix(".scores.json").read_text(encoding="utf-8"))
+    kept = [int(n) for n in options.groups.split(",")]
+    recipes = candidates(load_recipe(str(options.selected)), scores, kept)
+    configs = [("original", "original", original)]
+    configs += [(kind, r.name, apply_recipe(r, original)) for kind, r in recipes]
+    rows = []
+    for kind, name, config in configs:
+        measured = row(model, config, reference, tasks, options.trials)
+        rows.append({"name": name, "kind": kind, **measured})
+        beyond, copy = measured["beyond"], measured["copy"]
+        print(f"{name:32} KL {beyond['kl_nats']:.4f}  copy {copy['accuracy_frac']:.3f}", flush=True)
+        report = {
+            **provenance(),
+            "model": Path(options.model).name,
+            "dtype": dtype_name(model.decoder.embedding.dtype),
+            "text": f"{len(text)} contexts of {CONTEXT_TOKENS} tokens of Brown, Factbook and "
+            "Debian Handbook, none of them seen by the selection (benchmarks/texts.py)",
+            "beyond_tokens": BEYOND_TOKENS,
+            "rows": rows,
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

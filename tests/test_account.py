@@ -1,0 +1,113 @@
+"""Counting without weights: against known models, against formulas, against the weights."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
+from respike.config import ModelConfig
+from respike.recipe import apply_recipe, load_recipe
+from tiny import full, model_config, random_decoder, window
+
+FULL = {0: full(0), 1: full(0), 2: full(0, 1), 3: full(0, 1, 2), 8: full(*range(8))}
+
+
+def known(  # noqa: PLR0913 - one argument for each dimension
+    *, family: str, V: int, D: int, F: int, L: int, H: int, G: int, K: int, tied: bool
+) -> ModelConfig:
+    return model_config(
+        ((FULL[G],),) * L,
+        family=family,
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        head_dim=K,
+        tie_word_embeddings=tied,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+SMOLLM2_135M = known(
+    family="llama", V=49_152, D=576, F=1_536, L=30, H=9, G=3, K=64, tied=True
+)
+KNOWN = {
+    "SmolLM2-135M": (SMOLLM2_135M, 134_515_008),
+    "Qwen2.5-0.5B": (
+        known(family="qwen2", V=151_936, D=896, F=4_864, L=24, H=14, G=2, K=64, tied=True),
+        494_032_768,
+    ),
+    "Qwen3-0.6B": (
+        known(family="qwen3", V=151_936, D=1_024, F=3_072, L=28, H=16, G=8, K=128, tied=True),
+        596_049_920,
+    ),
+    "Llama-3.1-8B": (
+        known(family="llama", V=128_256, D=4_096, F=14_336, L=32, H=32, G=8, K=128, tied=False),
+        8_030_261_248,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_parameters_of_known_models(name: str) -> None:
+    config, parameters = KNOWN[name]
+    assert num_parameters(config) == parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", ["", "qkv", "qkv o"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_parameters_are_those_of_the_decoder(tied: bool, bias: str, qk_norm: bool) -> None:
+    config = model_config(
+        tie_word_embeddings=tied,
+        qkv_bias="qkv" in bias,
+        o_bias="o" in bias.split(),
+        qk_norm=qk_norm,
+    )
+    assert num_parameters(config) == sum(p.numel() for p in random_decoder(config).parameters())
+
+
+def test_a_full_state_grows_by_the_keys_and_values_of_each_token() -> None:
+    per_token = 2 * 30 * 3 * 64 * 2  # k and v, layers, groups, head dim, bytes
+    assert growth_bytes_per_token(SMOLLM2_135M) == per_token == 23_040
+    assert growth_bytes_per_token(SMOLLM2_135M, 4) == 2 * per_token
+    for tokens in (0, 1, *REPORT_LENGTHS):
+        assert state_bytes(SMOLLM2_135M, tokens) == per_token * tokens
+
+
+def test_a_window_state_is_the_same_at_every_length() -> None:
+    config = apply_recipe(load_recipe("window"), SMOLLM2_135M)
+    assert growth_bytes_per_token(config) == 0
+    for tokens in (1, 1_000, *REPORT_LENGTHS):
+        assert state_bytes(config, tokens) == 2 * 30 * 3 * 64 * (256 + 4) * 2
+
+
+def test_sinks_and_windows_count_for_their_own_groups() -> None:
+    layers = (
+        (full(1), window(0, 2, tokens=7, sinks=3)),
+        (window(2, tokens=5, sinks=0), window(0, 1, tokens=9, sinks=2)),
+    )
+    slots = 2 * (7 + 3) + 1 * (5 + 0) + 2 * (9 + 2)
+    config = model_config(layers)
+    assert state_bytes(config, 0, 4) == 2 * 8 * slots * 4
+    assert state_bytes(config, 100, 4) == 2 * 8 * (slots + 100) * 4
+
+
+@given(
+    groups=st.lists(st.sampled_from([(), (0,), (1, 2), (0, 1, 2)]), min_size=1, max_size=5),
+    tokens=st.integers(0, 10**7),
+    width=st.sampled_from([2, 4]),
+)
+@settings(max_examples=40, deadline=None)
+def test_growth_is_the_difference_one_token_makes(
+    groups: list[tuple[int, ...]], tokens: int, width: int
+) -> None:
+    layers = []
+    for kept in groups:
+        rest = tuple(g for g in range(3) if g not in kept)
+        layers.append(tuple(m for m, g in ((full(*kept), kept), (window(*rest), rest)) if g))
+    config = model_config(tuple(layers))
+    more = state_bytes(config, tokens + 1, width) - state_bytes(config, tokens, width)
+    assert more == growth_bytes_per_token(config, width)
+    assert (more == 0) == (not config.softmax_groups())
