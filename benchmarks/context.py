@@ -3,7 +3,7 @@
     python benchmarks/context.py original=models/X.gguf retrieval=OUT -o results.json
 
 Each model lives in a child process of its own. Only one child works at a time, and they take turns
-within every repeat, so that a machine that drifts drifts for all of them. What is timed is respike's
+within every repeat, so that a machine that drifts drifts for all of them. What is timed is the
 torch path as it is today; kernels for attention and matrix products come later.
 
 Per length: prefill of random tokens up to the first chosen token (the time to first token), then
@@ -319,8 +319,8 @@ def text_table(report: Mapping[str, Any]) -> str:
             spread(row, "ttft_seconds", 2),
             f"{row['prefill_tokens_per_second']['median']:.0f}",
             spread(row, "decode_tokens_per_second", 1),
-            human_bytes(row["state_bytes"]),
-            human_bytes(row["peak_rss_bytes"]),
+            human_bytes(float(row["state_bytes"])),
+            human_bytes(float(row["peak_rss_bytes"])),
         )
         for row in report["rows"]
     ]

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
 from respike.config import ModelConfig
 from respike.recipe import apply_recipe, load_recipe
@@ -29,9 +30,7 @@ def known(  # noqa: PLR0913 - one argument for each dimension
     )
 
 
-SMOLLM2_135M = known(
-    family="llama", V=49_152, D=576, F=1_536, L=30, H=9, G=3, K=64, tied=True
-)
+SMOLLM2_135M = known(family="llama", V=49_152, D=576, F=1_536, L=30, H=9, G=3, K=64, tied=True)
 KNOWN = {
     "SmolLM2-135M": (SMOLLM2_135M, 134_515_008),
     "Qwen2.5-0.5B": (

@@ -72,12 +72,18 @@ def test_any_split_of_a_prompt_gives_the_logits_of_one_pass(
     assert_close(run(MIXED, ids, cuts, chunk_tokens=chunk), run(MIXED, ids, []))
 
 
-@given(chunk=st.integers(1, 20), which=st.sets(st.integers(1, 12)))
-@settings(max_examples=12, deadline=None)
-def test_splits_at_chunk_boundaries_change_no_bit(chunk: int, which: set[int]) -> None:
+@given(
+    chunk=st.integers(2, 20),
+    which=st.sets(st.integers(1, 12), min_size=1),
+    first=st.integers(0, 19),
+)
+@settings(max_examples=15, deadline=None)
+def test_splits_at_chunk_boundaries_change_no_bit(chunk: int, which: set[int], first: int) -> None:
+    """Boundaries count from the start of the sequence, not of the call: ``first`` may be any."""
     ids = random_tokens(B, T)
-    one_call = run(MIXED, ids, [], chunk_tokens=chunk)
-    assert torch.equal(run(MIXED, ids, [chunk * n for n in which], chunk_tokens=chunk), one_call)
+    cuts = [first, *(chunk * n for n in which if chunk * n > first)]
+    expected = run(MIXED, ids, [first], chunk_tokens=chunk)
+    assert torch.equal(run(MIXED, ids, cuts, chunk_tokens=chunk), expected)
 
 
 def test_step_by_step_gives_the_logits_of_one_pass() -> None:
@@ -255,15 +261,21 @@ def test_each_group_follows_its_own_mixer() -> None:
 
 
 def test_a_clone_goes_its_own_way() -> None:
-    ids = random_tokens(B, T)
-    state = ran(MIXED, ids[:, :30])
-    kept, snapshot = state.clone(), [t.clone() for t in stored(state)]
-    for n in (1, 10):
-        continued(MIXED, random_tokens(B, n, seed=n), state.clone())
-    continued(MIXED, random_tokens(B, 12, seed=5), state)
-    assert kept.tokens_seen.tolist() == [30, 30]
-    assert all(torch.equal(a, b) for a, b in zip(stored(kept), snapshot, strict=True))
-    assert_close(continued(MIXED, ids[:, 30:], kept), run(MIXED, ids, [])[:, 30:])
+    """Two futures of one past, told in turns, so that neither may write where the other reads."""
+    past = random_tokens(B, 20)
+    futures = [random_tokens(B, 21, seed=seed) for seed in (1, 2)]
+    state = ran(MIXED, past)
+    states, outputs = [state, state.clone()], [[], []]
+    for begin, end in itertools.pairwise((0, 1, 9, 10, 11, 21)):
+        for which, future in enumerate(futures):
+            with torch.no_grad():
+                out, states[which] = MIXED(future[:, begin:end], states[which])
+            outputs[which].append(out)
+    for future, parts in zip(futures, outputs, strict=True):
+        assert_close(torch.cat(parts, 1), run(MIXED, torch.cat([past, future], 1), [])[:, 20:])
+    copy = states[0].clone()
+    copy.tokens_seen += 1
+    assert states[0].tokens_seen.tolist() == [41, 41]
 
 
 @pytest.mark.parametrize("lengths", [(30, 30, 30), (30, 4, 17), (30, 0, 1)], ids=str)
@@ -531,7 +543,6 @@ def gradients(decoder: Decoder, value: Tensor) -> dict[str, Tensor]:
 def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for kind, gradient in want.items():
-        print(kind)
         assert_close(got[kind], gradient)
 
 
@@ -665,6 +676,17 @@ def test_last_logits_are_those_of_each_rows_last_token(
         assert other.tokens_seen.tolist() == after_every.tokens_seen.tolist()
         for a, b in zip(stored(other), stored(after_every), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("chunk", [7, 64], ids="chunks of {}".format)
+def test_the_head_turns_hidden_into_logits(chunk: int) -> None:
+    ids = random_tokens(B, T)
+    with torch.no_grad():
+        _, state = MIXED.hidden(ids[:, :20], chunk_tokens=chunk)
+        hidden, state = MIXED.hidden(ids[:, 20:], state, chunk_tokens=chunk)
+        assert_close(MIXED.head(hidden), run(MIXED, ids, [])[:, 20:])
+        assert MIXED.hidden(ids[:, :0])[0].shape == (B, 0, D)
+    assert state.tokens_seen.tolist() == [T, T]
 
 
 @pytest.mark.parametrize("tied", [True, False])

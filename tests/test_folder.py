@@ -1,4 +1,4 @@
-"""Folders that are broken or want to do harm: each is refused in one line, before it costs memory."""
+"""Folders that are broken or want to do harm: refused in one line, before they cost memory."""
 
 import json
 import pickle
@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from respike.checkpoint import open_checkpoint
 from respike.errors import CheckpointError, RespikeError, UnsupportedError
 from respike.loading import load_decoder
-from safetensors.torch import load_file, save_file
 from tiny import D, F, V, random_tokens, save_tiny
-from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -433,12 +434,19 @@ def test_a_file_that_changes_after_it_was_opened_is_refused_when_read(folder: Pa
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "sub/x.safetensors", "/etc/passwd", "..", ".", "", "a\0b", "x" * 5000],
+    [
+        "../outside.safetensors",
+        "sub/x.safetensors",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "a\0b",
+        "x" * 5000,
+    ],
     ids=lambda name: name[:30] or "empty",
 )
-def test_an_index_that_names_a_file_outside_the_folder_is_refused(
-    shards: Path, name: str
-) -> None:
+def test_an_index_that_names_a_file_outside_the_folder_is_refused(shards: Path, name: str) -> None:
     shutil.copy(next(shards.glob("*.safetensors")), shards.parent / "outside.safetensors")
     (shards / "sub").mkdir()
     shutil.copy(next(shards.glob("*.safetensors")), shards / "sub" / "x.safetensors")
@@ -499,7 +507,7 @@ def test_a_broken_shard_is_named(shards: Path) -> None:
         ("---\nlicense: !!python/object:os.system {}\n---\n", "not stated"),
         ("---\nlicense: " + "[" * 5000 + "\n---\n", "not stated"),
         ("---\nlicense: [mit, gpl]\n---\n", "not stated"),
-        ("---\nlicense: \"a\\nb\"\n---\n", "a b"),
+        ('---\nlicense: "a\\nb"\n---\n', "a b"),
         ("---\n- 1\n---\n", "not stated"),
         ("no front matter", "not stated"),
         ("", "not stated"),

@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
 from respike.config import FullMixer, LayerConfig, Mixer, ModelConfig, WindowMixer
 from respike.errors import RecipeError
 from respike.recipe import (
@@ -18,7 +19,7 @@ from respike.recipe import (
     load_recipe,
     recipe_text,
 )
-from tiny import CONTEXT, full, model_config, window
+from tiny import CONTEXT, full, model_config
 
 DEPTH, GROUPS = 7, 3
 SOURCE = model_config(((full(0, 1, 2),),) * DEPTH)
@@ -509,7 +510,7 @@ rules = st.fixed_dictionaries(
     reach=st.just("trained") | st.integers(1, 9999),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_recipe_survives_being_written(  # noqa: PLR0913 - one argument for each field
+def test_any_recipe_survives_being_written(
     tmp_path_factory: pytest.TempPathFactory,
     layers: list[dict[str, Any]],
     about: str,

@@ -114,7 +114,7 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """A transformers config: `changes` go over the defaults, ``rope`` is its ``rope_parameters``."""
+    """A transformers config: ``changes`` of its fields; ``rope`` is its ``rope_parameters``."""
     import transformers
 
     rope = {"rope_type": "default", "rope_theta": 10_000.0, **changes.pop("rope", {})}

@@ -54,10 +54,12 @@ def choose(logits: Tensor, seen: Sequence[int], sampling: Sampling, draw: torch.
         index = torch.tensor(sorted(set(seen)))
         old = logits[index]
         p = sampling.repetition_penalty
-        logits[index] = torch.where(old > 0, old / p, old * p)
+        logits = logits.index_put((index,), torch.where(old > 0, old / p, old * p))
     if sampling.temperature == 0:
         return int(logits.argmax())
-    values, order = (logits / sampling.temperature).sort(descending=True, stable=True)
+    # From the largest down and in float64: no temperature, however small, overflows.
+    scaled = (logits - logits.max()).double() / sampling.temperature
+    values, order = scaled.sort(descending=True, stable=True)
     keep = torch.ones_like(values, dtype=torch.bool)
     if sampling.top_k:
         keep[sampling.top_k :] = False
@@ -133,7 +135,7 @@ def _pieces(
     stop: Sequence[str],
     result: Generation,
 ) -> Iterator[str]:
-    decoder, held = model.decoder, ""
+    decoder, held, cut = model.decoder, "", None
     draw = torch.Generator().manual_seed(sampling.seed)
     decoding = model.tokenizer.stream()
     new = seen
@@ -141,7 +143,7 @@ def _pieces(
         with torch.inference_mode():
             tokens = torch.tensor([new], device=decoder.embedding.device)
             logits, result.state = decoder(tokens, result.state, logits="last")
-            token = choose(logits[0, 0].clone(), seen, sampling, draw)
+            token = choose(logits[0, 0], seen, sampling, draw)
         if token in model.tokenizer.eos_token_ids or token in model.config.eos_token_ids:
             result.finish_reason = "stop"
             break
@@ -149,19 +151,26 @@ def _pieces(
         seen.append(token)
         result.tokens.append(token)
         held += decoding.push(token)
-        cut = min((at for s in stop if (at := held.find(s)) >= 0), default=-1)
-        if cut >= 0:
-            result.finish_reason, result.text = "stop", result.text + held[:cut]
-            yield held[:cut]
-            return
+        cut = _first_stop(held, stop)
+        if cut is not None:
+            break
         safe = len(held) - _may_begin_stop(held, stop)
         if safe:
             result.text += held[:safe]
             yield held[:safe]
             held = held[safe:]
-    held += decoding.flush()
+    if cut is None:
+        held += decoding.flush()
+        cut = _first_stop(held, stop)
+    if cut is not None:
+        result.finish_reason, held = "stop", held[:cut]
     result.text += held
     yield held
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first stop string in ``text`` begins."""
+    return min((at for s in stop if (at := text.find(s)) >= 0), default=None)
 
 
 def _may_begin_stop(text: str, stop: Sequence[str]) -> int:

@@ -14,7 +14,15 @@ from respike.checkpoint.gguf_config import gguf_config, gguf_tensor_map
 from respike.config import ModelConfig
 from respike.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Folder", "GgufCheckpoint", "file_sha256", "fingerprint", "open_checkpoint", "read_json"]
+__all__ = [
+    "Checkpoint",
+    "Folder",
+    "GgufCheckpoint",
+    "file_sha256",
+    "fingerprint",
+    "open_checkpoint",
+    "read_json",
+]
 
 
 @runtime_checkable

@@ -66,7 +66,7 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
     if raw.get("mlp_bias"):
         raise UnsupportedError(f"{where}: mlp_bias is true; respike has no biases in the MLP")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedError(f"{where}: hidden_act {str(raw['hidden_act'])[:60]!r}, expected 'silu'")
+        raise UnsupportedError(f"{where}: hidden_act {str(raw['hidden_act'])[:60]!r} is not 'silu'")
     heads = int(raw["num_attention_heads"])
     groups = int(raw.get("num_key_value_heads") or heads)
     num_layers, context = int(raw["num_hidden_layers"]), int(raw["max_position_embeddings"])
@@ -195,7 +195,7 @@ def account_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], 
         )
     if extra:
         raise CheckpointError(
-            f"{where}: tensor {extra[0]!r} belongs to nothing the config names "
+            f"{where}: tensor {extra[0][:100]!r} belongs to nothing the config names "
             f"({len(extra)} such tensors)"
         )
     for name, shape in expected.items():

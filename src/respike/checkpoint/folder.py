@@ -67,7 +67,7 @@ class Folder:
                 raise CheckpointError(f"{self.path / INDEX}: has no weight_map")
             for name in listed.values():
                 if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
-                    raise CheckpointError(f"{self.path / INDEX}: {str(name)[:60]!r} is no file name")
+                    raise CheckpointError(f"{self.path / INDEX}: {str(name)[:60]!r}: no file name")
             return [self.path / name for name in sorted(set(listed.values()))]
         if single.exists():
             return [single]

@@ -1,15 +1,18 @@
 """Verbs that make models and recipes: convert, select."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
+from respike.cli.measure import BUILTIN
 from respike.cli.show import (
     echo_json,
     human_bytes,
     json_option,
+    number_option,
     pairs,
     progress,
     run_options,
@@ -21,11 +24,26 @@ from respike.errors import BackendError, UsageError
 @click.command("convert")
 @click.argument("model")
 @click.argument("out")
-@click.option("--recipe", required=True, help="Built-in name or YAML file; see `respike recipes`.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change the recipe.")
-@click.option("--weights", type=click.Choice(["f32", "bf16", "f16"]), help="Dtype to store.")
+@click.option(
+    "--recipe",
+    required=True,
+    metavar="NAME|FILE",
+    help="Built-in recipe or YAML file; see `respike recipes`.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the recipe, such as window_tokens=128; repeatable.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["f32", "bf16", "f16"]),
+    help="Dtype to store.  [default: the recipe's]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--force", is_flag=True, help="Replace OUT if it is a model folder.")
+@click.option("--force", is_flag=True, help="Replace OUT if respike wrote it.")
 @json_option
 def convert_command(
     model: str,
@@ -86,16 +104,25 @@ def _plan_text(report: dict[str, Any]) -> str:
 
 @click.command("select")
 @click.argument("model")
-@click.option("-o", "--output", required=True, help="Recipe to write, a .yaml file.")
-@click.option("--softmax-groups", required=True, type=int, help="KV groups that keep full softmax.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="Recipe to write (.yaml).")
 @click.option(
-    "--data", multiple=True, type=click.Path(), help="Text files.  [default: see `check`]"
+    "--softmax-groups",
+    required=True,
+    type=int,
+    metavar="N",
+    help="KV groups that keep full softmax, of all layers together.",
 )
-@click.option("--window-tokens", default=256, show_default=True, type=click.IntRange(1))
-@click.option("--sink-tokens", default=4, show_default=True, type=click.IntRange(0))
-@click.option("--context-tokens", default=1024, show_default=True, type=click.IntRange(2))
-@click.option("--max-tokens", default=3072, show_default=True, type=click.IntRange(1))
-@click.option("--copy-trials", default=4, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(),
+    help=f"Text file; repeatable.  [default: {BUILTIN}]",
+)
+@number_option("--window-tokens", 256, "Window of all other KV groups.")
+@number_option("--sink-tokens", 4, "First tokens that those groups keep.", least=0)
+@number_option("--context-tokens", 1024, "Length of a piece of text.", least=2)
+@number_option("--max-tokens", 3072, "Tokens of text in all.")
+@number_option("--copy-trials", 4, "Sequences of the copying probe.")
 @click.option("--heat-map/--no-heat-map", default=True, help="Draw the scores beside the recipe.")
 @click.option("--force", is_flag=True, help="Replace the output files.")
 @run_options
@@ -103,7 +130,7 @@ def _plan_text(report: dict[str, Any]) -> str:
 def select_command(model: str, output: str, **options: Any) -> None:
     """Measure which KV groups of MODEL carry recall; write a recipe that keeps them.
 
-    Writes the recipe, OUTPUT.scores.json with every score, and OUTPUT.png, a heat map.
+    Beside the recipe FILE.yaml it writes FILE.scores.json, every score, and FILE.png, a heat map.
     """
     from respike.device import set_threads
     from respike.evaluation import contexts
@@ -112,6 +139,8 @@ def select_command(model: str, output: str, **options: Any) -> None:
     from respike.selection import Budget, select, selected_recipe
 
     recipe_path = Path(output)
+    if recipe_path.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--output {output}: expected a name that ends in .yaml")
     scores_path, map_path = recipe_path.with_suffix(".scores.json"), recipe_path.with_suffix(".png")
     wanted = [recipe_path, scores_path] + [map_path] * options["heat_map"]
     _refuse_existing(wanted, options["force"])
@@ -133,7 +162,7 @@ def select_command(model: str, output: str, **options: Any) -> None:
     )
     with progress("measuring") as step:
         selection = select(loaded.decoder, loaded.tokenizer, text, budget, step)
-    name = Path(model).name
+    name = Path(model).resolve().name
     recipe = selected_recipe(selection, budget, loaded.config, recipe_path.stem, name)
     recipe_path.write_text(dump_recipe(recipe, {"measured on": name}), encoding="utf-8")
     scores = selection.as_dict()
@@ -145,18 +174,33 @@ def select_command(model: str, output: str, **options: Any) -> None:
     if options["as_json"]:
         echo_json(scores)
         return
-    rows = [(f"{i + 1}", f"{a}.{b}", why) for i, (a, b, why) in enumerate(scores["picked"])]
-    click.echo(table(("pick", "layer.group", "for"), rows))
+    click.echo(_selection_text(scores))
     for path in wanted:
         click.echo(f"wrote {path}", err=True)
+    click.echo(f"next: respike convert {model} OUT --recipe {recipe_path}", err=True)
+
+
+def _selection_text(scores: dict[str, Any]) -> str:
+    rows = [(f"{i + 1}", f"{a}.{b}", why) for i, (a, b, why) in enumerate(scores["picked"])]
+    measures = [
+        (f"{r['kept']}", f"{r['kl_nats']:.4f}", f"{r['copy_nats']:.4f}") for r in scores["rounds"]
+    ]
+    picks = table(("pick", "layer.group", "for"), rows)
+    course = table(("groups kept", "KL, nats a token", "copying, nats a word"), measures)
+    return f"{picks}\n\n{course}"
 
 
 def _refuse_existing(paths: list[Path], force: bool) -> None:
+    """Before minutes of measuring, not after."""
     for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder, expected a file to write")
         if path.exists() and not force:
             raise UsageError(f"{path}: already exists", hint="add --force to replace it")
         if not path.parent.is_dir():
             raise UsageError(f"{path}: its folder does not exist")
+        if not os.access(path.parent, os.W_OK):
+            raise UsageError(f"{path}: its folder is not writable")
 
 
 def _need_matplotlib() -> None:

@@ -4,9 +4,12 @@ stdout carries data, stderr carries talk. Exit codes: 0 done, 1 failed or a chec
 call was wrong, 130 interrupted.
 """
 
+import os
+import signal
 import sys
+import traceback
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -52,6 +55,15 @@ class Program(click.Group):
             raise click.UsageError(f"no verb {args[0]!r}\nhint: {hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb. A reader of our output that goes away, as `| head` does, is no error."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # What is still buffered goes nowhere, or Python would complain while it shuts down.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs, without importing any of them."""
         del ctx
@@ -59,7 +71,12 @@ class Program(click.Group):
             formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=False,
+    subcommand_metavar="VERB [ARGS]...",
+)
 @click.version_option(package_name="respike", message="respike %(version)s")
 @click.option("--debug", is_flag=True, help="Show a traceback with every error.")
 def program(debug: bool) -> None:
@@ -72,18 +89,24 @@ def program(debug: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    debug = "--debug" in sys.argv[1:]
+    words = sys.argv[1:]
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    words = [w for w in options if w != "--debug"] + words[len(options) :]
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = program.main(standalone_mode=False)
+        code = program.main(words or ["--help"], standalone_mode=False)
     except RespikeError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _complain(str(error), error.hint)
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
+        if debug:
+            traceback.print_exc()
         message, _, hint = error.format_message().partition("\nhint: ")
         verb = (
             error.ctx.command_path
@@ -92,11 +115,12 @@ def main() -> NoReturn:
         )
         _complain(message, hint or f"run `{verb} --help`")
         sys.exit(2)
-    except BrokenPipeError:
-        # The reader of our output went away, as `| head` does: not an error.
-        sys.stderr.close()
-        sys.exit(0)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(*_: object) -> NoReturn:
+    """What `kill` and `timeout` send: ends the program as Ctrl-C does, and cleans up."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _complain(message: str, hint: str | None) -> None:

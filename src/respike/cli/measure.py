@@ -1,11 +1,20 @@
 """Verbs that measure: check, eval."""
 
+import platform
 import sys
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from respike.cli.show import echo_json, json_option, progress, run_options, table
+from respike.cli.show import (
+    echo_json,
+    json_option,
+    number_option,
+    progress,
+    run_options,
+    table,
+)
 from respike.errors import DataError, UsageError
 
 BUILTIN = "Python's language reference (built in)"
@@ -22,10 +31,13 @@ DEFAULT_RECALL = (
 def text_options(command: Any) -> Any:
     """Which text, and how much of it."""
     for option in (
-        click.option("--max-tokens", default=8192, show_default=True, type=click.IntRange(2)),
-        click.option("--context-tokens", default=2048, show_default=True, type=click.IntRange(2)),
+        number_option("--max-tokens", 8192, "Tokens of text in all.", least=2),
+        number_option("--context-tokens", 2048, "Length of a piece of text.", least=2),
         click.option(
-            "--data", multiple=True, type=click.Path(), help=f"Text files.  [default: {BUILTIN}]"
+            "--data",
+            multiple=True,
+            type=click.Path(),
+            help=f"Text file; repeatable.  [default: {BUILTIN}]",
         ),
     ):
         command = option(command)
@@ -48,6 +60,14 @@ def _contexts(model: Any, options: dict[str, Any]) -> Any:
         context_tokens=options["context_tokens"],
         max_tokens=options["max_tokens"],
     )
+
+
+def _text_facts(text: Any, options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "text": list(options["data"]) or [f"{BUILTIN}, {platform.python_version()}"],
+        "contexts": len(text),
+        "context_tokens": text.shape[1],
+    }
 
 
 def _refuse_other_vocabulary(a: Any, b: Any) -> None:
@@ -74,7 +94,9 @@ def _facts(model: Any) -> dict[str, str]:
 @click.argument("a")
 @click.argument("b")
 @text_options
-@click.option("--max-kl", type=float, help="Fail (exit 1) if the mean KL is larger, in nats.")
+@click.option(
+    "--max-kl", type=click.FloatRange(0), metavar="NATS", help="Exit 1 if the mean KL is larger."
+)
 @run_options
 @json_option
 def check_command(a: str, b: str, **options: Any) -> None:
@@ -98,9 +120,7 @@ def check_command(a: str, b: str, **options: Any) -> None:
     report = {
         "a": _facts(first),
         "b": _facts(second),
-        "text": list(options["data"]) or [BUILTIN],
-        "contexts": len(text),
-        "context_tokens": text.shape[1],
+        **_text_facts(text, options),
         "max_logit_difference": distances.max_logit_difference,
         "max_kl_nats": options["max_kl"],
         "met": met,
@@ -125,7 +145,7 @@ def _distance_table(rows: list[dict[str, Any]]) -> str:
         "predictions",
         "nats A",
         "nats B",
-        "KL",
+        "KL, nats",
         "95 % interval",
         "top-1 agreement",
     )
@@ -136,48 +156,87 @@ def _distance_table(rows: list[dict[str, Any]]) -> str:
             f"{r['nats_reference']:.4f}",
             f"{r['nats']:.4f}",
             f"{r['kl_nats']:.5f}",
-            f"{r['kl_nats_95'][0]:.5f} to {r['kl_nats_95'][1]:.5f}",
+            _interval(r["kl_nats_95"], 5),
             f"{r['top1_agreement_frac']:.4f}",
         )
-        for r in rows
+        for r in _without_repeat(rows)
     ]
     return table(header, cells)
+
+
+def _interval(ends: tuple[float, float], digits: int) -> str:
+    return f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
+
+
+def _without_repeat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A text of one bucket needs no row for the whole."""
+    return rows[:1] if len(rows) == 2 else rows
 
 
 @click.command("eval")
 @click.argument("model")
 @click.option("--task", required=True, type=click.Choice(["perplexity", "recall"]))
-@click.option("--vs", "original", help="The original, measured on the very same trials.")
+@click.option(
+    "--vs", "original", metavar="ORIGINAL", help="Another model to measure on the very same text."
+)
 @text_options
 @click.option(
-    "--recall", "settings", multiple=True, default=DEFAULT_RECALL, show_default=True,
-    metavar="FAMILY:SIZE[:DEPTH]", help="copy:LAG, passkey:LENGTH:DEPTH or multi-query:PAIRS.",
-)  # fmt: skip
-@click.option("--trials", default=20, show_default=True, type=click.IntRange(1))
-@click.option("--seed", default=0, show_default=True, type=int)
+    "--recall",
+    "settings",
+    multiple=True,
+    default=DEFAULT_RECALL,
+    show_default=True,
+    metavar="FAMILY:SIZE[:DEPTH]",
+    help="copy:LAG, passkey:LENGTH:DEPTH or multi-query:PAIRS; repeatable.",
+)
+@number_option("--trials", 20, "Repetitions of each recall task.")
+@click.option(
+    "--seed", default=0, show_default=True, type=int, metavar="N", help="Of the recall tasks."
+)
 @run_options
 @json_option
 def eval_command(model: str, task: str, original: str | None, **options: Any) -> None:
     """Measure MODEL.
 
     perplexity: nats per token by how much context the prediction had. recall: does it find what it
-    has read, far back? Each with a chance level, the number of trials and a 95 % interval.
+    has read, far back? With the chance level and the number of trials. Both with 95 % intervals.
     """
     from respike.device import set_threads
 
+    _refuse_unused(task)
     set_threads(options["threads"])
     tasks = [_parse_task(s) for s in options["settings"]] if task == "recall" else []
     loaded = {"model": _load(model, options)}
     if original:
         loaded["original"] = _load(original, options)
         _refuse_other_vocabulary(loaded["original"], loaded["model"])
-    measure = _perplexity if task == "perplexity" else _recall
-    rows = measure(loaded, tasks, options)
-    report = {"task": task, **{name: _facts(m) for name, m in loaded.items()}, "rows": rows}
-    if options["as_json"]:
-        echo_json(report)
+    models = {name: _facts(m) for name, m in loaded.items()}
+    if task == "perplexity":
+        text = _contexts(loaded["model"], options)
+        facts, rows = _text_facts(text, options), _perplexity(loaded, text)
+        shown = _perplexity_table(rows)
     else:
-        click.echo(_rows_table(rows))
+        facts, rows = {"seed": options["seed"]}, _recall(loaded, tasks, options)
+        shown = _recall_table(rows)
+    if options["as_json"]:
+        echo_json({"task": task, **models, **facts, "rows": rows})
+    else:
+        click.echo(shown)
+
+
+UNUSED = {
+    "perplexity": ("settings", "trials", "seed"),
+    "recall": ("data", "context_tokens", "max_tokens"),
+}
+"""Options that a task has no use for."""
+
+
+def _refuse_unused(task: str) -> None:
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name in UNUSED[task]:
+            raise UsageError(f"{option.opts[0]} means nothing to --task {task}")
 
 
 def _parse_task(setting: str) -> Any:
@@ -198,13 +257,9 @@ def _parse_task(setting: str) -> Any:
     return Task(family, size, depth)
 
 
-def _perplexity(
-    loaded: dict[str, Any], tasks: list[Any], options: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _perplexity(loaded: dict[str, Any], text: Any) -> list[dict[str, Any]]:
     from respike.evaluation import mean_interval, negative_log_likelihood, position_buckets
 
-    del tasks
-    text = _contexts(loaded["model"], options)
     nats = {}
     for name, model in loaded.items():
         with progress(name) as step:
@@ -259,13 +314,33 @@ def _recall(
     return rows
 
 
-def _rows_table(rows: list[dict[str, Any]]) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, tuple):
-            return f"[{value[0]:.3f}, {value[1]:.3f}]"
-        if isinstance(value, float):
-            return f"{value:.2g}" if abs(value) < 0.001 else f"{value:.4f}"
-        return str(value)
+def _perplexity_table(rows: list[dict[str, Any]]) -> str:
+    header = ["context", "predictions", "nats", "95 % interval", "perplexity"]
+    versus = "original_nats" in rows[0]
+    if versus:
+        header += ["original nats", "perplexity", "added nats", "95 % interval"]
+    cells = []
+    for r in _without_repeat(rows):
+        cells.append([r["context"], r["predictions"], f"{r['model_nats']:.4f}"])
+        cells[-1] += [_interval(r["model_nats_95"], 3), f"{r['model_perplexity']:.2f}"]
+        if versus:
+            cells[-1] += [f"{r['original_nats']:.4f}", f"{r['original_perplexity']:.2f}"]
+            cells[-1] += [f"{r['added_nats']:.4f}", _interval(r["added_nats_95"], 4)]
+    return table(header, cells)
 
-    header = [k.replace("_frac", "").replace("_95", " 95 %").replace("_", " ") for k in rows[0]]
-    return table(header, [[cell(v) for v in row.values()] for row in rows])
+
+def _recall_table(rows: list[dict[str, Any]]) -> str:
+    header = ["task", "trials", "chance", "accuracy", "95 % interval", "nats"]
+    versus = "original_accuracy_frac" in rows[0]
+    if versus:
+        header += ["original", "95 % interval", "lost", "95 % interval"]
+    cells = []
+    for r in rows:
+        cells.append([r["task"], r["trials"], f"{r['chance_frac']:.2g}"])
+        cells[-1] += [f"{r['model_accuracy_frac']:.3f}", _interval(r["model_accuracy_95"], 3)]
+        cells[-1] += [f"{r['model_answer_nats']:.3f}"]
+        if versus:
+            cells[-1] += [f"{r['original_accuracy_frac']:.3f}"]
+            cells[-1] += [_interval(r["original_accuracy_95"], 3)]
+            cells[-1] += [f"{r['lost_frac']:.3f}", _interval(r["lost_95"], 3)]
+    return table(header, cells)

@@ -25,10 +25,11 @@ def inspect_command(model: str, as_json: bool) -> None:
     config = source.config
     groups = config.num_hidden_layers * config.num_key_value_heads
     figures: dict[str, Any] = {
-        "model": source.path.name,
+        "model": source.path.resolve().name,
         "kind": "folder" if isinstance(source, Folder) else "gguf",
         "family": config.family,
-        "converted": len(config.softmax_groups()) < groups,
+        "converted": isinstance(source, Folder)
+        and source.raw_config.get("model_type") == "respike",
         "parameters": num_parameters(config),
         "file_bytes": sum(f.stat().st_size for f in source.files),
         "compute_dtype": dtype_name(source.stored_dtype),
@@ -51,13 +52,25 @@ def inspect_command(model: str, as_json: bool) -> None:
     if as_json:
         echo_json(figures)
         return
-    simple = [(k, v) for k, v in figures.items() if not isinstance(v, dict | list)]
+    rope, heads = config.rope, config.num_attention_heads
     shown = [
-        (
-            k.replace("_", " "),
-            human_bytes(v) if k == "file_bytes" else f"{v:,}" if type(v) is int else v,
-        )
-        for k, v in simple
+        ("model", figures["model"]),
+        ("kind", figures["kind"] + ", converted by respike" * figures["converted"]),
+        ("family", config.family),
+        ("parameters", f"{figures['parameters']:,}"),
+        ("weight files", human_bytes(figures["file_bytes"])),
+        ("computes in", figures["compute_dtype"]),
+        ("layers", config.num_hidden_layers),
+        ("width", config.hidden_size),
+        ("heads a layer", f"{heads}, in {config.num_key_value_heads} KV groups"),
+        ("head dim", config.head_dim),
+        ("softmax groups", f"{figures['softmax_groups']} of {groups} KV groups"),
+        ("vocabulary", f"{config.vocab_size:,} tokens"),
+        ("trained length", f"{config.max_position_embeddings:,} tokens"),
+        ("rotary", f"{rope.kind}, theta {rope.theta:,.0f}"),
+        ("output matrix", "the embedding" if config.tie_word_embeddings else "its own"),
+        ("licence", figures["license"]),
+        ("state growth", f"{figures['growth_bytes_per_token']:,} bytes a token (bf16)"),
     ]
     click.echo(pairs(shown))
     click.echo("\n" + table(("layers", "mixers"), layer_table(config)))
@@ -90,7 +103,7 @@ def recipes_command(name: str | None, as_json: bool) -> None:
             f"{recipe.name}"
             + (f"  (measured on {recipe.measured_on})" if recipe.measured_on else "")
         )
-        click.echo(f"  {recipe.about}")
+        click.echo(click.wrap_text(recipe.about, 78, "  ", "  "))
 
 
 @click.command("doctor")

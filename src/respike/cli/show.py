@@ -14,13 +14,32 @@ def run_options(command: Command) -> Command:
     """Options of every verb that runs a model: how, never what."""
     for option in (
         click.option(
-            "--threads", type=click.IntRange(1), help="Processor threads.  [default: all]"
+            "--threads",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Processor threads.  [default: all]",
         ),
-        click.option("--dtype", help="f32, bf16 or f16.  [default: the checkpoint's]"),
-        click.option("--device", default="cpu", show_default=True, help="cpu, auto, or a device."),
+        click.option(
+            "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"
+        ),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            metavar="NAME",
+            help="cpu, auto, or a device that `respike doctor` lists.",
+        ),
     ):
         command = option(command)
     return command
+
+
+def number_option(
+    name: str, default: int, help: str, *, least: int = 1
+) -> Callable[[Command], Command]:
+    """An option that takes a count of at least ``least``."""
+    kind = click.IntRange(least)
+    return click.option(name, default=default, show_default=True, type=kind, metavar="N", help=help)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")

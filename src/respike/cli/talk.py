@@ -5,23 +5,58 @@ from typing import Any
 
 import click
 
-from respike.cli.show import echo_json, json_option, progress, run_options
-from respike.errors import UsageError
+from respike.cli.show import echo_json, json_option, number_option, progress, run_options
+from respike.errors import UnsupportedError, UsageError
 
 
 def sampling_options(command: Any) -> Any:
     """How the next token is chosen."""
     for option in (
-        click.option("--stop", multiple=True, help="End when this text would come; repeatable."),
-        click.option("--seed", default=0, show_default=True, type=int),
-        click.option("--repetition-penalty", default=1.0, show_default=True, type=float),
-        click.option("--min-p", default=0.0, show_default=True, type=float),
-        click.option("--top-p", default=1.0, show_default=True, type=float),
-        click.option("--top-k", default=0, show_default=True, type=int, help="0: all tokens."),
         click.option(
-            "--temperature", default=0.0, show_default=True, type=float, help="0: greedy."
+            "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable."
         ),
-        click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(1)),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0, 2**63 - 1),
+            metavar="N",
+            help="Equal seeds give equal text.",
+        ),
+        click.option(
+            "--repetition-penalty",
+            default=1.0,
+            show_default=True,
+            type=float,
+            metavar="X",
+            help="Above 1: words said before are less likely.",
+        ),
+        click.option(
+            "--min-p",
+            default=0.0,
+            show_default=True,
+            type=float,
+            metavar="X",
+            help="Least probability, as a share of the likeliest's.",
+        ),
+        click.option(
+            "--top-p",
+            default=1.0,
+            show_default=True,
+            type=float,
+            metavar="X",
+            help="Keep the likeliest tokens that together reach X.",
+        ),
+        number_option("--top-k", 0, "Keep the N likeliest tokens; 0 keeps all.", least=0),
+        click.option(
+            "--temperature",
+            default=0.0,
+            show_default=True,
+            type=float,
+            metavar="X",
+            help="0 takes the likeliest token; 1 samples as the model predicts.",
+        ),
+        number_option("--max-tokens", 256, "Tokens to generate at most."),
     ):
         command = option(command)
     return command
@@ -79,8 +114,12 @@ def generate_command(model: str, prompt: str, chat: bool, **options: Any) -> Non
 
 
 def _stdin_text() -> str:
+    return _utf8(sys.stdin.buffer.read())
+
+
+def _utf8(text: bytes) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"stdin is not UTF-8 text (byte {error.start})") from error
 
@@ -94,6 +133,12 @@ def chat_command(model: str, system: str | None, **options: Any) -> None:
     """Talk with MODEL. An empty line or Ctrl-D ends it; /new starts over."""
     sampling = _sampling(options)
     loaded = _load(model, options)
+    if loaded.tokenizer.chat_template is None:
+        raise UnsupportedError(
+            f"{model} has no chat template", hint="use `respike generate` with a plain prompt"
+        )
+    if sys.stdin.isatty():
+        click.echo("An empty line or Ctrl-D ends the chat; /new starts over.", err=True)
     opening = [{"role": "system", "content": system}] if system else []
     messages, state = list(opening), None
     fed: list[int] = []  # what the state has seen
@@ -114,7 +159,7 @@ def chat_command(model: str, system: str | None, **options: Any) -> None:
 def _ask() -> str:
     if sys.stdin.isatty():
         click.echo("> ", nl=False, err=True)
-    return sys.stdin.readline().strip()
+    return _utf8(sys.stdin.buffer.readline()).strip()
 
 
 def _say(loaded: Any, tokens: list[int], state: Any, sampling: Any, options: dict[str, Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import yaml
+
 
 def model_card(report: dict[str, Any]) -> str:
     """README.md of a converted model, from its report: what it is, what it holds, what it lost."""
@@ -12,10 +14,13 @@ def model_card(report: dict[str, Any]) -> str:
     )
     hashes = ", ".join(f"{n} SHA-256 {h}" for n, h in report["source_sha256"].items())
     layers = "\n".join(f"| {row['layers']} | {row['mixers']} |" for row in report["layers"])
+    front = {
+        "license": source["license"],
+        "base_model": source["name"],
+        "tags": ["respike", "hybrid-attention"],
+    }
     return f"""---
-license: {source["license"]}
-base_model: {source["name"]}
-tags: [respike, hybrid-attention]
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip()}
 ---
 # {source["name"]}, converted by the recipe `{report["recipe"]}`
 

@@ -5,15 +5,17 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from respike import __version__
 from respike.checkpoint import file_sha256, fingerprint
+from respike.checkpoint.folder import INDEX
 from respike.conversion.card import model_card
 from respike.conversion.plan import Plan
 from respike.device import get_dtype
@@ -23,6 +25,12 @@ from respike.recipe import dump_recipe
 
 SHARD_BYTES = 2 << 30
 """Largest weight file: bounds the memory a conversion needs."""
+
+RECEIPT = {"config.json", "recipe.yaml", "report.json"}
+"""What tells a converted folder from any other."""
+
+WRITTEN = RECEIPT | {"README.md", INDEX, "tokenizer.json", "tokenizer_config.json"}
+"""Every name a converted folder may hold besides its weight files."""
 
 
 def convert(
@@ -40,7 +48,7 @@ def convert(
     Args:
         plan: From `respike.plan`.
         out: Folder to create.
-        force: Replace ``out`` if it is a model folder.
+        force: Replace ``out`` if it is a converted folder and holds nothing else.
         shard_bytes: Largest weight file.
         progress: Called with (tensors done, tensors).
 
@@ -51,7 +59,7 @@ def convert(
         UsageError: ``out`` exists and ``force`` was not given.
         CheckpointError: The source turned out to be unreadable, or the disk full.
     """
-    out = Path(out)
+    out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
     _check_out(out, plan, force)
     with _staged(out) as folder:
         files = _write_weights(plan, folder, shard_bytes, progress)
@@ -83,28 +91,44 @@ def _check_out(out: Path, plan: Plan, force: bool) -> None:
         raise UsageError(
             f"{out}: already exists", hint="choose another folder, or add --force to replace it"
         )
-    if any(out.iterdir() if out.is_dir() else [out]) and not (out / "config.json").is_file():
-        raise UsageError(f"{out}: exists and is not a model folder, so --force will not replace it")
+    if foreign := _foreign(out):
+        raise UsageError(f"{out}: {foreign}, so --force will not replace it")
+
+
+def _foreign(out: Path) -> str | None:
+    """Why ``out`` is not a folder that `convert` wrote, or None; an empty one is fair game."""
+    if not out.is_dir():
+        return "is not a folder"
+    names = {p.name for p in out.iterdir()}
+    if names and not names >= RECEIPT:
+        return "was not written by respike"
+    others = sorted(n for n in names - WRITTEN if not n.endswith(".safetensors"))
+    return f"also holds {others[0]!r}" if others else None
 
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """A hidden sibling of ``out`` that becomes ``out`` if the block succeeds, else vanishes."""
     staging = out.parent / f".{out.name}.{os.getpid()}.partial"
+    old = staging.with_suffix(".old")
+    missing = [folder for folder in out.parents if not folder.exists()]
     try:
         staging.mkdir(parents=True)
         yield staging
         if out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}.old"
             out.rename(old)
-            staging.rename(out)
-            shutil.rmtree(old)
-        else:
-            staging.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
+        staging.rename(out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{out}: cannot be written: {reason}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if old.exists() and not out.exists():
+            old.rename(out)
+        for folder in (staging, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not empty: it holds the model
+            for folder in missing:
+                folder.rmdir()
 
 
 def _write_weights(
@@ -139,9 +163,7 @@ def _write_weights(
         files.append(file)
     if len(shards) > 1:
         total = {"total_size": plan.weight_bytes}
-        _write_json(
-            folder / "model.safetensors.index.json", {"metadata": total, "weight_map": home}
-        )
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": home})
     return files
 
 

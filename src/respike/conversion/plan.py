@@ -56,7 +56,7 @@ class Plan:
         actions = [t.action for t in self.tensors]
         return {
             "source": {
-                "name": self.source.path.name,
+                "name": self.source.path.resolve().name,
                 "family": before.family,
                 "stored_dtype": dtype_name(self.source.stored_dtype),
                 "license": self.source.license,

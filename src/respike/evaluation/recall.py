@@ -71,9 +71,10 @@ class Score:
     chance_frac: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Mean, 95 % interval (Wilson where a trial is right or wrong, else bootstrap), counts."""
+        """Mean, 95 % interval (Wilson where each trial is 0 or 1, else bootstrap), counts."""
         n = len(self.per_trial)
-        if self.task.family == "passkey":
+        # Also when all copies are perfect or none has a word: a bootstrap would see no spread.
+        if ((self.per_trial == 0) | (self.per_trial == 1)).all():
             interval = wilson(int(self.per_trial.sum()), n)
         else:
             interval = mean_interval(self.per_trial)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from respike.errors import DataError
+from respike.errors import DataError, UsageError
 from respike.tokenizer import Tokenizer
 
 
@@ -49,8 +49,14 @@ def contexts(
         Token ids (N, context_tokens), int64.
 
     Raises:
+        UsageError: ``max_tokens`` is less than one context.
         DataError: A file cannot be read, or all of them are too short for one context.
     """
+    if max_tokens < context_tokens:
+        raise UsageError(
+            f"max_tokens {max_tokens} is less than one context of {context_tokens} tokens",
+            hint="raise --max-tokens or lower --context-tokens",
+        )
     piles = []
     for text in [read_text(path) for path in paths] or [builtin_text()]:
         # Four characters a token, with room to spare: no need to tokenize a whole library.
@@ -60,7 +66,7 @@ def contexts(
     rows = []
     for depth in range(max(map(len, piles), default=0)):
         rows += [pile[depth] for pile in piles if depth < len(pile)]
-    rows = rows[: max(1, max_tokens // context_tokens)]
+    rows = rows[: max_tokens // context_tokens]
     if not rows:
         raise DataError(
             f"{', '.join(map(str, paths)) or 'the built-in text'}: too short for one context of "

@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         """
         state = self.init_state(len(tokens)) if state is None else state
         lengths = torch.full((len(tokens),), tokens.shape[1])
-        outputs = []
+        outputs = [self.embedding.new_zeros(len(tokens), 0, self.config.hidden_size)]
         for _, x, _, after in self._chunks(tokens, state, lengths, chunk_tokens):
             state = after
             outputs.append(x)

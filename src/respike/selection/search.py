@@ -6,7 +6,8 @@ copy_damage  Nats per word that copying loses when only this group of the origin
 
 Picks alternate between the largest kl_gain and the largest copy_gain + copy_damage: a group that
 copying cannot do without may show no gain until the others of its circuit are there. Gains are
-measured anew after every few picks; copy_damage does not depend on them. Why addition and not
+measured anew after every few picks, for the groups that stood high enough the time before to be
+picked at all; copy_damage does not depend on the picks. Why addition and not
 removal, and why copying has a say of its own: docs/concepts/selection.md.
 """
 
@@ -21,7 +22,9 @@ from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation.recall import Task, Vocabulary, make_trials
 from respike.layers.attention import FullSoftmax, GroupMixer, WindowSoftmax
-from respike.models.decoder import Decoder
+from respike.layers.span import Span
+from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
+from respike.models.state import DecoderState
 from respike.recipe import Recipe, Rule, SourceShape
 from respike.tokenizer import Tokenizer
 
@@ -48,8 +51,8 @@ class Budget:
     softmax_groups: int
     window_tokens: int = 256
     sink_tokens: int = 4
-    picks_per_round: int = 4
-    copy_trials: int = 6
+    picks_per_round: int = 6
+    copy_trials: int = 4
     seed: int = 0
 
 
@@ -61,6 +64,10 @@ class Selection:
     reasons: list[str] = field(default_factory=list)
     copy_damage: dict[Group, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def copying(self, copy_gain: dict[Group, float]) -> dict[Group, float]:
+        """The measure of a group's worth to copying."""
+        return {group: gain + self.copy_damage[group] for group, gain in copy_gain.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """For the scores file."""
@@ -148,16 +155,16 @@ class _Student:
         self.full = full
         for layer in range(len(self.decoder.layers)):
             self._set(layer, full)
-        self.inputs = []
+        self.inputs: list[tuple[list[Span], list[Tensor]]] = []
         for probe in self.probes:
             state = self.decoder.init_state(len(probe.tokens))
-            span = self.decoder.span(state, probe.tokens.shape[1])
+            spans = self._spans(state, probe.tokens.shape[1])
             x = self.decoder.model.embed_tokens(probe.tokens)
             trail = [x]
             for index in range(len(self.decoder.layers)):
-                x = self._run(index, x, span)
+                x = self._run(index, x, spans)
                 trail.append(x)
-            self.inputs.append((span, trail))
+            self.inputs.append((spans, trail))
 
     def _set(self, layer: int, full: set[Group]) -> None:
         kept = [g for g in self.groups if (layer, g) in full]
@@ -165,10 +172,24 @@ class _Student:
         parts: list[tuple[list[int], GroupMixer]] = [(kept, FullSoftmax()), (rest, self.window)]
         self.decoder.layers[layer].self_attn.set_mixers([p for p in parts if p[0]])
 
-    def _run(self, index: int, x: Tensor, span: Any) -> Tensor:
+    def _spans(self, state: DecoderState, num_tokens: int) -> list[Span]:
+        """The chunks a layer works through, as in a prefill: a window then costs what it sees."""
+        spans = []
+        for begin in range(0, num_tokens, PREFILL_CHUNK_TOKENS):
+            size = min(PREFILL_CHUNK_TOKENS, num_tokens - begin)
+            spans.append(self.decoder.span(state, size))
+            state = DecoderState((), state.tokens_seen + size)
+        return spans
+
+    def _run(self, index: int, x: Tensor, spans: list[Span]) -> Tensor:
         layer = self.decoder.layers[index]
-        out: Tensor = layer(x, span, layer.self_attn.init_state(len(x), x))[0]
-        return out
+        state = layer.self_attn.init_state(len(x), x)
+        sizes = [s.num_tokens for s in spans]
+        outputs = []
+        for span, piece in zip(spans, torch.split(x, sizes, 1), strict=True):
+            out, state = layer(piece, span, state)
+            outputs.append(out)
+        return torch.cat(outputs, 1)
 
     def values(self) -> list[float]:
         """Each probe's value as arranged."""
@@ -180,10 +201,10 @@ class _Student:
         self._set(layer, self.full ^ {group})
         values = []
         for number in probes:
-            span, trail = self.inputs[number]
+            spans, trail = self.inputs[number]
             x = trail[layer]
             for index in range(layer, len(self.decoder.layers)):
-                x = self._run(index, x, span)
+                x = self._run(index, x, spans)
             values.append(self.probes[number].value(x))
         self._set(layer, self.full)
         return values
@@ -212,9 +233,16 @@ def select(
     every = [
         (i, g) for i in range(config.num_hidden_layers) for g in range(config.num_key_value_heads)
     ]
+    if len(config.softmax_groups()) < len(every):
+        raise UsageError(
+            f"the model has full softmax in {len(config.softmax_groups())} of its {len(every)} KV "
+            "groups only; the others would be measured as what they are not",
+            hint="run `respike select` on the original",
+        )
     if not 0 < budget.softmax_groups <= len(every):
         raise UsageError(
-            f"--softmax-groups {budget.softmax_groups}: the model has {len(every)} KV groups"
+            f"--softmax-groups {budget.softmax_groups}: expected 1 to {len(every)}, the number of "
+            "KV groups of the model"
         )
     if contexts.shape[1] < 2 * budget.window_tokens:
         raise UsageError(
@@ -234,12 +262,14 @@ def select(
     try:
         with torch.inference_mode():
             student, result = _prepare(decoder, tokenizer, contexts, budget), Selection()
+            intact = student.values()[1]
             for group in every:
-                damaged = student.values_with(group, [1])[0]
-                result.copy_damage[group] = damaged - student.values()[1]
+                result.copy_damage[group] = student.values_with(group, [1])[0] - intact
                 tick()
             while len(result.picked) < budget.softmax_groups:
-                _round(student, every, budget, result, tick)
+                promising = _promising(every, budget, result)
+                _round(student, promising, budget, result, tick)
+                done = len(every) * (len(result.rounds) + 1)
             student.arrange(set(result.picked))
             kl, copy = student.values()
             last = {"kept": list(result.picked), "kl": kl, "copy": copy}
@@ -253,7 +283,7 @@ def select(
 def _prepare(decoder: Decoder, tokenizer: Tokenizer, contexts: Tensor, budget: Budget) -> _Student:
     """Probes, and the student arranged as the original."""
     device = decoder.embedding.device
-    lag = budget.window_tokens + max(64, budget.window_tokens // 2)
+    lag = budget.window_tokens + 64
     trials = make_trials(
         Vocabulary(tokenizer), Task("copy", lag), budget.copy_trials, seed=budget.seed
     )
@@ -270,9 +300,22 @@ def _prepare(decoder: Decoder, tokenizer: Tokenizer, contexts: Tensor, budget: B
     return student
 
 
+def _promising(every: list[Group], budget: Budget, result: Selection) -> list[Group]:
+    """The groups worth measuring again: by either measure among the best for what is left."""
+    if not result.rounds:
+        return every
+    last = result.rounds[-1]
+    number = 2 * (budget.softmax_groups - len(result.picked))
+    best: set[Group] = set()
+    for scores in (last["kl_gain"], result.copying(last["copy_gain"])):
+        left = [g for g in scores if g not in result.picked]
+        best |= set(sorted(left, key=lambda g: -scores[g])[:number])
+    return sorted(best)
+
+
 def _round(
     student: _Student,
-    every: list[Group],
+    groups: list[Group],
     budget: Budget,
     result: Selection,
     tick: Callable[[], None],
@@ -281,10 +324,9 @@ def _round(
     student.arrange(set(result.picked))
     kl, copy = student.values()
     kl_gain, copy_gain = {}, {}
-    for group in every:
-        if group not in result.picked:
-            with_kl, with_copy = student.values_with(group, [0, 1])
-            kl_gain[group], copy_gain[group] = kl - with_kl, copy - with_copy
+    for group in groups:
+        with_kl, with_copy = student.values_with(group, [0, 1])
+        kl_gain[group], copy_gain[group] = kl - with_kl, copy - with_copy
         tick()
     result.rounds.append(
         {
@@ -295,7 +337,7 @@ def _round(
             "copy_gain": copy_gain,
         }
     )
-    copying = {g: copy_gain[g] + result.copy_damage[g] for g in copy_gain}
+    copying = result.copying(copy_gain)
     for _ in range(min(budget.picks_per_round, budget.softmax_groups - len(result.picked))):
         by_copy = len(result.picked) % 2 == 0
         scores = copying if by_copy else kl_gain

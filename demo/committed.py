@@ -1,0 +1,66 @@
+"""Result files of earlier runs in benchmarks/results: labelled, never mixed with this run's."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from respike.errors import DataError
+
+CONTEXT_KEYS = ("machine", "date", "commit", "models", "rows", "skipped", "settings")
+FRONTIER_KEYS = ("machine", "date", "commit", "model", "text", "rows")
+
+
+@dataclass
+class Committed:
+    """What was found; each result carries its file name under ``file``."""
+
+    context: dict[str, Any] | None = None
+    """The newest context_*.json."""
+    frontiers: list[dict[str, Any]] = field(default_factory=list)
+    """The newest frontier_*.json of each model."""
+
+    def lines(self) -> list[str]:
+        """What to tell on the terminal."""
+        found = [self.context] if self.context else []
+        lines = [f"with {origin(r)}" for r in found + self.frontiers]
+        if not self.context:
+            lines.append("no committed benchmarks/results/context_*.json: no longer lengths")
+        if not self.frontiers:
+            lines.append("no committed benchmarks/results/frontier_*.json: no frontier")
+        return lines
+
+
+def origin(result: dict[str, Any]) -> str:
+    """File, machine, date and commit of a result, in words."""
+    machine = result["machine"]
+    name = machine.get("processor", "unknown processor")
+    threads = machine.get("threads")
+    where = f"{name}, {threads} thread{'s' * (threads != 1)}" if threads else name
+    return f"{result['file']} ({where}; {result['date']}; commit {result['commit'] or 'unknown'})"
+
+
+def read_committed(folder: Path) -> Committed:
+    """Everything of use in a results folder, which may be missing.
+
+    Raises:
+        DataError: A file is not JSON or lacks what its kind must have.
+    """
+    contexts = [_read(p, CONTEXT_KEYS) for p in sorted(folder.glob("context_*.json"))]
+    frontiers = [_read(p, FRONTIER_KEYS) for p in sorted(folder.glob("frontier_*.json"))]
+    newest = max(contexts, key=lambda r: r["date"], default=None)
+    by_model: dict[str, dict[str, Any]] = {}
+    for result in sorted(frontiers, key=lambda r: r["date"]):
+        by_model[result["model"]] = result
+    return Committed(newest, list(by_model.values()))
+
+
+def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable result file: {error}") from error
+    missing = [k for k in keys if not isinstance(result, dict) or k not in result]
+    if missing:
+        raise DataError(f"{path}: not a result of its kind: {', '.join(missing)} missing")
+    return {**result, "file": path.name}

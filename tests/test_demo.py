@@ -1,0 +1,413 @@
+"""The demo's report from made-up results, and the timing script on a pico model."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+
+import context
+import report
+from committed import read_committed
+
+from respike.errors import BackendError, DataError
+from tiny import save_tiny
+
+ROLES = ("original", "converted", "window")
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+)  # fmt: skip
+
+
+# ---- made-up results -------------------------------------------------------------------------
+
+
+def bucket(low: int, high: int, kl: float) -> dict[str, Any]:
+    return {
+        "from_tokens": low, "to_tokens": high, "predictions": 4 * (high - low),
+        "nats_reference": 2.5, "nats": 2.5 + kl, "nats_added": kl,
+        "nats_added_95": [0.9 * kl, 1.1 * kl], "kl_nats": kl, "kl_nats_95": [0.8 * kl, 1.2 * kl],
+        "top1_agreement_frac": 0.93,
+    }  # fmt: skip
+
+
+def check(scale: float) -> dict[str, Any]:
+    edges = [(0, 256), (256, 512), (512, 1024), (1024, 2048)]
+    buckets = [bucket(*edge, kl=scale * i) for i, edge in enumerate(edges)]
+    return {"buckets": buckets, "beyond": bucket(256, 2048, 2 * scale)}
+
+
+def recall_row(task: str, reach: int, found: tuple[float, float, float]) -> dict[str, Any]:
+    scores = {
+        role: {
+            "accuracy_frac": value,
+            "accuracy_95": [max(0, value - 0.2), min(1, value + 0.1)],
+            "lost_frac": found[0] - value,
+            "lost_95": [found[0] - value - 0.1, found[0] - value + 0.1],
+        }
+        for role, value in zip(ROLES, found, strict=True)
+    }
+    return {"task": task, "trials": 6, "chance_frac": 0.01, "reach_tokens": reach, "scores": scores}
+
+
+def timing(models: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, Any]:
+    rows = []
+    for length in lengths:
+        for number, model in enumerate(models):
+            seconds = length / 1000 * (1 + length / (8000 * (1 + 3 * number)))
+            runs = [
+                {
+                    "ttft_seconds": seconds * drift,
+                    "prefill_tokens_per_second": length / seconds / drift,
+                    "decode_tokens_per_second": 40 / (1 + length / 8000 / (1 + number)),
+                    "state_bytes": 23040 * length // (1 + 4 * number),
+                    "base_rss_bytes": 500 << 20,
+                    "peak_rss_bytes": 700 << 20,
+                }
+                for drift in (0.9, 1.0, 1.2)
+            ]
+            rows.append(context.summary(model, length, runs))
+    machine = {
+        "processor": "Made-up 9000", "cores": 2, "threads": 2, "cpu_features": ["avx2", "fma"],
+        "kernels": {"rms_norm": "native avx2"},
+    }  # fmt: skip
+    return {
+        "machine": machine, "date": "2026-01-02", "commit": "abc1234", "rows": rows,
+        "skipped": [{"model": "original", "context_tokens": 1 << 20, "reason": "too slow here"}],
+        "settings": {"repeats": 3, "path": context.PATH_NOTE},
+        "models": {m: {"fingerprint": f"{m}-print", "dtype": "bf16"} for m in models},
+    }  # fmt: skip
+
+
+def conversion(recipe: str, kept: int) -> dict[str, Any]:
+    return {
+        "folder": f"demo/out/{recipe}", "recipe": recipe, "window_tokens": 256, "sink_tokens": 4,
+        "fingerprint": recipe, "softmax_groups": kept, "kv_groups": 90,
+        "growth_bytes_per_token": 256 * kept,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """A complete run, with numbers that are easy to find again."""
+    tokens = [1 << n for n in range(8, 21)]
+    shares = {"original": 23040, "converted": 4608, "window": 0}
+    return copy.deepcopy({
+        "command": "python demo/run.py", "commit": "abc1234", "date": "2026-01-02",
+        "versions": {"python": "3.11", "torch": "2.13", "respike": "0.1.0"},
+        "steps": [{"title": "Look", "commands": ["respike inspect <M>"], "seconds": 1.5}],
+        "original": {
+            "name": "Pico-1M.gguf", "family": "llama", "license": "apache-2.0",
+            "parameters": 1234567, "layers": 30, "heads": 9, "groups_per_layer": 3,
+            "trained_tokens": 8192, "growth_bytes_per_token": 23040,
+        },
+        "convert": {
+            "converted": conversion("retrieval", 18), "window": conversion("window", 0),
+            "about": "Keeps what recall needs.", "layers": [("0-29", "window 256 + 4 sinks")],
+            "keeps_softmax": [[(i + g) % 5 == 0 for g in range(3)] for i in range(30)],
+        },
+        "state": {
+            "tokens": tokens,
+            "bytes": {r: [5990400 + share * n for n in tokens] for r, share in shares.items()},
+        },
+        "fingerprints": {r: f"{r}-print" for r in ROLES},
+        "check": {
+            "text": "made-up text", "contexts": 4, "context_tokens": 2048,
+            "models": {"converted": check(0.0123), "window": check(0.0456)},
+        },
+        "recall": [
+            recall_row("copy lag 512", 512, (0.17, 0.16, 0.0)),
+            recall_row("passkey length 1024 depth 0.1", 922, (1.0, 0.83, 0.0)),
+            recall_row("multi-query pairs 16", 128, (0.7, 0.7, 0.7)),
+        ],
+        "question": {
+            "fact": "The key is in the tin.", "question": "Where is the key?",
+            "prompt_tokens": 640, "max_tokens": 48,
+            "answers": {r: f"<b>{r}</b> says & so" for r in ROLES},
+        },
+        "context": timing(ROLES[:2], (1024, 2048, 4096, 8192)),
+    })  # fmt: skip
+
+
+def frontier() -> dict[str, Any]:
+    rows = []
+    kinds = [
+        ("original", 90),
+        ("window", 0),
+        ("even", 24),
+        *(("retrieval", n) for n in (6, 12, 18)),
+    ]
+    for kind, groups in kinds:
+        size = {str(n): 5990400 + 256 * groups * n for n in (2048, 8192, 65536)}
+        copied = {"accuracy_frac": groups / 100, "accuracy_95": [groups / 120, groups / 90]}
+        rows.append({
+            "name": f"{kind} {groups}", "kind": kind, "softmax_groups": groups,
+            "state_bytes": size, "beyond": bucket(256, 2048, 0.1 / (1 + groups)), "copy": copied,
+        })  # fmt: skip
+    return {
+        "model": "Pico-1M.gguf", "machine": {"processor": "Made-up 9000", "threads": 2},
+        "date": "2026-01-03", "commit": "def5678", "text": "12 made-up contexts", "rows": rows,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A results folder with two context files, of which the later counts, and a frontier."""
+    old = timing(("original",), (32768,)) | {"date": "2025-01-01"}
+    (tmp_path / "context_old.json").write_text(json.dumps(old))
+    new = timing(("original", "converted"), (16384, 65536)) | {"date": "2026-02-02"}
+    new["models"]["converted"]["fingerprint"] = "of another recipe"
+    (tmp_path / "context_new.json").write_text(json.dumps(new))
+    (tmp_path / "frontier_pico.json").write_text(json.dumps(frontier()))
+    return tmp_path
+
+
+# ---- the report ------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What matters of a page: open tags, ids, addresses, text."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.labels: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.addresses += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        self.labels += [values["aria-label"] or ""] if tag == "svg" else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_self_contained_and_well_formed(results: dict, folder: Path) -> None:
+    html = report.render(results, read_committed(folder))
+    page = Page(html)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert not re.search(r"https?://", html)
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert {a[1:] for a in page.addresses} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_every_section_and_plot_is_there(results: dict, folder: Path) -> None:
+    page = Page(report.render(results, read_committed(folder)))
+    assert {name for name, _, _ in report.SECTIONS} <= set(page.ids)
+    assert len(page.labels) == 8
+    assert all(len(label) > 30 for label in page.labels)
+
+
+def test_figures_of_the_run_and_of_the_files_are_shown(results: dict, folder: Path) -> None:
+    text = Page(report.render(results, read_committed(folder))).text
+    assert "18 of 90 KV groups" in text
+    assert "KL 0.025 nats a token [0.020, 0.030]" in text  # KL beyond the window
+    assert "passkey length 1024 depth 0.1 (6 trials): original 1.00, converted 0.83" in text
+    assert "22.5 GiB" in text  # the original's state at 1M tokens
+    assert "original-prin" in text
+    assert "too slow here" in text
+    assert "65,536" in text
+    assert "context_new.json" in text
+    assert "context_old.json" not in text
+    assert "Other weights or another recipe than this run's: converted" in text
+    assert "12 made-up contexts" in text
+    assert "<b>converted</b> says & so" in text  # a model's words are never markup
+
+
+def test_missing_results_are_said(results: dict, tmp_path: Path) -> None:
+    committed = read_committed(tmp_path / "nothing")
+    text = Page(report.render(results, committed)).text
+    assert "no committed benchmarks/results/context_*.json" in text
+    assert "no committed benchmarks/results/frontier_*.json" in text
+    assert len(committed.lines()) == 2
+
+
+def test_a_run_without_timed_points_still_has_a_report(results: dict, tmp_path: Path) -> None:
+    results["context"]["rows"] = []
+    assert "too slow for a timed run" in report.render(results, read_committed(tmp_path))
+
+
+def test_small_differences_in_speed_are_ties(results: dict) -> None:
+    assert "(1.6x), decode 19.8 against 26.5 tokens/s (1.3x)" in report.summary_lines(results)[4]
+    for row in results["context"]["rows"]:
+        row["decode_tokens_per_second"]["median"] = 20.0
+    assert "decode 20.0 against 20.0 tokens/s (a tie)" in report.summary_lines(results)[4]
+
+
+def test_a_committed_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "context_x.json").write_text('{"rows": []}')
+    with pytest.raises(DataError, match=r"context_x.json: not a result of its kind: machine"):
+        read_committed(tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: make system-deps")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_page_fits_its_window(results: dict, folder: Path, width: int, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(report.render(results, read_committed(folder)))
+    # In a frame, because a window of Chromium may not be as narrow as a phone.
+    (tmp_path / "frame.html").write_text(
+        f'<body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;'
+        'height:9000px" onload="document.title=contentDocument.documentElement.scrollWidth">'
+    )
+    shot = tmp_path / "shot.png"
+    command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--allow-file-access-from-files", f"--window-size={max(width, 500)},9000"]
+    address = f"file://{tmp_path}/frame.html"
+    subprocess.run([*command, f"--screenshot={shot}", address], capture_output=True, check=True)
+    assert len(np.unique(imread(shot)[:, :width].reshape(-1, 4), axis=0)) > 50, "blank"
+    dump = subprocess.run([*command, "--dump-dom", address], capture_output=True, check=True)
+    (needed,) = re.findall(rb"<title>(\d+)</title>", dump.stdout)
+    assert int(needed) <= width, "the page is wider than its window"
+
+
+# ---- the timing script -----------------------------------------------------------------------
+
+
+class Local:
+    """A `context.Child` without a process; it may be told to end before a length."""
+
+    def __init__(self, path: str, dtype: str | None, threads: int) -> None:
+        self.runner = context.Runner(path, dtype, threads)
+        self.facts = self.runner.facts()
+        self.calls: list[int] = []
+        self.ends_at = 10**9
+
+    def run(self, length: int, decode_tokens: int, seed: int) -> dict[str, float]:
+        if length >= self.ends_at:
+            raise context.ChildError("its process has ended")
+        self.calls.append(length)
+        return self.runner.run(length, decode_tokens, seed)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def pico(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model on disk; measurements stay in this process and leave its memory marks alone."""
+    monkeypatch.setattr(context, "Child", Local)
+    monkeypatch.setattr(context, "WARM_UP_TOKENS", 8)
+    save_tiny(tmp_path)
+    return tmp_path
+
+
+def test_rows_hold_what_was_measured(pico: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    result = context.measure(
+        {"a": pico, "b": pico}, [64, 32], repeats=2, decode_tokens=3, threads=1,
+        dtype="f32", progress=lambda *step: seen.append(step),
+    )  # fmt: skip
+    assert [(r["context_tokens"], r["model"], r["n"]) for r in result["rows"]] == [
+        (32, "a", 2), (32, "b", 2), (64, "a", 2), (64, "b", 2),
+    ]  # fmt: skip
+    per_token = 2 * 4 * 3 * 8 * 4  # k and v, layers, groups, head_dim, f32
+    assert [r["state_bytes"] for r in result["rows"]] == [n * per_token for n in (32, 32, 64, 64)]
+    for row in result["rows"]:
+        assert 0 < row["ttft_seconds"]["min"] <= row["ttft_seconds"]["median"]
+        assert row["peak_rss_bytes"] >= row["base_rss_bytes"] > 1 << 20
+    assert seen[-1] == (384, 384)
+    assert result["skipped"] == []
+    assert result["models"]["a"]["fingerprint"]
+    assert result["machine"]["cores"]
+    assert "plain PyTorch" in result["settings"]["path"]
+    json.dumps(result)
+    assert "32" in context.text_table(result)
+
+
+def test_lengths_that_would_take_too_long_are_skipped(pico: Path) -> None:
+    result = context.measure(
+        {"a": pico}, [32, 64], repeats=1, decode_tokens=1, threads=1, max_seconds=1e-9
+    )
+    assert [r["context_tokens"] for r in result["rows"]] == [32]
+    (gap,) = result["skipped"]
+    assert gap["context_tokens"] == 64
+    assert "more than 1e-09 s" in gap["reason"]
+    assert "skipped: a at 64" in context.text_table(result)
+
+
+def test_a_child_that_dies_costs_only_its_own_points(pico: Path) -> None:
+    children = {name: Local(str(pico), "f32", 1) for name in ("a", "b")}
+    children["b"].ends_at = 64
+    seen: list[int] = []
+    session = context.Session(children, 1, 1, 600)
+    for length in (32, 64, 128):
+        session.measure(length, seen.append)
+    assert [(r["model"], r["context_tokens"]) for r in session.rows] == [
+        ("a", 32), ("b", 32), ("a", 64), ("a", 128),
+    ]  # fmt: skip
+    assert [(g["model"], g["context_tokens"]) for g in session.skipped] == [("b", 64), ("b", 128)]
+
+
+def test_models_take_turns() -> None:
+    order: list[str] = []
+    seen: list[int] = []
+
+    class Fake:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, *_: int) -> dict[str, float]:
+            order.append(self.name)
+            keys = ("ttft_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
+            sizes = ("state_bytes", "base_rss_bytes", "peak_rss_bytes", "seconds")
+            return {key: 1.0 for key in (*keys, *sizes)}
+
+    context.Session({n: Fake(n) for n in "ab"}, 3, 1, 600).measure(8, seen.append)
+    assert seen[-1] == 6 * 8
+    assert order == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_seconds_are_predicted_by_the_last_trend() -> None:
+    assert context.predicted_seconds([], 64) == 0
+    assert context.predicted_seconds([(10, 1.0)], 20) == 4
+    assert context.predicted_seconds([(10, 1.0), (20, 2.0)], 40) == pytest.approx(4)
+    assert context.predicted_seconds([(10, 1.0), (20, 9.0)], 40) == pytest.approx(36)
+    assert context.predicted_seconds([(10, 2.0), (20, 1.0)], 40) == pytest.approx(2)
+
+
+def test_a_model_that_is_not_there_is_an_error_and_not_a_hang() -> None:
+    class End:
+        def recv(self) -> object:
+            return BackendError("no such model")
+
+    child = object.__new__(context.Child)
+    child.path, child.pipe = "x", End()
+    with pytest.raises(BackendError, match="no such model"):
+        child._answer()
