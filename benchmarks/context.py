@@ -319,8 +319,8 @@ def text_table(report: Mapping[str, Any]) -> str:
             spread(row, "ttft_seconds", 2),
             f"{row['prefill_tokens_per_second']['median']:.0f}",
             spread(row, "decode_tokens_per_second", 1),
-            human_bytes(float(row["state_bytes"])),
-            human_bytes(float(row["peak_rss_bytes"])),
+            human_bytes(row["state_bytes"]),
+            human_bytes(row["peak_rss_bytes"]),
         )
         for row in report["rows"]
     ]

@@ -28,7 +28,7 @@ from respike.evaluation import (
     recall,
 )
 from respike.loading import Model, load
-from respike.models.decoder import build_mixers
+from respike.models.decoder import PREFILL_CHUNK_TOKENS, build_mixers
 from respike.recipe import Evenly, Recipe, Rule, apply_recipe, load_recipe
 
 CONTEXT_TOKENS = 2048
@@ -36,7 +36,9 @@ BEYOND_TOKENS = 256
 """KL "beyond the window" is over predictions from at least this many tokens, in every row."""
 
 
-def candidates(selected: Recipe, scores: dict[str, Any], kept: list[int]) -> list[tuple[str, Recipe]]:
+def candidates(
+    selected: Recipe, scores: dict[str, Any], kept: list[int]
+) -> list[tuple[str, Recipe]]:
     """Recipes to compare, with the kind each is drawn as."""
 
     def window(tokens: int, sinks: int) -> Recipe:
@@ -73,11 +75,16 @@ def wear(model: Model, config: ModelConfig) -> None:
 
 
 def row(
-    model: Model, config: ModelConfig, reference: Reference, tasks: list[Task], trials: int
+    model: Model,
+    config: ModelConfig,
+    reference: Reference,
+    tasks: list[Task],
+    trials: int,
+    chunk_tokens: int,
 ) -> dict[str, Any]:
     """Everything measured of one config."""
     wear(model, config)
-    distances = reference.compare(model.decoder)
+    distances = reference.compare(model.decoder, chunk_tokens=chunk_tokens)
     total = reference.contexts.shape[1]
     vocabulary = Vocabulary(model.tokenizer)
     scores = [recall(model.decoder, vocabulary, task, trials=trials) for task in tasks]
@@ -104,7 +111,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24_576)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--groups", default="6,12,18,24")
-    parser.add_argument("--dtype", default="f32")
+    parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     set_threads(options.threads)
@@ -121,11 +128,13 @@ def main() -> None:
     scores = json.loads(options.selected.with_suffix(".scores.json").read_text(encoding="utf-8"))
     kept = [int(n) for n in options.groups.split(",")]
     recipes = candidates(load_recipe(str(options.selected)), scores, kept)
-    configs = [("original", "original", original)]
+    configs = [("original", "original", original), ("floor", "original, other chunks", original)]
     configs += [(kind, r.name, apply_recipe(r, original)) for kind, r in recipes]
     rows = []
     for kind, name, config in configs:
-        measured = row(model, config, reference, tasks, options.trials)
+        # The floor: the same model, worked through in other chunks, so rounded elsewhere.
+        chunk = 192 if kind == "floor" else PREFILL_CHUNK_TOKENS
+        measured = row(model, config, reference, tasks, options.trials, chunk)
         rows.append({"name": name, "kind": kind, **measured})
         beyond, copy = measured["beyond"], measured["copy"]
         print(f"{name:32} KL {beyond['kl_nats']:.4f}  copy {copy['accuracy_frac']:.3f}", flush=True)

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from respike.cli.show import human_bytes
-
 TIE = 1.3
 """Speeds closer than this factor are a tie: machines of this kind drift by 25 %."""
 
@@ -14,6 +12,11 @@ def paragraph(text: str, kind: str = "") -> str:
     """A paragraph; ``kind`` is a class of the style sheet."""
     attribute = f' class="{kind}"' if kind else ""
     return f"<p{attribute}>{escape(text)}</p>"
+
+
+def plural(count: int, word: str) -> str:
+    """Such as 2 threads."""
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def listing(items: Sequence[str], kind: str = "") -> str:
@@ -65,11 +68,6 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]])
 
 def _numeric(text: str) -> bool:
     return text[:1].isdigit() or text[:1] in ("-", "+") or text.startswith("not ")
-
-
-def size(count: int) -> str:
-    """Such as 256.5 MiB."""
-    return human_bytes(float(count))
 
 
 def interval(low_high: Sequence[float], digits: int) -> str:

@@ -34,7 +34,7 @@ STYLE = {
     "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5,
     "lines.markersize": 4.5, "svg.fonttype": "path", "figure.constrained_layout.use": True,
 }  # fmt: skip
-WIDTH = 4.7
+WIDTH = 4.2
 """Inches; at 72 points an inch the text is as large on a phone's screen as on paper."""
 
 
@@ -98,26 +98,34 @@ def short_bytes(count: float, _position: object = None) -> str:
 
 def legend(figure: Figure, axes: Axes, columns: int) -> None:
     """Above the axes, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=2.4)
+    # Drawn objects come sorted by kind; this run's belong first.
+    pairs = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=committed_last)
+    figure.legend(
+        *zip(*pairs, strict=True), loc="outside upper center", ncols=columns, handlelength=2.4
+    )
+
+
+def committed_last(pair: tuple[object, str]) -> bool:
+    """A sort key that keeps the order otherwise."""
+    return pair[1].endswith("committed")
 
 
 def state_plot(state: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """Bytes of state against context: computed lines, measured dots."""
     with plot() as (figure, axes):
         for role, values in state["bytes"].items():
-            axes.plot(state["tokens"], values, "--", color=COLOURS[role], label=f"{role}, computed")
+            axes.plot(state["tokens"], values, "--", color=COLOURS[role], label=role)
             mine = [row for row in rows if row["model"] == role]
-            axes.plot(
-                [r["context_tokens"] for r in mine], [r["state_bytes"] for r in mine],
-                MARKERS[role], color=COLOURS[role], label=f"{role}, measured" if mine else None,
-            )  # fmt: skip
+            places, counted = (
+                [row[key] for row in mine] for key in ("context_tokens", "state_bytes")
+            )
+            axes.plot(places, counted, MARKERS[role], color=COLOURS[role])
         axes.set_yscale("log", base=2)
         tokens_axis(axes, state["tokens"])
         axes.set_yticks([1 << n for n in range(22, 37, 2)])
         axes.yaxis.set_major_formatter(FuncFormatter(short_bytes))
         axes.set_ylabel("state of one sequence")
-        legend(figure, axes, 2)
+        legend(figure, axes, 3)
         ends = ", ".join(f"{r} {short_bytes(round(v[-1], -6))}" for r, v in state["bytes"].items())
         alt = f"State bytes against context length, both axes logarithmic. At 1M tokens: {ends}."
         return svg(figure, "state", alt)
@@ -129,9 +137,9 @@ def context_plot(
     """Median and range of one measure against context; ``earlier`` are committed results."""
     with plot() as (figure, axes):
         for role in ("original", "converted"):
-            draw_range(
-                axes, [r for r in live if r["model"] == role], key, role, f"{role}, this run"
-            )
+            mine = [row for row in live if row["model"] == role]
+            if mine:
+                draw_range(axes, mine, key, role, f"{role}, this run")
         old = earlier["rows"] if earlier else []
         for name in dict.fromkeys(row["model"] for row in old):
             mine = [row for row in old if row["model"] == name]
@@ -284,7 +292,7 @@ def frontier_point(row: Mapping[str, Any], measure: str) -> tuple[float, float, 
 
 def layer_map(grid: Sequence[Sequence[bool]]) -> str:
     """Layers across, KV groups down; filled cells keep full softmax."""
-    step, left, top = 12, 30, 4
+    step, left, top = 12, 20, 4
     layers, groups = len(grid), len(grid[0])
     parts = []
     for x, layer in enumerate(grid):
@@ -293,13 +301,13 @@ def layer_map(grid: Sequence[Sequence[bool]]) -> str:
             kind = "keeps" if kept else "streams"
             parts.append(f'<rect class="{kind}" {place}/>')
     for x in range(0, layers, 5):
-        at = f'x="{left + x * step + 5}" y="{top + groups * step + 11}"'
+        at = f'x="{left + x * step + 5}" y="{top + groups * step + 12}"'
         parts.append(f'<text {at} text-anchor="middle">{x}</text>')
     for y in range(groups):
         at = f'x="{left - 5}" y="{top + y * step + 8.5}"'
         parts.append(f'<text {at} text-anchor="end">{y}</text>')
     kept = [f"{i}.{g}" for i, layer in enumerate(grid) for g, keeps in enumerate(layer) if keeps]
     alt = f"Layer.group pairs that keep full softmax: {', '.join(kept) or 'none'}."
-    size = f"0 0 {left + layers * step} {top + groups * step + 14}"
+    size = f"0 0 {left + layers * step} {top + groups * step + 16}"
     inner = "".join(parts)
     return f'<svg class="map" role="img" aria-label="{alt}" viewBox="{size}">{inner}</svg>'

@@ -19,6 +19,8 @@ from sections import (
     what_changed,
 )
 
+from respike.cli.show import human_bytes
+
 
 def rows_of(results: Results, role: str) -> list[dict[str, Any]]:
     """Live timing rows of one model, ascending."""
@@ -65,7 +67,7 @@ def summary_lines(results: Results) -> list[str]:
         f"Recall, {task['task']} ({task['trials']} trials): original {found['original']}, "
         f"converted {found['converted']}, window alone {found['window']}.",
         f"State of one sequence at 1,048,576 tokens, computed: original "
-        f"{page.size(million['original'])}, converted {page.size(million['converted'])} "
+        f"{human_bytes(million['original'])}, converted {human_bytes(million['converted'])} "
         f"({million['original'] / million['converted']:.1f}x less).",
         speed_line(results),
     ]
@@ -104,7 +106,7 @@ def glance(results: Results, _committed: Committed) -> str:
             results["fingerprints"][role][:12],
             f"{check['beyond']['kl_nats']:.3f}" if check else "0 (itself)",
             *(f"{t['scores'][role]['accuracy_frac']:.2f}" for t in tasks.values()),
-            page.size(state_at(results, role, length)),
+            human_bytes(state_at(results, role, length)),
             f"{timed['ttft_seconds']['median']:.2f}" if timed else "not timed",
             f"{timed['decode_tokens_per_second']['median']:.1f}" if timed else "not timed",
         ))  # fmt: skip
@@ -117,7 +119,7 @@ def glance(results: Results, _committed: Committed) -> str:
         page.listing(summary_lines(results), "short")
         + page.table(f"One artefact a row; state and times at {length:,} tokens", header, rows)
         + page.paragraph(
-            f"converted is the recipe {results['convert']['converted']['recipe']}. window is a "
+            f"Converted: the recipe {results['convert']['converted']['recipe']}. Window: a "
             f"strawman with the same window ({window} tokens) and sinks everywhere and nothing "
             "else: it shows what is lost when no KV group may look further back. A file stored in "
             "fewer bits is measured as it is dequantised: that is the original here.",
@@ -164,8 +166,7 @@ def limits(results: Results, _committed: Committed) -> str:
         "This is a small model, where attention is a large share of the work: the gain in time "
         "shrinks as models grow.",
         f"Samples are small: {check['contexts']} contexts of {check['text']}, {trials} trials a "
-        "task. A window alone looks fine on the first rows of the KL table and finds nothing far "
-        "back: never judge by perplexity alone.",
+        "task. Never judge by perplexity alone: compare the window's KL with what it finds.",
     ])  # fmt: skip
 
 

@@ -7,6 +7,8 @@ import page
 import plots
 from committed import Committed, origin
 
+from respike.cli.show import human_bytes
+
 Results = dict[str, Any]
 GOOD_FRAC = 0.8
 """A recall task counts where the original itself finds at least this share."""
@@ -137,7 +139,7 @@ def memory(results: Results, _committed: Committed) -> str:
     """State bytes against context."""
     state = results["state"]
     rows = [
-        (f"{n:,}", *(page.size(values[i]) for values in state["bytes"].values()))
+        (f"{n:,}", *(human_bytes(values[i]) for values in state["bytes"].values()))
         for i, n in enumerate(state["tokens"])
         if n in (1024, 8192, 65536, 1 << 20)
     ]
@@ -167,8 +169,8 @@ def timing_table(report: Results, caption: str) -> str:
             f"{row['prefill_tokens_per_second']['median']:,.0f}",
             f"{row['decode_tokens_per_second']['median']:.1f} "
             f"{_range(row['decode_tokens_per_second'], 1)}",
-            page.size(row["state_bytes"]),
-            page.size(row["peak_rss_bytes"]),
+            human_bytes(row["state_bytes"]),
+            human_bytes(row["peak_rss_bytes"]),
         )
         for row in report["rows"]
     ]
@@ -203,8 +205,9 @@ def speed(results: Results, committed: Committed) -> str:
     settings = report["settings"]
     text = (
         f"Random tokens, the two models taking turns, {settings['repeats']} repeats after a "
-        f"warm-up, {report['machine']['threads']} threads; {settings['path']}. Brackets are the "
-        f"smallest and the largest value. Differences below {page.TIE}x are a tie: machines drift."
+        f"warm-up, {page.plural(report['machine']['threads'], 'thread')}; {settings['path']}. "
+        "Brackets are the smallest and the largest value. Differences below "
+        f"{page.TIE}x are a tie: machines drift."
     )
     return (
         page.paragraph(text)
@@ -222,7 +225,7 @@ def longer(results: Results, committed: Committed) -> str:
         )
     mine = set(results["fingerprints"].values())
     foreign = [n for n, facts in report["models"].items() if facts["fingerprint"] not in mine]
-    text = f"Not of this run: from {origin(report)}. {report['settings']['path']}."
+    text = f"Not of this run: from {origin(report)}; {report['settings']['path']}."
     if foreign:
         text += f" Other weights or another recipe than this run's: {', '.join(foreign)}."
     return page.paragraph(text) + timing_table(report, f"From {report['file']}")
@@ -251,7 +254,7 @@ def one_frontier(result: Results, number: int) -> str:
         (
             row["name"],
             row["softmax_groups"],
-            page.size(row["state_bytes"][length]),
+            human_bytes(row["state_bytes"][length]),
             f"{row['beyond']['kl_nats']:.4f} {page.interval(row['beyond']['kl_nats_95'], 4)}",
             f"{row['copy']['accuracy_frac']:.2f} {page.interval(row['copy']['accuracy_95'], 2)}",
         )

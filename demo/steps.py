@@ -40,7 +40,7 @@ from respike.recipe import load_recipe
 ROLES = ("original", "converted", "window")
 CONTEXT_TOKENS, MAX_TOKENS = 2048, 8192
 RECALL = (
-    "copy:512", "passkey:1024:0.1", "passkey:1024:0.5", "passkey:1024:0.9", "multi-query:16",
+    "copy:512", "passkey:1024:0.1", "passkey:1024:0.5", "passkey:1024:0.9", "multi-query:64",
 )  # fmt: skip
 TRIALS = 6
 STATE_LENGTHS = tuple(1 << n for n in range(8, 21))
@@ -69,6 +69,11 @@ class Run:
         """Where the conversion by a recipe goes."""
         stem = self.model.stem.lower().removesuffix("-instruct")
         return self.out / f"{stem}-{Path(recipe).stem}"
+
+    @property
+    def notes(self) -> Path:
+        """The question as it is asked."""
+        return self.out / "notes.txt"
 
     @property
     def paths(self) -> dict[str, Path]:
@@ -265,6 +270,7 @@ def recall_row(task: Task, scores: dict[str, Score], reach: int) -> dict[str, An
 def ask_the_same(run: Run) -> None:
     page = builtin_text()[:2500]
     content = f"Here are my notes.\n\n{FACT}\n\n{page}\n\nEnd of the notes. {QUESTION}"
+    run.notes.write_text(content, encoding="utf-8")
     answers: dict[str, str] = {}
     for role, model in run.models.items():
         tokens = model.tokenizer.chat([{"role": "user", "content": content}])
@@ -297,7 +303,7 @@ def time_and_memory(run: Run) -> None:
     run.results["context"] = report
     print(indented(context.text_table(report)))
     at_1m = STATE_LENGTHS.index(1 << 20)
-    sizes = {r: human_bytes(float(b[at_1m])) for r, b in run.results["state"]["bytes"].items()}
+    sizes = {r: human_bytes(b[at_1m]) for r, b in run.results["state"]["bytes"].items()}
     print(
         f"  state at 1,048,576 tokens, computed: {', '.join(f'{r} {s}' for r, s in sizes.items())}"
     )
@@ -308,7 +314,7 @@ def context_command(run: Run) -> list[str]:
     lengths = ",".join(map(str, LIVE_LENGTHS))
     return [
         f"python benchmarks/context.py {paths} --lengths {lengths} --repeats {LIVE_REPEATS} "
-        f"-o {run.out / 'context.json'}"
+        f"--max-seconds {LIVE_MAX_SECONDS:g} -o {run.out / 'context.json'}"
     ]
 
 
@@ -337,7 +343,7 @@ def recall_commands(run: Run) -> list[str]:
 
 def ask_commands(run: Run) -> list[str]:
     return [
-        f"respike generate {run.paths[role]} - --chat --max-tokens {ANSWER_TOKENS} < notes.txt"
+        f"respike generate {run.paths[role]} - --chat --max-tokens {ANSWER_TOKENS} < {run.notes}"
         for role in ROLES
     ]
 

@@ -86,6 +86,20 @@ def test_splits_at_chunk_boundaries_change_no_bit(chunk: int, which: set[int], f
     assert torch.equal(run(MIXED, ids, cuts, chunk_tokens=chunk), expected)
 
 
+def test_chunks_end_at_multiples_of_their_size_in_every_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends, span = [], Decoder.span
+
+    def recorded(self: Decoder, state: DecoderState, num_tokens: int, *rest: Any) -> Span:
+        ends.append(int(state.tokens_seen[0]) + num_tokens)
+        return span(self, state, num_tokens, *rest)
+
+    monkeypatch.setattr(Decoder, "span", recorded)
+    run(MIXED, random_tokens(B, T), [5, 30], chunk_tokens=8)
+    assert ends == [5, 8, 16, 24, 30, 32, 40, 45]
+
+
 def test_step_by_step_gives_the_logits_of_one_pass() -> None:
     ids = random_tokens(B, T)
     assert_close(run(MIXED, ids, list(range(T))), run(MIXED, ids, []))

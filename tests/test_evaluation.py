@@ -374,14 +374,14 @@ def test_trials_depend_on_task_and_seed_only(vocabulary: Vocabulary, task: Task)
     assert len({tuple(t.tokens) for t in first}) == 3
 
 
-def test_a_copy_trial_repeats_its_first_half_and_asks_for_all_but_the_first_word(
+def test_a_copy_trial_repeats_its_first_half_and_asks_for_all_but_the_first_token(
     vocabulary: Vocabulary,
 ) -> None:
     for trial in trials(vocabulary, Task("copy", 19)):
         assert trial.tokens[:19] == trial.tokens[19:]
         assert len(trial.tokens) == 38
         assert trial.answers == list(range(20, 38))
-        assert set(trial.tokens) <= set(vocabulary.words)
+        assert set(trial.tokens) <= set(vocabulary.tokens)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
@@ -512,7 +512,7 @@ def test_a_reader_that_is_off_by_one_scores_nothing(vocabulary: Vocabulary) -> N
 def test_guessing_a_copy_scores_about_chance(vocabulary: Vocabulary) -> None:
     found = score(guess, vocabulary, Task("copy", 400), 40)
     asked = 40 * 399
-    assert found.chance_frac == 1 / len(vocabulary.words)
+    assert found.chance_frac == 1 / len(vocabulary.tokens)
     assert 0.6 / V < found.per_trial.mean() < 1.5 / V
     assert asked * found.per_trial.mean() > 20
     low, high = found.as_dict()["accuracy_95"]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 from torch import Tensor
 
-from respike.cli.talk import chat_command
+from respike.cli.main import program
 from respike.errors import UsageError
 from respike.generation import Generation, Sampling, choose, generate, stream
 from respike.loading import Model
@@ -224,6 +224,8 @@ def test_the_penalty_sees_the_prompt_and_what_was_written(tokenizer: Tokenizer) 
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -2.0),
+        ("seed", -1),
+        ("seed", 1 << 63),
     ],
 )
 def test_sampling_values_that_mean_nothing_are_refused_by_name(name: str, bad: float) -> None:
@@ -395,10 +397,9 @@ def fed(model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def talk(*lines: str, options: Sequence[str] = ()) -> list[str]:
-    arguments = ["tiny", "--threads", "1", "--max-tokens", "7", *options]
-    result = CliRunner().invoke(
-        chat_command, arguments, input="".join(f"{line}\n" for line in lines)
-    )
+    arguments = ["chat", "tiny", "--threads", "1", "--max-tokens", "7", *options]
+    said = "".join(f"{line}\n" for line in lines)
+    result = CliRunner().invoke(program, arguments, input=said)
     assert result.exit_code == 0, result.output
     return result.stdout.splitlines()
 

@@ -41,6 +41,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("seed", 0 <= self.seed < 1 << 63, "from 0 to 2^63 - 1"),
         ]
         for name, good, expected in checks:
             if not good:

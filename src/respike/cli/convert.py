@@ -186,7 +186,7 @@ def _selection_text(scores: dict[str, Any]) -> str:
         (f"{r['kept']}", f"{r['kl_nats']:.4f}", f"{r['copy_nats']:.4f}") for r in scores["rounds"]
     ]
     picks = table(("pick", "layer.group", "for"), rows)
-    course = table(("groups kept", "KL, nats a token", "copying, nats a word"), measures)
+    course = table(("groups kept", "KL, nats a token", "copying, nats a token"), measures)
     return f"{picks}\n\n{course}"
 
 

@@ -4,6 +4,7 @@ stdout carries data, stderr carries talk. Exit codes: 0 done, 1 failed or a chec
 call was wrong, 130 interrupted.
 """
 
+import io
 import os
 import signal
 import sys
@@ -94,8 +95,10 @@ def main() -> NoReturn:
     debug = "--debug" in options
     words = [w for w in options if w != "--debug"] + words[len(options) :]
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show it all shows a ?
     try:
-        code = program.main(words or ["--help"], standalone_mode=False)
+        code = program.main(words or ["--help"], "respike", standalone_mode=False)
     except RespikeError as error:
         if debug:
             traceback.print_exc()

@@ -19,7 +19,7 @@ def sampling_options(command: Any) -> Any:
             "--seed",
             default=0,
             show_default=True,
-            type=click.IntRange(0, 2**63 - 1),
+            type=int,
             metavar="N",
             help="Equal seeds give equal text.",
         ),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from respike.evaluation.stats import mean_interval
-from respike.models.decoder import Decoder
+from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
 
 HEAD_TOKENS = 256
 """Tokens whose logits exist at once."""
@@ -87,9 +87,19 @@ class Reference:
                     progress(done, len(contexts))
 
     def compare(
-        self, candidate: Decoder, progress: Callable[[int, int], None] | None = None
+        self,
+        candidate: Decoder,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        chunk_tokens: int = PREFILL_CHUNK_TOKENS,
     ) -> Distances:
-        """Measure ``candidate`` (same vocabulary) against the reference."""
+        """Measure ``candidate`` (same vocabulary) against the reference.
+
+        Args:
+            candidate: The model to measure.
+            progress: Called with (contexts done, contexts).
+            chunk_tokens: Of the candidate's prefill; another size shows the floor of rounding.
+        """
         rows: list[list[Tensor]] = []
         largest = 0.0
         with torch.inference_mode():
@@ -97,7 +107,7 @@ class Reference:
                 zip(self.contexts, self.hidden, strict=True), start=1
             ):
                 tokens = tokens[None].to(candidate.embedding.device)
-                theirs, _ = candidate.hidden(tokens)
+                theirs, _ = candidate.hidden(tokens, chunk_tokens=chunk_tokens)
                 pieces = []
                 for begin in range(0, tokens.shape[1] - 1, HEAD_TOKENS):
                     part = slice(begin, min(begin + HEAD_TOKENS, tokens.shape[1] - 1))
