@@ -162,6 +162,11 @@ def test_every_tensor_of_the_source_is_accounted_for(
     assert sum(report["tensors"].values()) == len(stored)
 
 
+def test_what_comes_out_of_a_gguf_file_is_never_called_a_copy(gguf: Path) -> None:
+    for weights in ("f32", "bf16"):
+        assert {t.action for t in plan(gguf, identity(f"weights={weights}")).tensors} == {"cast"}
+
+
 def test_the_actions_say_copied_at_equal_dtype_and_cast_otherwise(source: Path) -> None:
     for weights, action in (("f32", "copy"), ("bf16", "cast")):
         made = plan(source, identity(f"weights={weights}"))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from respike.checkpoint import open_checkpoint
+from respike.checkpoint import families, open_checkpoint
 from respike.errors import CheckpointError, RespikeError, UnsupportedError
 from respike.loading import load_decoder
 from tiny import D, F, V, random_tokens, save_tiny
@@ -35,6 +35,19 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pristine_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("shards"), "llama", max_shard_size="100KB")
+
+
+@pytest.fixture(autouse=True)
+def _no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that is not kept fails the test, instead of taking the machine's memory."""
+    build = families.full_layers
+
+    def bounded(num_layers: int, num_groups: int) -> Any:
+        assert num_layers <= 1024
+        assert num_groups <= 4096
+        return build(num_layers, num_groups)
+
+    monkeypatch.setattr(families, "full_layers", bounded)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Our decoder against transformers, on the same random weights: same tokens, same logits."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,18 @@ def test_a_window_matters_in_the_sliding_sources(source: Make) -> None:
     config = open_checkpoint(source("qwen2 sliding in layers 2 and 3")).config
     assert [part.mixer for _, part in config.mixers()] == ["full", "full", "window", "window"]
     assert all(part.window_tokens == 7 < T for _, part in config.mixers() if part.mixer == "window")
+
+
+def test_sliding_layers_are_counted_when_an_older_config_does_not_list_them(
+    source: Make, tmp_path: Path
+) -> None:
+    listed = source("qwen2 sliding in layers 2 and 3")
+    raw = json.loads((listed / "config.json").read_text(encoding="utf-8"))
+    assert raw.pop("layer_types")[1:3] == ["full_attention", "sliding_attention"]
+    assert raw["max_window_layers"] == 2
+    older = Path(shutil.copytree(listed, tmp_path / "older"))
+    (older / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert open_checkpoint(older).config == open_checkpoint(listed).config
 
 
 def test_a_bf16_folder_is_read_as_bf16(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ def draw(selection: Selection, config: ModelConfig, path: Path) -> None:
         image = axis.imshow(grid, aspect="auto", cmap="viridis")
         figure.colorbar(image, ax=axis, pad=0.01)
         for (layer, group), number in order.items():
-            axis.text(layer, group, str(number), ha="center", va="center", color="white", size=8)
+            bright = grid[group][layer] > 0.7 * max(map(max, grid))
+            colour = "black" if bright else "white"
+            axis.text(layer, group, str(number), ha="center", va="center", color=colour, size=8)
         axis.set_title(title, size=9)
         axis.set_xticks(range(0, depth, 2))
         axis.set_yticks(range(groups))
