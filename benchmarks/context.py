@@ -48,7 +48,7 @@ class Runner:
         self.model = load(path, dtype=dtype)
         self.memory_by = "peak of the process, reset before each run"
         if not reset_peak():
-            self.memory_by = "peak of the process so far; lengths ascend"
+            self.memory_by = "peak of the process so far; lengths grow"
 
     def facts(self) -> dict[str, Any]:
         """What the model is."""

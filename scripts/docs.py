@@ -1,7 +1,7 @@
 """Write what can be generated: the CLI reference, and the tables that come from result files.
 
-    python scripts/docs.py            rewrite
-    python scripts/docs.py --check    fail if anything is stale
+python scripts/docs.py            rewrite
+python scripts/docs.py --check    fail if anything is stale
 """
 
 import json
@@ -46,8 +46,9 @@ def frontier_table(path: Path) -> str:
         kl = "0" if row is original else f"{beyond['kl_nats']:.4f} ({low:.4f} to {high:.4f})"
         shown = [f"{100 * r['accuracy_frac']:.0f} %" for r in recalls]
         lines.append(
-            f"| {row['name']} | {row['softmax_groups']} | {row['state_bytes']['8192'] / 2**20:.1f} | "
-            f"{beyond['nats']:.4f} | {kl} | {' | '.join(shown)} |"
+            f"| {row['name']} | {row['softmax_groups']} | "
+            f"{row['state_bytes']['8192'] / 2**20:.1f} | {beyond['nats']:.4f} | {kl} | "
+            f"{' | '.join(shown)} |"
         )
     return "\n".join(lines)
 

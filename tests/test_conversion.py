@@ -155,7 +155,7 @@ def test_every_tensor_of_the_source_is_accounted_for(
 ) -> None:
     path = request.getfixturevalue(kind)
     made = plan(path, mixed())
-    stored = open_checkpoint(path).names
+    stored = open_checkpoint(path).stored_as
     assert sorted(t.name for t in made.tensors) == sorted(stored)
     assert all(bool(t.reason) is (t.action == "drop") for t in made.tensors)
     report = convert(made, tmp_path / "out")

@@ -30,7 +30,9 @@ def test_the_readme_lists_exactly_the_verbs_there_are():
 
 def test_every_file_on_the_readme_map_exists():
     lines = README.split("```text")[1].split("```")[0].splitlines()
-    at_top = [name for line in lines if not line.startswith(" ") for name in line.split("  ")[0].split()]
+    at_top = [
+        name for line in lines if not line.startswith(" ") for name in line.split("  ")[0].split()
+    ]
     for name in at_top:
         assert list(ROOT.glob(name.rstrip("/"))), name
     for line in lines:

@@ -6,6 +6,7 @@ backend needs no change here.
 """
 
 import os
+from importlib.metadata import distributions
 
 import torch
 
@@ -68,6 +69,12 @@ def set_threads(num_threads: int | None) -> int:
         num_threads = num_threads or os.cpu_count() or 1
     torch.set_num_threads(num_threads)
     return num_threads
+
+
+def vendor_packages() -> list[str]:
+    """Installed packages that hold an accelerator's libraries; none belongs to a CPU build."""
+    names = {d.name for d in distributions()}
+    return sorted(n for n in names if n.startswith(("nvidia-", "triton")))
 
 
 def build_of_torch() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from respike.checkpoint import Folder, GgufCheckpoint, fingerprint, open_checkpoint
+from respike.checkpoint import Checkpoint, GgufCheckpoint, fingerprint, open_checkpoint
 from respike.checkpoint.families import expected_tensors
 from respike.config import ModelConfig
 from respike.device import get_device, get_dtype
@@ -34,7 +34,7 @@ class Model:
         return fingerprint(self.config, self.files)
 
 
-def load_tokenizer(source: Folder | GgufCheckpoint) -> Tokenizer:
+def load_tokenizer(source: Checkpoint) -> Tokenizer:
     """The tokenizer that belongs to an opened checkpoint."""
     if isinstance(source, GgufCheckpoint):
         return Tokenizer.from_gguf_metadata(source.metadata)
@@ -42,7 +42,7 @@ def load_tokenizer(source: Folder | GgufCheckpoint) -> Tokenizer:
 
 
 def load_decoder(
-    source: Folder | GgufCheckpoint,
+    source: Checkpoint,
     *,
     device: str = "cpu",
     dtype: str | None = None,

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,54 +25,29 @@ __all__ = [
 ]
 
 
-@runtime_checkable
-class Checkpoint(Protocol):
-    """A source of weights, checked by name and shape before any is read."""
-
-    path: Path
-    config: ModelConfig
-    files: list[Path]
-    """The files that hold weights."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every tensor that is stored, by the name a `Folder` of this model would use."""
-        ...
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """Dtype in which to compute unless told otherwise."""
-        ...
-
-    @property
-    def license(self) -> str:
-        """What the checkpoint says of its licence."""
-        ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, dequantised if need be, in memory of its own."""
-        ...
-
-
 class GgufCheckpoint:
-    """One GGUF file as a `Checkpoint`; computes in bf16 unless told otherwise."""
+    """One GGUF file, with the names and methods of a `Folder`; computes in bf16 if not told.
+
+    Raises:
+        CheckpointError: Truncated, corrupt, or not what its own keys say, with file and tensor.
+        UnsupportedError: An architecture or quantisation respike does not read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.files = path, [path]
         self._file = GgufFile(path)
         self.config = gguf_config(self._file)
         ours = {theirs: name for name, theirs in gguf_tensor_map(self.config).items()}
-        present = self._file.tensors
-        shapes = {ours.get(name, name): tensor.shape for name, tensor in present.items()}
-        # Frequencies of long-context models, taken into the config.
-        shapes.pop("rope_freqs.weight", None)
+        named = {ours.get(name, name): tensor for name, tensor in self._file.tensors.items()}
+        self.stored_as = {name: tensor.type.name for name, tensor in named.items()}
+        # rope_freqs.weight, of long-context models, went into the config.
+        shapes = {n: tensor.shape for n, tensor in named.items() if n != "rope_freqs.weight"}
         account_tensors(self.config, shapes, str(path))
-        self.names = tuple(shapes)
         self.stored_dtype = torch.bfloat16
 
     @property
     def license(self) -> str:
-        """See `Checkpoint.license`."""
+        """``general.license`` of the file."""
         return str(self._file.metadata.get("general.license", "not stated"))
 
     @property
@@ -81,11 +56,15 @@ class GgufCheckpoint:
         return self._file.metadata
 
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint.read`."""
+        """One tensor, dequantised, float32."""
         return read_as(self._file, self.config, name)
 
 
-def open_checkpoint(path: str | Path) -> Folder | GgufCheckpoint:
+Checkpoint = Folder | GgufCheckpoint
+"""A source of weights, checked by name and shape before any is read."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a model folder or a ``.gguf`` file; reads headers only.
 
     Raises:

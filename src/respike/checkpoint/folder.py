@@ -9,9 +9,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from respike.checkpoint.families import account_tensors, config_from_json
+from respike.checkpoint.families import IGNORED_SUFFIXES, account_tensors, config_from_json
 from respike.errors import CheckpointError
 
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of weights we read, as safetensors names them."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -26,7 +28,8 @@ def read_json(path: Path, limit_bytes: int = 64 << 20) -> dict[str, Any]:
             raise CheckpointError(f"{path}: larger than {limit_bytes >> 20} MiB, refused")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        hint = "a model is a folder with config.json and safetensors, or a .gguf file"
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}", hint=hint) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -49,15 +52,16 @@ class Folder:
         self.config = config_from_json(self.raw_config, str(path / "config.json"))
         self.files: list[Path] = []
         self._home: dict[str, Path] = {}
+        self.stored_as: dict[str, str] = {}
+        """Type of every tensor that is stored, as safetensors names it."""
         shapes = {}
         for file in self._weight_files():
             self.files.append(file)
-            for name, shape in _header(file).items():
+            for name, (shape, kind) in _header(file).items():
                 if name in self._home:
                     raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name]}")
-                self._home[name], shapes[name] = file, shape
+                self._home[name], shapes[name], self.stored_as[name] = file, shape, kind
         account_tensors(self.config, shapes, str(path))
-        self.names = tuple(shapes)
 
     def _weight_files(self) -> list[Path]:
         single = self.path / "model.safetensors"
@@ -87,16 +91,12 @@ class Folder:
                 tensor: Tensor = handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise CheckpointError(
-                f"{file}: tensor {name!r} is {tensor.dtype}, expected f32, bf16 or f16"
-            )
         return tensor
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """Dtype of the final norm, which stands for the checkpoint's."""
-        return self.read("model.norm.weight").dtype
+        """Dtype of the embedding, in which the model computes unless told otherwise."""
+        return DTYPES[self.stored_as["model.embed_tokens.weight"]]
 
     @property
     def license(self) -> str:
@@ -114,11 +114,20 @@ class Folder:
         return " ".join(said.split())[:200] if isinstance(said, str) else "not stated"
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every tensor in a file."""
+    found = {}
     try:
         with safe_open(file, framework="pt") as handle:
-            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+            for name in handle.keys():  # noqa: SIM118
+                view = handle.get_slice(name)
+                found[name] = tuple(view.get_shape()), view.get_dtype()
+                if found[name][1] not in DTYPES and not name.endswith(IGNORED_SUFFIXES):
+                    raise CheckpointError(
+                        f"{file}: tensor {name!r} is {found[name][1]}, expected {', '.join(DTYPES)}"
+                    )
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: named by the index, but not there") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from error
+    return found

@@ -2,7 +2,6 @@
 
 import platform
 from dataclasses import asdict
-from importlib.metadata import distributions
 from typing import Any
 
 import click
@@ -113,7 +112,7 @@ def doctor_command(as_json: bool) -> None:
     import torch
 
     from respike import __version__
-    from respike.device import available_devices, build_of_torch, set_threads
+    from respike.device import available_devices, build_of_torch, set_threads, vendor_packages
     from respike.ops import backends
 
     plain = {
@@ -125,9 +124,7 @@ def doctor_command(as_json: bool) -> None:
         "threads": set_threads(None),
         "devices": available_devices(),
         "cpu_features": sorted(k for k, v in backends.cpu_features().items() if v),
-        "vendor_packages": sorted(
-            {d.name for d in distributions() if d.name.startswith(("nvidia-", "triton"))}
-        ),
+        "vendor_packages": vendor_packages(),
     }
     if as_json:
         echo_json({**plain, "kernels": [asdict(c) for c in backends.table()]})

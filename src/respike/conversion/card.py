@@ -13,6 +13,7 @@ def model_card(report: dict[str, Any]) -> str:
         for n, b in lengths.items()
     )
     hashes = ", ".join(f"{n} SHA-256 {h}" for n, h in report["source_sha256"].items())
+    kinds = ", ".join(f"{count} tensors {kind}" for kind, count in source["stored_as"].items())
     layers = "\n".join(f"| {row['layers']} | {row['mixers']} |" for row in report["layers"])
     front = {
         "license": source["license"],
@@ -25,8 +26,9 @@ def model_card(report: dict[str, Any]) -> str:
 # {source["name"]}, converted by the recipe `{report["recipe"]}`
 
 Made from **{source["name"]}** ({source["family"]}, licence of the source: {source["license"]}) by
-respike {report["respike"]}. The weights are the source's, stored as {report["weights"]}; nothing
-was trained. {report["softmax_groups"]} of {report["kv_groups"]} KV groups keep full softmax.
+respike {report["respike"]}. The weights are the source's (there {kinds}), read by their own
+rules and stored here as {report["weights"]}; nothing was trained. Of {report["kv_groups"]} KV
+groups {report["softmax_groups"]} keep full softmax.
 
 | layers | mixers |
 |---|---|

@@ -1,15 +1,16 @@
 """What a conversion would do, as data: nothing is read but headers, nothing is written."""
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
-from respike.checkpoint import Folder, GgufCheckpoint, open_checkpoint
+from respike.checkpoint import Checkpoint, Folder, open_checkpoint
 from respike.checkpoint.families import expected_tensors
 from respike.config import LayerConfig, ModelConfig
-from respike.device import dtype_name, get_dtype
+from respike.device import get_dtype
 from respike.recipe import Recipe, apply_recipe
 
 
@@ -34,7 +35,7 @@ class TensorPlan:
 class Plan:
     """A conversion, decided in every detail."""
 
-    source: Folder | GgufCheckpoint
+    source: Checkpoint
     recipe: Recipe
     config: ModelConfig
     tensors: tuple[TensorPlan, ...]
@@ -58,7 +59,7 @@ class Plan:
             "source": {
                 "name": self.source.path.resolve().name,
                 "family": before.family,
-                "stored_dtype": dtype_name(self.source.stored_dtype),
+                "stored_as": dict(Counter(self.source.stored_as.values()).most_common()),
                 "license": self.source.license,
             },
             "recipe": self.recipe.name,
@@ -113,10 +114,14 @@ def plan(source: str | Path, recipe: Recipe) -> Plan:
     """
     checkpoint = open_checkpoint(source)
     config = apply_recipe(recipe, checkpoint.config)
-    same = get_dtype(recipe.weights) == checkpoint.stored_dtype and isinstance(checkpoint, Folder)
-    kept = dict(expected_tensors(config))
-    tensors = [TensorPlan(n, s, "copy" if same else "cast") for n, s in kept.items()]
-    for name in checkpoint.names:
+    kept, kinds = dict(expected_tensors(config)), checkpoint.stored_as
+    stored = recipe.weights.upper()
+    as_is = isinstance(checkpoint, Folder)  # GGUF is dequantised, and may order rows otherwise
+    tensors = [
+        TensorPlan(name, shape, "copy" if as_is and kinds[name] == stored else "cast")
+        for name, shape in kept.items()
+    ]
+    for name in kinds:
         if name in kept:
             continue
         retied = name == "lm_head.weight"
