@@ -54,7 +54,13 @@ def lonely(seed: int = 0) -> Decoder:
 
 
 def budget(count: int, **changes: Any) -> Budget:
-    fields = {"window_tokens": WINDOW, "sink_tokens": SINKS, "copy_trials": TRIALS, **changes}
+    fields = {
+        "window_tokens": WINDOW,
+        "sink_tokens": SINKS,
+        "copy_trials": TRIALS,
+        "passkey_trials": 0,
+        **changes,
+    }
     return Budget(softmax_groups=count, **fields)
 
 
@@ -101,6 +107,28 @@ def copy_nats(decoder: Decoder, tokenizer: Tokenizer, full_groups: set[Group]) -
     return float(nats[:, at].gather(2, tokens[:, at + 1, None]).mean())
 
 
+def passkey_nats(decoder: Decoder, tokenizer: Tokenizer, full_groups: set[Group]) -> float:
+    trials = make_trials(Vocabulary(tokenizer), Task("passkey", 2 * LAG, 0.1), 2)
+    tokens, at = torch.tensor([t.tokens for t in trials]), torch.tensor(trials[0].answers)
+    nats = -with_full(decoder, full_groups)(tokens).log_softmax(-1)
+    return float(nats[:, at - 1].gather(2, tokens[:, at, None]).mean())
+
+
+def test_recall_is_copying_plus_the_passkey(tokenizer: Tokenizer) -> None:
+    decoder = small()
+    found = run(decoder, tokenizer, 1, passkey_trials=2)
+    for step, kept in zip(found.rounds, (set(), set(found.picked)), strict=True):
+        parts = [nats(decoder, tokenizer, kept) for nats in (copy_nats, passkey_nats)]
+        assert step["recall"] == pytest.approx(sum(parts), rel=1e-4)
+    intact = copy_nats(decoder, tokenizer, set(EVERY)) + passkey_nats(
+        decoder, tokenizer, set(EVERY)
+    )
+    for group, damage in found.recall_damage.items():
+        rest = set(EVERY) - {group}
+        without = copy_nats(decoder, tokenizer, rest) + passkey_nats(decoder, tokenizer, rest)
+        assert damage == pytest.approx(without - intact, abs=1e-4)
+
+
 @pytest.fixture(scope="module")
 def measured(tokenizer: Tokenizer) -> tuple[Decoder, Selection]:
     decoder = small()
@@ -115,32 +143,32 @@ def test_gains_equal_a_full_pass_of_each_candidate(
         kept = set(step["kept"])
         kl, copy = kl_beyond_the_window(decoder, kept), copy_nats(decoder, tokenizer, kept)
         assert step["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-6)
-        assert step["copy"] == pytest.approx(copy, rel=1e-4)
-        assert step["kl_gain"].keys() == step["copy_gain"].keys() <= set(EVERY) - kept
+        assert step["recall"] == pytest.approx(copy, rel=1e-4)
+        assert step["kl_gain"].keys() == step["recall_gain"].keys() <= set(EVERY) - kept
         assert len(step["kl_gain"]) >= 3 - len(kept)
         for group in step["kl_gain"]:
             more = kept | {group}
             gain = kl - kl_beyond_the_window(decoder, more)
             assert step["kl_gain"][group] == pytest.approx(gain, abs=2e-5)
             gain = copy - copy_nats(decoder, tokenizer, more)
-            assert step["copy_gain"][group] == pytest.approx(gain, abs=2e-5)
+            assert step["recall_gain"][group] == pytest.approx(gain, abs=2e-5)
 
 
 def test_the_gains_differ_so_that_mixing_them_up_would_show(
     measured: tuple[Decoder, Selection],
 ) -> None:
     _, found = measured
-    for scores in (found.rounds[0]["kl_gain"], found.rounds[0]["copy_gain"], found.copy_damage):
+    for scores in (found.rounds[0]["kl_gain"], found.rounds[0]["recall_gain"], found.recall_damage):
         assert len({round(x, 4) for x in scores.values()}) == len(EVERY)
 
 
-def test_copy_damage_equals_a_full_pass_without_the_group(
+def test_recall_damage_equals_a_full_pass_without_the_group(
     measured: tuple[Decoder, Selection], tokenizer: Tokenizer
 ) -> None:
     decoder, found = measured
     original = copy_nats(decoder, tokenizer, set(EVERY))
-    assert set(found.copy_damage) == set(EVERY)
-    for group, damage in found.copy_damage.items():
+    assert set(found.recall_damage) == set(EVERY)
+    for group, damage in found.recall_damage.items():
         without = copy_nats(decoder, tokenizer, set(EVERY) - {group})
         assert damage == pytest.approx(without - original, abs=2e-5)
 
@@ -152,17 +180,19 @@ def test_the_last_round_measures_what_was_kept(
     last = found.rounds[-1]
     assert set(last["kept"]) == set(found.picked)
     assert last["kl"] == pytest.approx(kl_beyond_the_window(decoder, set(found.picked)), rel=1e-4)
-    assert last["copy"] == pytest.approx(copy_nats(decoder, tokenizer, set(found.picked)), rel=1e-4)
+    assert last["recall"] == pytest.approx(
+        copy_nats(decoder, tokenizer, set(found.picked)), rel=1e-4
+    )
     assert last["kl"] < found.rounds[0]["kl"]
 
 
-def test_picks_alternate_between_the_best_by_copying_and_the_best_by_kl(
+def test_picks_alternate_between_the_best_by_recalling_and_the_best_by_kl(
     measured: tuple[Decoder, Selection],
 ) -> None:
     _, found = measured
-    assert found.reasons == ["copying", "kl", "copying"]
+    assert found.reasons == ["recall", "kl", "recall"]
     first, second = found.rounds[:2]
-    copying = {g: first["copy_gain"][g] + found.copy_damage[g] for g in EVERY}
+    copying = {g: first["recall_gain"][g] + found.recall_damage[g] for g in EVERY}
     assert found.picked[0] == max(EVERY, key=lambda g: copying[g])
     others = [g for g in EVERY if g != found.picked[0]]
     assert found.picked[1] == max(others, key=lambda g: first["kl_gain"][g])
@@ -185,19 +215,21 @@ def test_keeping_everything_is_the_original(tokenizer: Tokenizer) -> None:
 
 def test_the_same_call_gives_the_same_selection(tokenizer: Tokenizer) -> None:
     assert run(small(), tokenizer, 3) == run(small(), tokenizer, 3)
-    assert run(small(), tokenizer, 3).copy_damage != run(small(), tokenizer, 3, seed=1).copy_damage
+    assert (
+        run(small(), tokenizer, 3).recall_damage != run(small(), tokenizer, 3, seed=1).recall_damage
+    )
 
 
 def test_the_one_group_that_matters_is_picked_first(tokenizer: Tokenizer) -> None:
     decoder = lonely(seed=1)
     found = run(decoder, tokenizer, 2)
     first = found.rounds[0]
-    assert first["copy_gain"][ALONE] > 1e-3, "the seed must make the group help with copying"
+    assert first["recall_gain"][ALONE] > 1e-3, "the seed must make the group help with copying"
     assert first["kl_gain"][ALONE] > 1e-3
     for group in set(EVERY) - {ALONE}:
         assert first["kl_gain"][group] == pytest.approx(0, abs=1e-6)
-        assert first["copy_gain"][group] == pytest.approx(0, abs=1e-6)
-        assert found.copy_damage[group] == pytest.approx(0, abs=1e-6)
+        assert first["recall_gain"][group] == pytest.approx(0, abs=1e-6)
+        assert found.recall_damage[group] == pytest.approx(0, abs=1e-6)
     assert found.picked[0] == ALONE
     assert found.rounds[-1]["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -322,14 +354,14 @@ def test_the_scores_file_holds_every_pick_and_every_score(
     picked = zip(found.picked, found.reasons, strict=True)
     assert scores["picked"] == [[*group, why] for group, why in picked]
     names = {f"{layer}.{group}" for layer, group in EVERY}
-    assert set(scores["copy_damage_nats"]) == names
+    assert set(scores["recall_damage_nats"]) == names
     assert [r["kept"] for r in scores["rounds"]] == [0, 2, 3]
     for step, mine in zip(scores["rounds"], found.rounds, strict=True):
         kept = {f"{layer}.{group}" for layer, group in mine["kept"]}
-        assert step["kl_gain_nats"].keys() == step["copy_gain_nats"].keys() <= names - kept
+        assert step["kl_gain_nats"].keys() == step["recall_gain_nats"].keys() <= names - kept
         assert len(step["kl_gain_nats"]) == len(mine["kl_gain"])
         assert step["kl_nats"] == pytest.approx(mine["kl"], abs=1e-6)
-        assert step["copy_nats"] == pytest.approx(mine["copy"], abs=1e-6)
+        assert step["recall_nats"] == pytest.approx(mine["recall"], abs=1e-6)
     group = found.picked[0]
     name = f"{group[0]}.{group[1]}"
-    assert scores["copy_damage_nats"][name] == pytest.approx(found.copy_damage[group], abs=1e-6)
+    assert scores["recall_damage_nats"][name] == pytest.approx(found.recall_damage[group], abs=1e-6)

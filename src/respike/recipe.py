@@ -155,13 +155,17 @@ def _override(raw: dict[Any, Any], override: str) -> None:
         raise RecipeError(f"--set {override!r}: expected KEY=VALUE, such as window_tokens=128")
     node: Any = raw
     try:
+        new = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"--set {override!r}: {value!r} is not valid YAML") from error
+    try:
         *parents, last = [int(p) if p.lstrip("-").isdigit() else p for p in key.split(".")]
         for part in parents:
             if isinstance(node, dict) and part not in node:
                 node[part] = {}
             node = node[part]
-        node[last] = yaml.safe_load(value)
-    except (KeyError, IndexError, TypeError, ValueError, yaml.YAMLError) as error:
+        node[last] = new
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RecipeError(f"--set {override!r}: the recipe has no such place") from error
 
 

@@ -123,6 +123,7 @@ def _plan_text(report: dict[str, Any]) -> str:
 @number_option("--context-tokens", 1024, "Length of a piece of text.", least=2)
 @number_option("--max-tokens", 3072, "Tokens of text in all.")
 @number_option("--copy-trials", 4, "Sequences of the copying probe.")
+@number_option("--passkey-trials", 4, "Sequences of the passkey probe.", least=0)
 @click.option("--heat-map/--no-heat-map", default=True, help="Draw the scores beside the recipe.")
 @click.option("--force", is_flag=True, help="Replace the output files.")
 @run_options
@@ -159,6 +160,7 @@ def select_command(model: str, output: str, **options: Any) -> None:
         window_tokens=options["window_tokens"],
         sink_tokens=options["sink_tokens"],
         copy_trials=options["copy_trials"],
+        passkey_trials=options["passkey_trials"],
     )
     with progress("measuring") as step:
         selection = select(loaded.decoder, loaded.tokenizer, text, budget, step)
@@ -186,7 +188,7 @@ def _selection_text(scores: dict[str, Any]) -> str:
         (f"{r['kept']}", f"{r['kl_nats']:.4f}", f"{r['copy_nats']:.4f}") for r in scores["rounds"]
     ]
     picks = table(("pick", "layer.group", "for"), rows)
-    course = table(("groups kept", "KL, nats a token", "copying, nats a token"), measures)
+    course = table(("groups kept", "KL, nats a token", "recall, nats an answer"), measures)
     return f"{picks}\n\n{course}"
 
 

@@ -16,7 +16,10 @@ def draw(selection: Selection, config: ModelConfig, path: Path) -> None:
     first = selection.rounds[0]
     panels = [
         ("KL gain from adding the group to the all-window model, nats a token", first["kl_gain"]),
-        ("copying lost when the original's group is windowed, nats a word", selection.copy_damage),
+        (
+            "recall lost when the original's group is windowed, nats an answer",
+            selection.recall_damage,
+        ),
     ]
     depth, groups = config.num_hidden_layers, config.num_key_value_heads
     figure, axes = pyplot.subplots(2, 1, figsize=(max(7, depth * 0.34), 2.4 + 0.5 * groups))

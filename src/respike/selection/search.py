@@ -1,17 +1,19 @@
 """Which KV groups keep full softmax: greedy addition to the all-window model, by two measures.
 
 kl_gain      Nats of KL per token, beyond the window, that adding the group removes.
-copy_gain    Nats per word of copying beyond the window that adding it gives back.
-copy_damage  Nats per word that copying loses when only this group of the original is windowed.
+recall_gain  Nats per answer token of recall beyond the window that adding it gives back.
+recall_damage  Nats that recall loses when only this group of the original is windowed.
 
-Picks alternate between the largest kl_gain and the largest copy_gain + copy_damage: a group that
-copying cannot do without may show no gain until the others of its circuit are there. Gains are
+Recall is copying random tokens plus finding a passkey: two circuits; a group may serve only one.
+
+Picks alternate between the largest kl_gain and the largest recall_gain + recall_damage: a group
+that recall cannot do without may show no gain until the others of its circuit are there. Gains are
 measured anew after every few picks, for the groups that stood high enough the time before to be
-picked at all; copy_damage does not depend on the picks. Why addition and not
-removal, and why copying has a say of its own: docs/concepts/selection.md.
+picked at all; recall_damage does not depend on the picks. Why addition and not
+removal, and why recall has a say of its own: docs/concepts/selection.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from respike.config import ModelConfig
 from respike.errors import UsageError
-from respike.evaluation.recall import Task, Vocabulary, make_trials
+from respike.evaluation.recall import Task, Trial, Vocabulary, make_trials
 from respike.layers.attention import FullSoftmax, GroupMixer, WindowSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
@@ -45,7 +47,8 @@ class Budget:
         sink_tokens: Sinks of all others.
         picks_per_round: Picks between two measurements of the gains.
         copy_trials: Sequences of the copying probe.
-        seed: Of the copying probe.
+        passkey_trials: Sequences of the passkey probe; 0 leaves it out.
+        seed: Of both.
     """
 
     softmax_groups: int
@@ -53,6 +56,7 @@ class Budget:
     sink_tokens: int = 4
     picks_per_round: int = 6
     copy_trials: int = 4
+    passkey_trials: int = 4
     seed: int = 0
 
 
@@ -62,12 +66,12 @@ class Selection:
 
     picked: list[Group] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    copy_damage: dict[Group, float] = field(default_factory=dict)
+    recall_damage: dict[Group, float] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
 
-    def copying(self, copy_gain: dict[Group, float]) -> dict[Group, float]:
-        """The measure of a group's worth to copying."""
-        return {group: gain + self.copy_damage[group] for group, gain in copy_gain.items()}
+    def recall_worth(self, recall_gain: dict[Group, float]) -> dict[Group, float]:
+        """The measure of a group's worth to recall."""
+        return {group: gain + self.recall_damage[group] for group, gain in recall_gain.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """For the scores file."""
@@ -79,15 +83,15 @@ class Selection:
             {
                 "kept": len(r["kept"]),
                 "kl_nats": round(r["kl"], 6),
-                "copy_nats": round(r["copy"], 6),
+                "recall_nats": round(r["recall"], 6),
                 "kl_gain_nats": named(r["kl_gain"]),
-                "copy_gain_nats": named(r["copy_gain"]),
+                "recall_gain_nats": named(r["recall_gain"]),
             }
             for r in self.rounds
         ]
         return {
             "picked": [[*g, why] for g, why in zip(self.picked, self.reasons, strict=True)],
-            "copy_damage_nats": named(self.copy_damage),
+            "recall_damage_nats": named(self.recall_damage),
             "rounds": rounds,
         }
 
@@ -129,8 +133,18 @@ class _TextProbe(_Probe):
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-class _CopyProbe(_Probe):
-    """Nats per word in the second half of twice-repeated random words."""
+class _RecallProbe(_Probe):
+    """Nats per answer token of a recall task; its answers stand at equal places in all trials."""
+
+    def __init__(self, decoder: Decoder, trials: Sequence[Trial]) -> None:
+        device = decoder.embedding.device
+        # Every second answer of a long one: neighbours say the same.
+        answers = trials[0].answers[:: 1 + (len(trials[0].answers) > 16)]
+        super().__init__(
+            decoder,
+            torch.tensor([t.tokens for t in trials], device=device),
+            torch.tensor(answers, device=device) - 1,
+        )
 
     def one(self, row: int, hidden: Tensor) -> Tensor:
         logits = self.decoder.head(hidden)[0].float()
@@ -262,18 +276,20 @@ def select(
     try:
         with torch.inference_mode():
             student, result = _prepare(decoder, tokenizer, contexts, budget), Selection()
-            intact = student.values()[1]
+            recall_probes = list(range(1, len(student.probes)))
+            intact = sum(student.values()[1:])
             for group in every:
-                result.copy_damage[group] = student.values_with(group, [1])[0] - intact
+                damaged = sum(student.values_with(group, recall_probes))
+                result.recall_damage[group] = damaged - intact
                 tick()
             while len(result.picked) < budget.softmax_groups:
                 promising = _promising(every, budget, result)
                 _round(student, promising, budget, result, tick)
                 done = len(every) * (len(result.rounds) + 1)
             student.arrange(set(result.picked))
-            kl, copy = student.values()
-            last = {"kept": list(result.picked), "kl": kl, "copy": copy}
-            result.rounds.append({**last, "kl_gain": {}, "copy_gain": {}})
+            kl, *lost = student.values()
+            last = {"kept": list(result.picked), "kl": kl, "recall": sum(lost)}
+            result.rounds.append({**last, "kl_gain": {}, "recall_gain": {}})
     finally:
         for layer, mixers in zip(decoder.layers, kept_mixers, strict=True):
             layer.self_attn.set_mixers(mixers)
@@ -284,16 +300,20 @@ def _prepare(decoder: Decoder, tokenizer: Tokenizer, contexts: Tensor, budget: B
     """Probes, and the student arranged as the original."""
     device = decoder.embedding.device
     lag = budget.window_tokens + 64
-    trials = make_trials(
-        Vocabulary(tokenizer), Task("copy", lag), budget.copy_trials, seed=budget.seed
-    )
-    copies = torch.tensor([t.tokens for t in trials], device=device)
-    copy = _CopyProbe(decoder, copies, torch.arange(lag, 2 * lag - 1, 2, device=device))
+    vocabulary = Vocabulary(tokenizer)
+    tasks = [(Task("copy", lag), budget.copy_trials)]
+    # Early in a text of the same length, so that the number is well outside the window.
+    tasks.append((Task("passkey", 2 * lag, 0.1), budget.passkey_trials))
+    recalls: list[_Probe] = [
+        _RecallProbe(decoder, make_trials(vocabulary, task, trials, seed=budget.seed))
+        for task, trials in tasks
+        if trials
+    ]
     beyond = torch.arange(
         budget.window_tokens, contexts.shape[1] - 1, POSITION_STRIDE, device=device
     )
     text = _TextProbe(decoder, contexts.to(device), beyond)
-    student = _Student(decoder, budget, [text, copy])
+    student = _Student(decoder, budget, [text, *recalls])
     depth, groups = decoder.config.num_hidden_layers, decoder.config.num_key_value_heads
     student.arrange({(i, g) for i in range(depth) for g in range(groups)})
     text.remember(student.inputs[0][1][-1])
@@ -307,7 +327,7 @@ def _promising(every: list[Group], budget: Budget, result: Selection) -> list[Gr
     last = result.rounds[-1]
     number = 2 * (budget.softmax_groups - len(result.picked))
     best: set[Group] = set()
-    for scores in (last["kl_gain"], result.copying(last["copy_gain"])):
+    for scores in (last["kl_gain"], result.recall_worth(last["recall_gain"])):
         left = [g for g in scores if g not in result.picked]
         best |= set(sorted(left, key=lambda g: -scores[g])[:number])
     return sorted(best)
@@ -322,28 +342,29 @@ def _round(
 ) -> None:
     """Measure all gains, then pick a few groups, alternating between the two measures."""
     student.arrange(set(result.picked))
-    kl, copy = student.values()
-    kl_gain, copy_gain = {}, {}
+    kl, *lost = student.values()
+    recall = sum(lost)
+    kl_gain, recall_gain = {}, {}
     for group in groups:
-        with_kl, with_copy = student.values_with(group, [0, 1])
-        kl_gain[group], copy_gain[group] = kl - with_kl, copy - with_copy
+        with_kl, *with_recall = student.values_with(group, list(range(len(student.probes))))
+        kl_gain[group], recall_gain[group] = kl - with_kl, recall - sum(with_recall)
         tick()
     result.rounds.append(
         {
             "kept": list(result.picked),
             "kl": kl,
-            "copy": copy,
+            "recall": recall,
             "kl_gain": kl_gain,
-            "copy_gain": copy_gain,
+            "recall_gain": recall_gain,
         }
     )
-    copying = result.copying(copy_gain)
+    worth = result.recall_worth(recall_gain)
     for _ in range(min(budget.picks_per_round, budget.softmax_groups - len(result.picked))):
-        by_copy = len(result.picked) % 2 == 0
-        scores = copying if by_copy else kl_gain
+        by_recall = len(result.picked) % 2 == 0
+        scores = worth if by_recall else kl_gain
         best = max((g for g in scores if g not in result.picked), key=lambda g: scores[g])
         result.picked.append(best)
-        result.reasons.append("copying" if by_copy else "kl")
+        result.reasons.append("recall" if by_recall else "kl")
 
 
 def selected_recipe(
