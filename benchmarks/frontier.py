@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24_576)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--groups", default="6,12,18,24")
+    parser.add_argument("--skip", default="", help="kinds or beginnings of names, with commas")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
@@ -139,6 +140,8 @@ def main() -> None:
     recipes = candidates(load_recipe(str(options.selected)), scores, kept)
     configs = [("original", "original", original), ("floor", "original, other chunks", original)]
     configs += [(kind, r.name, apply_recipe(r, original)) for kind, r in recipes]
+    skipped = tuple(filter(None, options.skip.split(",")))
+    configs = [c for c in configs if not any(part.startswith(skipped) for part in c[:2])]
     rows = []
     asked = {"tokens": text.numel(), "trials": options.trials, "dtype": options.dtype}
     done = measured_before(options.output, asked)
