@@ -185,7 +185,7 @@ def select_command(model: str, output: str, **options: Any) -> None:
 def _selection_text(scores: dict[str, Any]) -> str:
     rows = [(f"{i + 1}", f"{a}.{b}", why) for i, (a, b, why) in enumerate(scores["picked"])]
     measures = [
-        (f"{r['kept']}", f"{r['kl_nats']:.4f}", f"{r['copy_nats']:.4f}") for r in scores["rounds"]
+        (f"{r['kept']}", f"{r['kl_nats']:.4f}", f"{r['recall_nats']:.4f}") for r in scores["rounds"]
     ]
     picks = table(("pick", "layer.group", "for"), rows)
     course = table(("groups kept", "KL, nats a token", "recall, nats an answer"), measures)
