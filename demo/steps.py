@@ -42,9 +42,9 @@ CONTEXT_TOKENS, MAX_TOKENS = 2048, 8192
 RECALL = (
     "copy:512", "passkey:1024:0.1", "passkey:1024:0.5", "passkey:1024:0.9", "multi-query:64",
 )  # fmt: skip
-TRIALS = 6
+TRIALS = 4
 STATE_LENGTHS = tuple(1 << n for n in range(8, 21))
-LIVE_LENGTHS = (1024, 2048, 4096, 8192)
+LIVE_LENGTHS = (1024, 4096, 8192)
 LIVE_REPEATS = 2
 LIVE_MAX_SECONDS = 40.0
 """A timed run expected to take longer is skipped, so that slow machines finish too."""
