@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from respike.checkpoint.gguf import GgufFile, gguf_config, gguf_tensor_map, read_as
 from respike.errors import CheckpointError, RespikeError, UnsupportedError
+from tiny import GGUF_NAMES
 
 LAYERS, HEADS, GROUPS, HEAD, WIDTH, MLP, VOCAB = 2, 4, 2, 6, 32, 96, 11
 WRITABLE = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.BF16, Type.F16, Type.F32]
@@ -100,19 +101,6 @@ def write_model(path, arch="llama", *, keys=(), drop=(), extra=()):
 
 def _names(arch):
     # Written out here and not taken from the code under test: llama.cpp's own names.
-    parts = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
     names = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -121,7 +109,7 @@ def _names(arch):
         if name.startswith("model.layers."):
             _, _, index, rest = name.split(".", 3)
             part, kind = rest.rsplit(".", 1)
-            names[name] = f"blk.{index}.{parts[part]}.{kind}"
+            names[name] = f"blk.{index}.{GGUF_NAMES[part]}.{kind}"
     return names
 
 
