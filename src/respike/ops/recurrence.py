@@ -1,0 +1,123 @@
+"""What the recurrent ops share: the way through a sequence in chunks, decays, reading the state.
+
+A sequence is worked through in blocks, which bounds the memory, and a block in chunks: what happens
+inside the chunks is done for all of them at once, and only the state goes from chunk to chunk. A
+chunk of one KV group is one matrix of a batch of M = B * G * N.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, K key dim, V value dim, C tokens of a
+chunk, N chunks, R = H / G query heads of a group; head h belongs to group h // R.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK_TOKENS = 512
+"""Tokens worked through at once. Their intermediate results then fit a processor's cache."""
+
+
+def default_scale(scale: float | None, key_dim: int) -> float:
+    """Factor on the outputs; None means ``key_dim ** -0.5``."""
+    return key_dim**-0.5 if scale is None else scale
+
+
+def read_state(
+    q: Float[Tensor, "B 1 H K"], state: Float32[Tensor, "B G K V"], scale: float
+) -> Float32[Tensor, "B 1 H V"]:
+    """Outputs of one token. A group's heads are the rows of one product: its state is read once."""
+    B, _, H, K = q.shape
+    rows = (q.float() * scale).reshape(B, state.shape[1], -1, K)
+    return (rows @ state).reshape(B, 1, H, -1)
+
+
+def in_chunks(
+    work: Callable[..., tuple[Tensor, Tensor]],
+    tensors: Sequence[Float[Tensor, "B T ..."]],
+    state: Float32[Tensor, "B G K V"],
+    scale: float,
+    chunk_tokens: int,
+) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
+    """Work through a sequence in blocks of whole chunks.
+
+    Args:
+        work: Called for each block with its tensors as `to_chunks` gives them, the queries as
+            ``(M, C, R, K)``, then with the state and the scale. Returns outputs of shape
+            ``(B, T, G, R, V)``, T a multiple of C, and the state after the block.
+        tensors: Queries of H heads first; then whatever there is for each KV group.
+        state: The state before the first token.
+        scale: Factor on the outputs.
+        chunk_tokens: C, unless the sequence is shorter.
+
+    Raises:
+        ValueError: ``chunk_tokens`` is not positive.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
+    q, *others = tensors
+    (B, T, H, K), (_, G, _, V) = q.shape, state.shape
+    chunk_tokens = min(chunk_tokens, max(T, 1))
+    block = max(1, BLOCK_TOKENS // chunk_tokens) * chunk_tokens
+    all_tensors = (q.reshape(B, T, G, H // G, K), *others)
+    outs = [state.new_zeros(B, 0, G, H // G, V)]
+    for start in range(0, T, block):
+        parts = (to_chunks(x[:, start : start + block], chunk_tokens) for x in all_tensors)
+        out, state = work(*parts, state, scale)
+        outs.append(out[:, : T - start])
+    return torch.cat(outs, dim=1).reshape(B, T, H, V), state
+
+
+def to_chunks(x: Float[Tensor, "B T G *rest"], chunk_tokens: int) -> Float32[Tensor, "M C *rest"]:
+    """In float32, one row of the result for each chunk of each KV group; zeros fill the last chunk.
+
+    A key, a value, a beta and a log-decay of zero leave the state exactly as it is.
+    """
+    x = x.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    missing = -x.shape[2] % chunk_tokens
+    if missing:
+        x = pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
+    return x.reshape(-1, chunk_tokens, *x.shape[3:])
+
+
+def decays_between(log_decay: Float32[Tensor, "M C"]) -> Float32[Tensor, "M C C"]:
+    """What is left at token i of what was written at token j: ``exp(sum of j+1 .. i)``; 0 if j > i.
+
+    Every sum is formed by itself. As differences of running sums they would lose the small decays
+    that follow a large one, and turn -inf into NaN.
+    """
+    tokens = log_decay.shape[1]
+    after = torch.ones(tokens, tokens, dtype=torch.bool, device=log_decay.device).tril(-1)
+    sums = torch.where(after, log_decay[:, :, None], 0.0).cumsum(1)
+    return sums.exp().tril()
+
+
+def decayed_scores(
+    q: Float32[Tensor, "M C R K"], k: Float32[Tensor, "M C K"], left: Float32[Tensor, "M C C"]
+) -> Float32[Tensor, "M CR C"]:
+    """Query times key, times what is ``left`` (from `decays_between`) of that key's value."""
+    M, C, R, K = q.shape
+    scores = (q.reshape(M, C * R, K) @ k.transpose(1, 2)).reshape(M, C, R, C)
+    return (scores * left[:, :, None]).reshape(M, C * R, C)
+
+
+def chunk_outputs(
+    q: Float32[Tensor, "M C R K"],
+    states: Float32[Tensor, "M K V"],
+    weights: Float32[Tensor, "M CR C"],
+    values: Float32[Tensor, "M C V"],
+    scale: float,
+) -> Float32[Tensor, "M CR V"]:
+    """``scale * (q^T S + weights^T values)``: what came before the chunk, and what is in it.
+
+    Args:
+        q: Queries, times what is left at each token of the state before its chunk.
+        states: The state before each chunk.
+        weights: For every (token, head) of a chunk, the weight of each value of the chunk.
+        values: What was written.
+        scale: Factor on the outputs.
+    """
+    M, C, R, K = q.shape
+    before = q.reshape(M, C * R, K) @ states
+    return before.baddbmm_(weights, values, beta=scale, alpha=scale)
