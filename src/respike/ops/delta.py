@@ -164,10 +164,11 @@ def _block(
     total = log_decay.sum(1).exp().reshape(B * G, -1, 1, 1)
     before, changes = [], []
     S = state.reshape(B * G, K, V)
-    for n in range(own.shape[1]):
+    each = (x.unbind(1) for x in (own, of_state, kept, total))
+    for own_n, of_state_n, kept_n, total_n in zip(*each, strict=True):
         before.append(S)
-        changes.append(torch.baddbmm(own[:, n], of_state[:, n], S, alpha=-1))
-        S = torch.baddbmm(total[:, n] * S, kept[:, n], changes[n])
+        changes.append(torch.baddbmm(own_n, of_state_n, S, alpha=-1))
+        S = torch.baddbmm(total_n * S, kept_n, changes[-1])
     states = torch.stack(before, dim=1).reshape(M, K, V)
     values = torch.stack(changes, dim=1).reshape(M, C, V)
     out = chunk_outputs(q * since[:, :, None], states, decayed_scores(q, k, left), values, scale)

@@ -128,9 +128,9 @@ def _block(
     total = log_decay.sum(1).exp().reshape(B, G, -1, log_decay.shape[-1], 1)
     written = (kept.transpose(1, 2) @ v).reshape(B, G, -1, K, V)
     before = []
-    for n in range(written.shape[2]):
+    for increment, decay in zip(written.unbind(2), total.unbind(2), strict=True):
         before.append(state)
-        state = torch.addcmul(written[:, :, n], total[:, :, n], state)
+        state = torch.addcmul(increment, decay, state)
     states = torch.stack(before, dim=2).reshape(M, K, V)
     out = chunk_outputs(q * since[:, :, None], states, weights, v, scale)
     return out.reshape(B, G, -1, R, V).transpose(1, 2), state

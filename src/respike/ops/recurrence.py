@@ -62,10 +62,11 @@ def in_chunks(
     block = max(1, BLOCK_TOKENS // chunk_tokens) * chunk_tokens
     all_tensors = (q.reshape(B, T, G, H // G, K), *others)
     outs = [state.new_zeros(B, 0, G, H // G, V)]
-    for start in range(0, T, block):
-        parts = (to_chunks(x[:, start : start + block], chunk_tokens) for x in all_tensors)
-        out, state = work(*parts, state, scale)
-        outs.append(out[:, : T - start])
+    # Pieces by split, not by slices: a slice's gradient is as long as the whole sequence.
+    pieces = zip(*(torch.split(x, block, dim=1) for x in all_tensors), strict=True)
+    for piece in pieces if T else ():
+        out, state = work(*(to_chunks(x, chunk_tokens) for x in piece), state, scale)
+        outs.append(out[:, : piece[0].shape[1]])
     return torch.cat(outs, dim=1).reshape(B, T, H, V), state
 
 
