@@ -337,7 +337,7 @@ def _named_path(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _lengths(text: str) -> list[int]:
+def lengths_of(text: str) -> list[int]:
     try:
         lengths = [int(n) for n in text.split(",")]
     except ValueError:
@@ -347,7 +347,7 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
-def _positive(text: str) -> int:
+def count_of(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a count of at least 1")
     return int(text)
@@ -356,10 +356,10 @@ def _positive(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", type=_named_path, metavar="NAME=PATH")
-    parser.add_argument("--lengths", type=_lengths, default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--repeats", type=_positive, default=3)
-    parser.add_argument("--decode-tokens", type=_positive, default=16)
-    parser.add_argument("--threads", type=_positive, help="default: all cores")
+    parser.add_argument("--lengths", type=lengths_of, default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--repeats", type=count_of, default=3)
+    parser.add_argument("--decode-tokens", type=count_of, default=16)
+    parser.add_argument("--threads", type=count_of, help="default: all cores")
     parser.add_argument("--dtype", help="f32, bf16 or f16; default: each checkpoint's own")
     parser.add_argument("--max-seconds", type=float, default=600, help="per measurement")
     parser.add_argument("-o", "--output", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""The demo's report from made-up results, and the timing script on a pico model."""
+"""The demo's report from made-up results, and the timing scripts on pico models and layers."""
 
 import copy
 import json
@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
+import chunked
 import context
 import report
 from committed import read_committed
@@ -411,3 +413,64 @@ def test_a_model_that_is_not_there_is_an_error_and_not_a_hang() -> None:
     child.path, child.pipe = "x", End()
     with pytest.raises(BackendError, match="no such model"):
         child._answer()
+
+
+# ---- benchmarks/chunked.py -------------------------------------------------------------------
+
+FLOATS = [torch.bfloat16, torch.float32]
+
+
+def chunked_rows(layer: Any, once_above: float = 60, most: float = 600) -> list[dict[str, Any]]:
+    chunks = {"gla": 4, "gla, one decay": 8, "delta": 16}
+    limits = {"repeats": 3, "once_above_seconds": once_above, "max_seconds": most}
+    return list(chunked.measure(layer, [16, 40], FLOATS, chunks, **limits))
+
+
+def test_every_op_is_timed_at_every_length() -> None:
+    rows = chunked_rows(chunked.Layer(6, 3, 10, 7))
+    assert {(r["op"], r["dtype"], r["tokens"]) for r in rows} == {
+        (op, dtype, tokens)
+        for op in chunked.OPS
+        for dtype in ("bf16", "f32")
+        for tokens in (16, 40)
+    }
+    for row in rows:
+        spread = row["microseconds_per_token"]
+        assert row["n"] == 3
+        assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+    json.dumps(rows)
+    assert "skipped" not in chunked.text_table(rows)
+
+
+def test_what_is_timed_is_the_layer_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = chunked.Layer(6, 3, 10, 7)
+    for op, name in (("gla", "gla"), ("gla, one decay", "gla"), ("delta", "delta")):
+        seen: list[Any] = []
+        monkeypatch.setattr(chunked, name, lambda *a, seen=seen, **k: seen.append((a, k)))
+        layer.ready(op, 33, torch.bfloat16, 5)()
+        (((q, k, v, *_, decay, state), named),) = seen
+        assert [tuple(x.shape) for x in (q, k, v)] == [
+            (1, 33, 6, 10),
+            (1, 33, 3, 10),
+            (1, 33, 3, 7),
+        ]
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        assert decay.shape[3:] == {"gla": (10,), "gla, one decay": (1,), "delta": ()}[op]
+        assert decay.max() <= 0
+        assert state.shape == (1, 3, 10, 7)
+        assert named == {"chunk_tokens": 5}
+    assert layer.ready("softmax", 33, torch.bfloat16, 0)().shape == (1, 33, 6, 7)
+
+
+def test_slow_points_are_measured_once_or_not_at_all() -> None:
+    once = chunked_rows(chunked.Layer(6, 3, 10, 7), once_above=-1)
+    assert all(row["n"] == 1 for row in once)
+    assert chunked.text_table(once).count("(n = 1)") == len(once)
+    skipped = chunked_rows(chunked.Layer(6, 3, 10, 7), most=-1)
+    assert all("would take about" in row["skipped"] for row in skipped)
+    assert chunked.text_table(skipped).count("skipped") == len(skipped)
+
+
+def test_heads_must_divide_into_groups() -> None:
+    with pytest.raises(ValueError, match="6 query heads do not divide into 4 groups"):
+        chunked.Layer(6, 4, 10, 7)
