@@ -91,8 +91,9 @@ def gla(
 ) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
     """`gla_definition` in chunks, or by `gla_step` for one token.
 
-    Safe and accurate at any decay: whatever is exponentiated is a sum of log-decays, at most 0 and
-    never a difference. ``state`` is not written to.
+    Safe and accurate at any decay: every factor is the exponential of a sum of log-decays, or a
+    product of such, and at most 1; differences of sums are never formed. ``state`` is not written
+    to.
 
     Args:
         q: As for `gla_definition`, and so are k, v, log_decay, state and scale.
@@ -151,8 +152,8 @@ def _per_channel(
     """What happens inside a chunk; neighbouring pieces of it are joined until one is left.
 
     Of two pieces of b tokens the right one sees the left one by a product of matrices, its queries
-    times what decayed since its start and the other's keys times what decays until its end. No
-    factor exceeds 1, and none can underflow where their product does not.
+    times what is left since its start and the other's keys times what is left at its end. Both
+    factors are at most 1, and each is at least their product: whatever underflows may be 0.
 
     Returns:
         The weight of every token's value in the output of every (token, head); what is left, at
