@@ -71,7 +71,7 @@ def candidates(
 def wear(model: Model, config: ModelConfig) -> None:
     """Give the loaded weights another config's mixers."""
     for layer, made in zip(model.decoder.layers, config.layers, strict=True):
-        layer.self_attn.set_mixers(build_mixers(made))
+        layer.self_attn.set_mixers(build_mixers(config, made))
 
 
 def row(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from respike.layers.attention import FullSoftmax, WindowSoftmax
+from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import WindowState
 from respike.ops.attention import attend, attention_bias, attention_definition, visible
@@ -198,7 +198,7 @@ def run(
         start, valid = torch.full((len(q),), begin), torch.full((len(q),), end - begin)
         span = Span(start, valid, end - begin, FREQUENCIES, q.dtype, q.device)
         part = slice(begin, end)
-        out, state = mixer(q[:, part], k[:, part], v[:, part], span, state)  # type: ignore[assignment]
+        out, state = mixer(q, q[:, part], k[:, part], v[:, part], span, state)  # type: ignore[assignment]
         outputs.append(out)
         begin = end
     return torch.cat(outputs, 1)

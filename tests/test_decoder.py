@@ -15,6 +15,7 @@ from torch import Tensor
 from respike.account import state_bytes
 from respike.config import Mixer
 from respike.errors import DataError, UnsupportedError
+from respike.layers.mixer import Mixer
 from respike.layers.span import Span
 from respike.layers.state import KVState
 from respike.models.decoder import Decoder
@@ -483,18 +484,20 @@ def test_the_state_of_another_dtype_is_refused(tmp_path: Path) -> None:
 # ---- gradients -------------------------------------------------------------------------------
 
 
-class Dense:
+class Dense(Mixer):
     """A mixer from the definition that keeps every key; gradients are autograd's."""
 
     def __init__(self, window_tokens: int | None = None, sink_tokens: int = 0) -> None:
+        super().__init__()
         self.window_tokens, self.sink_tokens = window_tokens, sink_tokens
 
     def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> KVState:
         return KVState.empty(batch, groups, head_dim, like)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: KVState
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: KVState
     ) -> tuple[Tensor, KVState]:
+        del x
         k = torch.cat([state.k.transpose(1, 2), span.rotate(k)], 1)
         v = torch.cat([state.v.transpose(1, 2), v], 1)
         keys = torch.arange(k.shape[1]).expand(len(k), -1)

@@ -13,7 +13,7 @@ from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation import Task, Vocabulary
 from respike.evaluation.recall import make_trials
-from respike.layers.attention import FullSoftmax, WindowSoftmax
+from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.models.decoder import Decoder
 from respike.recipe import apply_recipe, dump_recipe, load_recipe
 from respike.selection import Budget, Group, Selection, select, selected_recipe
@@ -244,10 +244,10 @@ def logits(decoder: Decoder) -> Tensor:
 
 def test_the_models_mixers_are_put_back(tokenizer: Tokenizer) -> None:
     decoder = small()
-    before = [layer.self_attn.mixers for layer in decoder.layers]
+    before = [layer.self_attn.arrangement() for layer in decoder.layers]
     expected = logits(decoder)
     run(decoder, tokenizer, 2)
-    after = [layer.self_attn.mixers for layer in decoder.layers]
+    after = [layer.self_attn.arrangement() for layer in decoder.layers]
     assert after == before
     assert torch.equal(logits(decoder), expected)
 

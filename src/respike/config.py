@@ -13,14 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 FORMAT_VERSION: Literal[1] = 1
 """Version of ``config.json`` in a converted folder."""
 
-MIXERS = ("full", "window")
+MIXERS = ("full", "window", "linear")
 """Names a recipe may give to a mixer."""
+MEMORIES = ("far", "gla", "tied", "delta")
+"""Names a recipe may give to a memory."""
 
 
 # The bounds of a recipe and of a model; the upper ones are far above what makes sense.
 WindowTokens = Annotated[int, Field(gt=0, le=1 << 24)]
 SinkTokens = Annotated[int, Field(ge=0, le=1 << 16)]
 ReachTokens = Annotated[int, Field(gt=0, le=1 << 32)]
+FeatureCount = Annotated[int, Field(gt=0, le=1 << 12)]
+GateRank = Annotated[int, Field(gt=0, le=1 << 12)]
+GateNormalizer = Annotated[float, Field(gt=0, le=1 << 10)]
 
 
 class Frozen(BaseModel):
@@ -51,6 +56,42 @@ class FullMixer(Frozen):
     """KV groups this mixer serves, ascending."""
 
 
+class FarMemory(Frozen):
+    """Linear memory of what has left the window, under the window's softmax denominator."""
+
+    kind: Literal["far"] = "far"
+    features: FeatureCount
+    """Prototypes of keys, for each KV group."""
+
+
+class GlaMemory(Frozen):
+    """Gated linear attention: a decay for each key channel, from a low-rank gate."""
+
+    kind: Literal["gla"] = "gla"
+    feature: Literal["relu", "identity"]
+    gate_rank: GateRank
+    gate_normalizer: GateNormalizer
+    """The decay is ``sigmoid(gate) ** (1 / gate_normalizer)``."""
+
+
+class TiedMemory(Frozen):
+    """Gated linear attention whose decay is ``1 - k``: no weights of its own."""
+
+    kind: Literal["tied"] = "tied"
+
+
+class DeltaMemory(Frozen):
+    """Gated delta rule: writes what is new about a key, with a decay for each KV group."""
+
+    kind: Literal["delta"] = "delta"
+    negative_eigenvalues: bool
+    """Write strength up to 2 instead of 1."""
+
+
+LinearMemory = Annotated[GlaMemory | TiedMemory | DeltaMemory, Field(discriminator="kind")]
+AnyMemory = Annotated[FarMemory | GlaMemory | TiedMemory | DeltaMemory, Field(discriminator="kind")]
+
+
 class WindowMixer(Frozen):
     """Causal softmax over the last ``window_tokens`` tokens (self included) and the sinks."""
 
@@ -60,10 +101,20 @@ class WindowMixer(Frozen):
     sink_tokens: SinkTokens
     """First tokens of the sequence that are always attended."""
     sink_reach_tokens: ReachTokens
-    """Largest distance at which a sink is seen; see `respike.layers.attention`."""
+    """Largest distance at which a sink is seen; see `respike.layers.softmax`."""
+    memory: AnyMemory | None = None
+    """far shares the softmax's denominator; any other is normed and added beside the window."""
 
 
-Mixer = Annotated[FullMixer | WindowMixer, Field(discriminator="mixer")]
+class LinearMixer(Frozen):
+    """A memory alone: linear time, constant state, no window."""
+
+    mixer: Literal["linear"] = "linear"
+    groups: tuple[int, ...]
+    memory: LinearMemory
+
+
+Mixer = Annotated[FullMixer | WindowMixer | LinearMixer, Field(discriminator="mixer")]
 
 
 class LayerConfig(Frozen):
@@ -122,7 +173,7 @@ class ModelConfig(Frozen):
         """Query heads that share one KV group."""
         return self.num_attention_heads // self.num_key_value_heads
 
-    def mixers(self) -> Iterator[tuple[int, FullMixer | WindowMixer]]:
+    def mixers(self) -> Iterator[tuple[int, FullMixer | WindowMixer | LinearMixer]]:
         """Every (layer index, mixer) of the model, in order."""
         for index, layer in enumerate(self.layers):
             for part in layer.mixers:

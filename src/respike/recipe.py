@@ -8,20 +8,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError
 
 from respike.config import (
+    MEMORIES,
     MIXERS,
+    AnyMemory,
+    DeltaMemory,
+    FarMemory,
+    FeatureCount,
     Frozen,
     FullMixer,
+    GateNormalizer,
+    GateRank,
+    GlaMemory,
     LayerConfig,
+    LinearMixer,
     Mixer,
     ModelConfig,
     ReachTokens,
     SinkTokens,
+    TiedMemory,
     WindowMixer,
     WindowTokens,
 )
@@ -29,7 +39,10 @@ from respike.errors import RecipeError, did_you_mean
 
 MAX_RECIPE_BYTES = 1 << 20
 RULE_MIXERS = ("keep", *MIXERS)
+RULE_MEMORIES = ("none", *MEMORIES)
 Place = Literal["all", "rest", "even", "odd"]
+MemoryName = Literal["none", "far", "gla", "tied", "delta"]
+HalfLife = Annotated[float, Field(gt=0, le=1 << 32)]
 
 
 class Evenly(Frozen):
@@ -43,12 +56,43 @@ class Rule(Frozen):
 
     at: Place | Evenly | tuple[int, ...]
     """all or rest, even or odd, {evenly: N}, or a list of indices (negative from the end)."""
-    mixer: Literal["keep", "full", "window"]
-    """keep: what the source has there."""
+    mixer: Literal["keep", "full", "window", "linear"]
+    """keep: what the source has there. linear: a memory without softmax."""
+    memory: MemoryName | None = None
+    """Of a window or linear rule. None: the recipe's."""
     window_tokens: WindowTokens | None = None
     """None: the recipe's."""
     sink_tokens: SinkTokens | None = None
     """None: the recipe's."""
+
+
+class FarOptions(Frozen):
+    """How far memories are made; see `respike.ops.far`."""
+
+    features: FeatureCount = 64
+    """Prototypes of each KV group."""
+    half_life_lengths: HalfLife = 4.0
+    """Tokens after which half of a memory is left, in trained lengths of the source."""
+    calibration_tokens: int = Field(default=0, ge=0, le=1 << 24)
+    """Text on which prototypes and gates are fitted; 0 leaves every gate shut."""
+
+
+class GlaOptions(Frozen):
+    """How gated linear attention is made."""
+
+    feature: Literal["relu", "identity"] = "relu"
+    gate_rank: GateRank = 16
+    gate_normalizer: GateNormalizer = 16.0
+    half_life_tokens: HalfLife = 4096.0
+    """Of the memory before any training, the same for every channel."""
+
+
+class DeltaOptions(Frozen):
+    """How gated delta rules are made."""
+
+    negative_eigenvalues: bool = False
+    half_life_tokens: HalfLife = 4096.0
+    """Of the memory before any training."""
 
 
 class SourceShape(Frozen):
@@ -79,6 +123,11 @@ class Recipe(Frozen):
     """Largest distance at which sinks are seen; trained: the source's trained length."""
     softmax_groups: dict[int, tuple[int, ...]] = Field(default_factory=dict)
     """Layer -> KV groups that keep full softmax: the retrieval groups."""
+    memory: MemoryName = "none"
+    """What window and linear rules without their own remember beyond the window."""
+    far: FarOptions = FarOptions()
+    gla: GlaOptions = GlaOptions()
+    delta: DeltaOptions = DeltaOptions()
     weights: Literal["f32", "bf16", "f16"] = "bf16"
     """Dtype in which the converted weights are stored."""
     retie: bool = False
@@ -202,6 +251,11 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
             f"{where}: {path}: {word!r} is not one of {', '.join(RULE_MIXERS)}",
             hint=did_you_mean(word, RULE_MIXERS),
         )
+    if loc and loc[-1] == "memory":
+        return RecipeError(
+            f"{where}: {path}: {word!r} is not one of {', '.join(RULE_MEMORIES)}",
+            hint=did_you_mean(word, RULE_MEMORIES),
+        )
     if loc and loc[-1] == "at":
         places = get_args(Place)
         return RecipeError(
@@ -217,8 +271,11 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
         return list(Evenly.model_fields)
     if loc[0] == "layers" and len(loc) > 1:
         return list(Rule.model_fields)
-    if loc[0] == "source" and len(loc) > 1:
-        return list(SourceShape.model_fields)
+    parts: dict[str, type[Frozen]] = {
+        "source": SourceShape, "far": FarOptions, "gla": GlaOptions, "delta": DeltaOptions,
+    }  # fmt: skip
+    if loc[0] in parts and len(loc) > 1:
+        return list(parts[loc[0]].model_fields)
     return list(Recipe.model_fields)
 
 
@@ -259,11 +316,16 @@ def _layer(recipe: Recipe, source: ModelConfig, index: int) -> LayerConfig:
         )
     if rule.mixer == "keep":
         return source.layers[index]
+    memory = _memory(recipe, rule, index)
     kept = everyone if rule.mixer == "full" else recipe.softmax_groups.get(index, ())
     full = tuple(sorted(set(kept)))
     stream = tuple(g for g in everyone if g not in full)
     mixers: list[Mixer] = [FullMixer(groups=full)] if full else []
-    if stream:
+    if stream and rule.mixer == "linear":
+        assert memory is not None
+        assert memory.kind != "far"
+        mixers.append(LinearMixer(groups=stream, memory=memory))
+    elif stream:
         reach = recipe.sink_reach_tokens
         window = rule.window_tokens or recipe.window_tokens
         sinks = recipe.sink_tokens if rule.sink_tokens is None else rule.sink_tokens
@@ -273,9 +335,38 @@ def _layer(recipe: Recipe, source: ModelConfig, index: int) -> LayerConfig:
                 window_tokens=window,
                 sink_tokens=sinks,
                 sink_reach_tokens=source.max_position_embeddings if reach == "trained" else reach,
+                memory=memory,
             )
         )
     return LayerConfig(mixers=tuple(mixers))
+
+
+def _memory(recipe: Recipe, rule: Rule, index: int) -> AnyMemory | None:
+    """What the rule's mixer remembers.
+
+    Raises:
+        RecipeError: A linear rule has no memory that can stand alone.
+    """
+    name = rule.memory or recipe.memory
+    if rule.mixer == "linear" and name in ("none", "far"):
+        alone = [m for m in MEMORIES if m != "far"]
+        raise RecipeError(
+            f"recipe {recipe.name!r}: layer {index} is linear with memory {name!r}, "
+            f"expected one of {', '.join(alone)}",
+            hint="far lives beside a window: {mixer: window, memory: far}",
+        )
+    if name == "far":
+        return FarMemory(features=recipe.far.features)
+    if name == "gla":
+        gla = recipe.gla
+        return GlaMemory(
+            feature=gla.feature, gate_rank=gla.gate_rank, gate_normalizer=gla.gate_normalizer
+        )
+    if name == "tied":
+        return TiedMemory()
+    if name == "delta":
+        return DeltaMemory(negative_eigenvalues=recipe.delta.negative_eigenvalues)
+    return None
 
 
 def _matches(at: Place | Evenly | Iterable[int], index: int, depth: int) -> bool:

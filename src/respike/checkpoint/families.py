@@ -3,15 +3,26 @@
 Adding a family whose layers are llama-shaped is one entry in `FAMILIES`.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from respike.config import LayerConfig, ModelConfig, RopeConfig, WindowMixer, full_layers
+from respike.config import (
+    LayerConfig,
+    Mixer,
+    ModelConfig,
+    RopeConfig,
+    WindowMixer,
+    full_layers,
+)
 from respike.errors import CheckpointError, UnsupportedError, did_you_mean
 
 Json = Mapping[str, Any]
+
+MIXER_TENSOR = re.compile(r"model\.layers\.(\d+)\.self_attn\.mixers\.(\d+)\.(.+)")
+"""Names of the tensors that mixers add to those of their source."""
 
 FAMILIES: dict[str, Callable[[Json], dict[str, bool]]] = {
     # model_type -> which optional parts of a layer it has. Yi and R1-Distill-Llama are llama.
@@ -160,6 +171,9 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         if config.qk_norm:
             yield layer + "self_attn.q_norm.weight", (head,)
             yield layer + "self_attn.k_norm.weight", (head,)
+        for j, part in enumerate(config.layers[i].mixers):
+            for name, shape in mixer_tensors(config, part):
+                yield f"{layer}self_attn.mixers.{j}.{name}", shape
         yield layer + "post_attention_layernorm.weight", (width,)
         yield layer + "mlp.gate_proj.weight", (mlp, width)
         yield layer + "mlp.up_proj.weight", (mlp, width)
@@ -167,6 +181,45 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
     yield "model.norm.weight", (width,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", (vocab, width)
+
+
+def mixer_tensors(config: ModelConfig, part: Mixer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a mixer adds to those of its source."""
+    head, width, groups = config.head_dim, config.hidden_size, len(part.groups)
+    if part.mixer == "full" or part.memory is None:
+        return
+    memory = part.memory
+    if memory.kind == "far":
+        heads, features = groups * config.heads_per_group, memory.features
+        yield "key_weight", (groups, features, head)
+        yield "key_bias", (groups, features)
+        yield "query_weight", (heads, features, head)
+        yield "beta", (heads,)
+        yield "log2_half_life", (groups,)
+        return
+    norms = ("norm",) if part.mixer == "linear" else ("window_norm", "memory_norm")
+    for name in norms:
+        yield f"{name}.weight", (head,)
+    if memory.kind == "gla":
+        yield "memory.gate_down.weight", (memory.gate_rank, width)
+        yield "memory.gate_up.weight", (groups * head, memory.gate_rank)
+        yield "memory.gate_up.bias", (groups * head,)
+    if memory.kind == "delta":
+        yield "memory.a_proj.weight", (groups, width)
+        yield "memory.b_proj.weight", (groups, width)
+        yield "memory.A_log", (groups,)
+        yield "memory.dt_bias", (groups,)
+
+
+def mixer_of(config: ModelConfig, name: str) -> tuple[str, Mixer] | None:
+    """(name within its mixer, the mixer) of a tensor that a mixer added; None of any other."""
+    match = MIXER_TENSOR.fullmatch(name)
+    if match is None:
+        return None
+    i, j, rest = int(match[1]), int(match[2]), match[3]
+    if i >= len(config.layers) or j >= len(config.layers[i].mixers):
+        return None
+    return rest, config.layers[i].mixers[j]
 
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)

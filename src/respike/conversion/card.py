@@ -28,7 +28,7 @@ def model_card(report: dict[str, Any]) -> str:
 Made from **{source["name"]}** ({source["family"]}, licence of the source: {source["license"]}) by
 respike {report["respike"]}. The weights are the source's (there {kinds}), read by their own
 rules and stored here as {report["weights"]}; nothing was trained. Of {report["kv_groups"]} KV
-groups {report["softmax_groups"]} keep full softmax.
+groups {report["softmax_groups"]} keep full softmax.{_memories(report)}
 
 | layers | mixers |
 |---|---|
@@ -47,3 +47,18 @@ in quality depends on the text: measure it with `respike check ORIGINAL THIS --d
 Source {hashes}; fingerprint {report["fingerprint"]}. `recipe.yaml` makes
 this folder again, byte for byte; `report.json` has every figure.
 """
+
+
+def _memories(report: dict[str, Any]) -> str:
+    """A sentence on what the source does not have; empty if there is nothing."""
+    if not report["tensors"]["new"]:
+        return ""
+    text = f" {report['new_parameters']:,} parameters are new"
+    fit = report.get("calibration")
+    if fit is None:
+        return f"{text} and hold their starting values."
+    return (
+        f"{text}; memories were fitted to {fit['tokens']:,} tokens: the mean squared error of a "
+        f"head went from {fit['error_shut_frac']:.4f} of its output's square to "
+        f"{fit['error_frac']:.4f}, and {fit['shut']} of {fit['heads']} heads stayed shut."
+    )

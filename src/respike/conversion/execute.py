@@ -1,10 +1,11 @@
 """Carry out a plan: weights shard by shard into a hidden folder, then one rename."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from respike import __version__
 from respike.checkpoint import file_sha256, fingerprint
+from respike.checkpoint.families import mixer_of
 from respike.checkpoint.folder import INDEX
+from respike.conversion.calibrate import calibrate, fit_summary
 from respike.conversion.card import model_card
+from respike.conversion.initial import initial_tensor
 from respike.conversion.plan import Plan
 from respike.device import get_dtype
 from respike.errors import CheckpointError, UsageError
-from respike.loading import load_tokenizer
+from respike.loading import Progress, load_decoder, load_tokenizer
 from respike.recipe import dump_recipe
 
 SHARD_BYTES = 2 << 30
@@ -38,17 +42,19 @@ def convert(
     out: str | Path,
     *,
     force: bool = False,
+    text: Tensor | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the converted model: weights, config, tokenizer, resolved recipe, report, card.
 
-    The same plan gives the same bytes. An interrupted conversion leaves nothing behind.
+    The same plan and text give the same bytes. An interrupted conversion leaves nothing behind.
 
     Args:
         plan: From `respike.plan`.
         out: Folder to create.
         force: Replace ``out`` if it is a converted folder and holds nothing else.
+        text: Token ids (N, T) to calibrate far memories on, if the plan's recipe says so.
         shard_bytes: Largest weight file.
         progress: Called with (tensors done, tensors).
 
@@ -56,13 +62,14 @@ def convert(
         The report, as written to ``report.json``.
 
     Raises:
-        UsageError: ``out`` exists and ``force`` was not given.
+        UsageError: ``out`` exists and ``force`` was not given; or the text is missing or too short.
         CheckpointError: The source turned out to be unreadable, or the disk full.
     """
     out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
     _check_out(out, plan, force)
+    fitted, fit_report = _calibrated(plan, text, progress)
     with _staged(out) as folder:
-        files = _write_weights(plan, folder, shard_bytes, progress)
+        files = _write_weights(plan, folder, shard_bytes, fitted, progress)
         config = plan.config.model_dump(mode="json")
         _write_json(folder / "config.json", config)
         load_tokenizer(plan.source).save(folder)
@@ -72,6 +79,7 @@ def convert(
             "fingerprint": fingerprint(plan.config, files),
             "source_sha256": hashes,
             **plan.summary(),
+            **fit_report,
         }
         notes = {"made by": f"respike {__version__}"}
         notes |= {f"source {name}": f"sha256 {digest}" for name, digest in hashes.items()}
@@ -131,8 +139,28 @@ def _staged(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def _calibrated(
+    plan: Plan, text: Tensor | None, progress: Progress | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Fitted tensors by name, and what the report says of them; nothing if nothing is to fit."""
+    if not plan.calibrates:
+        return {}, {}
+    if text is None:
+        raise UsageError(f"recipe {plan.recipe.name!r} calibrates its memories and needs a text")
+    original = load_decoder(plan.source, dtype="f32")
+    half_life = plan.recipe.far.half_life_lengths * plan.config.max_position_embeddings
+    fitted, heads = calibrate(original, plan.config, text, math.log2(half_life), progress)
+    digest = hashlib.sha256(text.numpy().tobytes()).hexdigest()
+    facts = {"tokens": text.numel(), "text_sha256": digest}
+    return fitted, {"calibration": facts | fit_summary(heads)}
+
+
 def _write_weights(
-    plan: Plan, folder: Path, shard_bytes: int, progress: Callable[[int, int], None] | None
+    plan: Plan,
+    folder: Path,
+    shard_bytes: int,
+    fitted: Mapping[str, Tensor],
+    progress: Progress | None,
 ) -> list[Path]:
     """Stream the kept tensors into shards of at most ``shard_bytes``; returns the files."""
     dtype = get_dtype(plan.recipe.weights)
@@ -153,7 +181,7 @@ def _write_weights(
         file = folder / f"{name}.safetensors"
         tensors: dict[str, Tensor] = {}
         for tensor_name in names:
-            tensors[tensor_name] = plan.source.read(tensor_name).to(dtype).contiguous()
+            tensors[tensor_name] = _tensor(plan, tensor_name, fitted).to(dtype).contiguous()
             home[tensor_name] = file.name
             done += 1
             if progress:
@@ -165,6 +193,17 @@ def _write_weights(
         total = {"total_size": plan.weight_bytes}
         _write_json(folder / INDEX, {"metadata": total, "weight_map": home})
     return files
+
+
+def _tensor(plan: Plan, name: str, fitted: Mapping[str, Tensor]) -> Tensor:
+    if name in fitted:
+        return fitted[name].cpu()
+    if name not in plan.new:
+        return plan.source.read(name)
+    found = mixer_of(plan.config, name)
+    assert found is not None
+    within, part = found
+    return initial_tensor(within, plan.new[name], part, plan.config, plan.recipe)
 
 
 def _umask() -> int:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
 from respike.checkpoint import Checkpoint, Folder, open_checkpoint
-from respike.checkpoint.families import expected_tensors
-from respike.config import LayerConfig, ModelConfig
+from respike.checkpoint.families import expected_tensors, mixer_of
+from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig
 from respike.device import get_dtype
 from respike.recipe import Recipe, apply_recipe
 
@@ -21,13 +21,13 @@ class TensorPlan:
     Attributes:
         name: Its name.
         shape: Its shape; empty for a dropped one.
-        action: copy (same bits), cast (another dtype), or drop.
-        reason: Why it is dropped; empty otherwise.
+        action: copy (same bits), cast (another dtype), new (the source has none), or drop.
+        reason: Why it is new or dropped; empty otherwise.
     """
 
     name: str
     shape: tuple[int, ...]
-    action: Literal["copy", "cast", "drop"]
+    action: Literal["copy", "cast", "new", "drop"]
     reason: str = ""
 
 
@@ -44,6 +44,17 @@ class Plan:
     def weight_bytes(self) -> int:
         """Size of the converted weights."""
         return num_parameters(self.config) * get_dtype(self.recipe.weights).itemsize
+
+    @property
+    def new(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the source does not have."""
+        return {t.name: t.shape for t in self.tensors if t.action == "new"}
+
+    @property
+    def calibrates(self) -> bool:
+        """Far memories are to be fitted on text, so `respike.convert` needs one."""
+        fitted = any(name.endswith(".beta") for name in self.new)
+        return fitted and self.recipe.far.calibration_tokens > 0
 
     def summary(self) -> dict[str, Any]:
         """The figures, for the report and for ``--json``."""
@@ -72,7 +83,7 @@ class Plan:
             "softmax_groups_frac": kept / groups,
             "state_bytes_bf16": lengths,
             "growth_bytes_per_token_bf16": growth_bytes_per_token(config),
-            "tensors": {a: actions.count(a) for a in ("copy", "cast", "drop")},
+            "tensors": {a: actions.count(a) for a in ("copy", "cast", "new", "drop")},
             "dropped": {t.name: t.reason for t in self.tensors if t.action == "drop"},
             "layers": [{"layers": where, "mixers": what} for where, what in layer_table(config)],
         }
@@ -94,11 +105,24 @@ def describe(layer: LayerConfig) -> str:
     for part in layer.mixers:
         groups = ",".join(map(str, part.groups))
         where = f" (groups {groups})" if len(layer.mixers) > 1 else ""
-        if part.mixer == "full":
-            parts.append(f"full{where}")
-        else:
-            parts.append(f"window {part.window_tokens} + {part.sink_tokens} sinks{where}")
+        parts.append(f"{_words(part)}{where}")
     return ", ".join(parts)
+
+
+def _words(part: Mixer) -> str:
+    if part.mixer == "full":
+        return "full"
+    memory = "" if part.memory is None else _memory_words(part.memory)
+    if part.mixer == "linear":
+        return memory
+    window = f"window {part.window_tokens} + {part.sink_tokens} sinks"
+    return f"{window} + {memory}" if memory else window
+
+
+def _memory_words(memory: AnyMemory) -> str:
+    if memory.kind == "far":
+        return f"far memory of {memory.features}"
+    return {"gla": "gated linear", "tied": "tied-gate linear", "delta": "gated delta"}[memory.kind]
 
 
 def plan(source: str | Path, recipe: Recipe) -> Plan:
@@ -117,16 +141,27 @@ def plan(source: str | Path, recipe: Recipe) -> Plan:
     kept, kinds = dict(expected_tensors(config)), checkpoint.stored_as
     stored = recipe.weights.upper()
     as_is = isinstance(checkpoint, Folder)  # GGUF is dequantised, and may order rows otherwise
-    tensors = [
-        TensorPlan(name, shape, "copy" if as_is and kinds[name] == stored else "cast")
-        for name, shape in kept.items()
-    ]
+    tensors = []
+    for name, shape in kept.items():
+        if name in kinds and not _remade(name, checkpoint.config, config):
+            as_stored = as_is and kinds[name] == stored
+            tensors.append(TensorPlan(name, shape, "copy" if as_stored else "cast"))
+        else:
+            tensors.append(TensorPlan(name, shape, "new", "its mixer is new"))
     for name in kinds:
         if name in kept:
             continue
         retied = name == "lm_head.weight"
         reason = (
-            "tied: the embedding serves as output matrix" if retied else "follows from the config"
-        )
+            "tied: the embedding serves as output matrix" if retied
+            else "its mixer is gone" if mixer_of(checkpoint.config, name)
+            else "follows from the config"
+        )  # fmt: skip
         tensors.append(TensorPlan(name, (), "drop", reason))
     return Plan(checkpoint, recipe, config, tuple(tensors))
+
+
+def _remade(name: str, before: ModelConfig, after: ModelConfig) -> bool:
+    """The tensor belongs to a mixer that the source has otherwise or not at all."""
+    mine, theirs = mixer_of(after, name), mixer_of(before, name)
+    return mine is not None and (theirs is None or mine[1] != theirs[1])

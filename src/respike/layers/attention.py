@@ -1,135 +1,18 @@
-"""The attention layer: shared projections, and a softmax mixer for each set of KV groups.
+"""The attention layer: shared projections, and a mixer for each set of KV groups.
 
 Letters: B batch, T tokens, D model width, H query heads, G KV groups, K head dim.
-
-How sinks keep their distance: inside the source's trained length a sink is seen at its true
-distance, so a window as long as the context equals the source. Past ``sink_reach_tokens`` (by
-default the trained length) the query stands still at position ``sink_reach_tokens - 1`` when it
-looks at sinks, so no rotary distance ever leaves the range the weights were trained on. Only
-queries are rotated twice for this: cached keys, and so the state, do not depend on it.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from respike.errors import UnsupportedError
+from respike.layers.mixer import Mixer
 from respike.layers.norm import RMSNorm
 from respike.layers.span import Span
-from respike.layers.state import KVState, MixerState, WindowState
-from respike.ops.attention import attend
-
-
-@runtime_checkable
-class GroupMixer(Protocol):
-    """Mixes tokens for some KV groups of a layer; has no weights of the source in it."""
-
-    def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> MixerState:
-        """The state before the first token; dtype and device of ``like``."""
-        ...
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: Any
-    ) -> tuple[Tensor, MixerState]:
-        """From unrotated q (B, T, H, K) and k, v (B, T, G, K): outputs (B, T, H, K), next state."""
-        ...
-
-
-class FullSoftmax:
-    """Causal softmax over everything before; the cache grows with the sequence."""
-
-    def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> KVState:
-        """See `GroupMixer.init_state`."""
-        return KVState.empty(batch, groups, head_dim, like)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: KVState
-    ) -> tuple[Tensor, KVState]:
-        """See `GroupMixer.__call__`."""
-        q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
-        state.append(k, v, span)
-        if span.fresh:
-            return attend(q, k, v, causal=True), state
-        keys, values = state.k[:, :, : span.end], state.v[:, :, : span.end]
-        if q.requires_grad or k.requires_grad or v.requires_grad:
-            # Caches carry no gradient: take this span's keys and values as they came.
-            if span.offset is None:
-                raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
-            keys = torch.cat((keys[:, :, : span.offset], k), 2)
-            values = torch.cat((values[:, :, : span.offset], v), 2)
-        if span.offset is not None and span.num_tokens == 1:
-            return attend(q, keys, values), state
-        bias = span.bias(torch.arange(span.end).expand(len(q), -1))
-        return attend(q, keys, values, bias), state
-
-
-class WindowSoftmax:
-    """Causal softmax over the sinks and a sliding window; constant memory.
-
-    Args:
-        window_tokens: Length of the window, self included.
-        sink_tokens: First tokens that stay visible.
-        sink_reach_tokens: Largest distance at which sinks are seen, see the module's text.
-    """
-
-    def __init__(self, window_tokens: int, sink_tokens: int, sink_reach_tokens: int) -> None:
-        self.window_tokens, self.sink_tokens = window_tokens, sink_tokens
-        self.sink_reach_tokens = sink_reach_tokens
-
-    def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> WindowState:
-        """See `GroupMixer.init_state`."""
-        slots = self.sink_tokens + self.window_tokens
-        k = like.new_zeros(batch, groups, slots, head_dim)
-        return WindowState(k, k.clone(), self.sink_tokens)
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: WindowState
-    ) -> tuple[Tensor, WindowState]:
-        """See `GroupMixer.__call__`."""
-        q_sink = span.rotate(q, self.sink_reach_tokens) if self._beyond_reach(span) else None
-        q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
-        if span.fresh and span.num_tokens <= self.window_tokens and q_sink is None:
-            state.append(k, v, span)
-            return attend(q, k, v, causal=True), state
-        # Not with gradients, which would be lost in the ring. Asked of torch and not of k, because
-        # layers that share a mask must take the same way.
-        if span.offset is not None and span.num_tokens == 1 and not torch.is_grad_enabled():
-            state.append(k, v, span)
-            keys, values = state.k, state.v
-            positions = state.slot_positions(span.start + span.valid)
-            all_seen = span.end >= state.k.shape[2]
-        else:
-            keys, values = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
-            positions = torch.cat((state.slot_positions(span.start), span.positions), 1)
-            state.append(k, v, span)
-            all_seen = False
-        bias = None if all_seen else span.bias(positions, self.window_tokens, self.sink_tokens)
-        if q_sink is None:
-            return attend(q, keys, values, bias), state
-        is_sink = (positions < self.sink_tokens).to(k.device)
-        return _attend_two_ways(q, q_sink, keys, values, is_sink, bias), state
-
-    def _beyond_reach(self, span: Span) -> bool:
-        return self.sink_tokens > 0 and span.end > self.sink_reach_tokens
-
-
-def _attend_two_ways(
-    q: Tensor, q_sink: Tensor, k: Tensor, v: Tensor, is_sink: Tensor, bias: Tensor | None
-) -> Tensor:
-    """One softmax in which sinks, ``is_sink`` (B, S), are scored by ``q_sink``, the rest by ``q``.
-
-    Both queries are stacked along the head dim; a key has zeros where the other query's channels
-    are. Twice the arithmetic, and only past the reach.
-    """
-    head_dim = q.shape[-1]
-    sink = is_sink[:, None, :, None]
-    keys = torch.cat((k.masked_fill(sink, 0), k.masked_fill(~sink, 0)), -1)
-    queries = torch.cat((q, q_sink), -1)
-    out = attend(queries, keys, pad(v, (0, head_dim)), bias, scale=head_dim**-0.5)
-    return out[..., :head_dim]
+from respike.layers.state import MixerState
 
 
 class Attention(nn.Module):
@@ -153,7 +36,7 @@ class Attention(nn.Module):
         hidden_size: int,
         num_heads: int,
         head_dim: int,
-        mixers: Sequence[tuple[Sequence[int], GroupMixer]],
+        mixers: Sequence[tuple[Sequence[int], Mixer]],
         qkv_bias: bool,
         o_bias: bool,
         qk_norm_eps: float | None,
@@ -172,18 +55,24 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(head_dim, qk_norm_eps)
         self.has_qk_norm = qk_norm_eps is not None
 
-    def set_mixers(self, mixers: Sequence[tuple[Sequence[int], GroupMixer]]) -> None:
+    def set_mixers(self, mixers: Sequence[tuple[Sequence[int], Mixer]]) -> None:
         """Exchange the mixers, for instance to measure what a KV group is worth."""
-        self.mixers = [(list(groups), mixer) for groups, mixer in mixers]
+        self.groups = [list(groups) for groups, _ in mixers]
+        self.mixers = nn.ModuleList(mixer for _, mixer in mixers)
+
+    def arrangement(self) -> list[tuple[list[int], Mixer]]:
+        """What `set_mixers` would take to make it as it is."""
+        return list(zip(self.groups, cast(list[Mixer], list(self.mixers)), strict=True))
 
     def init_state(self, batch: int, like: Tensor) -> tuple[MixerState, ...]:
         """One state for each mixer, in order."""
-        return tuple(m.init_state(batch, len(g), self.head_dim, like) for g, m in self.mixers)
+        return tuple(
+            mixer.init_state(batch, len(groups), self.head_dim, like)
+            for groups, mixer in self.arrangement()
+        )
 
-    def forward(
-        self, x: Tensor, span: Span, state: tuple[MixerState, ...]
-    ) -> tuple[Tensor, tuple[MixerState, ...]]:
-        """(B, T, D) and the states before the span -> (B, T, D) and the states after it."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K) of (B, T, D), not rotated."""
         B, T, _ = x.shape
         G, K = self.num_groups, self.head_dim
         q = self.q_proj(x).view(B, T, self.num_heads, K)
@@ -191,14 +80,23 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, G, K)
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def forward(
+        self, x: Tensor, span: Span, state: tuple[MixerState, ...]
+    ) -> tuple[Tensor, tuple[MixerState, ...]]:
+        """(B, T, D) and the states before the span -> (B, T, D) and the states after it."""
+        B, T, _ = x.shape
+        G, K = self.num_groups, self.head_dim
+        q, k, v = self.project(x)
         if len(self.mixers) == 1:
-            out, new = self.mixers[0][1](q, k, v, span, state[0])
+            out, new = self.mixers[0](x, q, k, v, span, state[0])
             return self.o_proj(out.reshape(B, T, -1)), (new,)
         q = q.view(B, T, G, -1, K)
         outputs, after, order = [], [], []
-        for (groups, mixer), before in zip(self.mixers, state, strict=True):
+        for (groups, mixer), before in zip(self.arrangement(), state, strict=True):
             out, new = mixer(
-                q[:, :, groups].flatten(2, 3), k[:, :, groups], v[:, :, groups], span, before
+                x, q[:, :, groups].flatten(2, 3), k[:, :, groups], v[:, :, groups], span, before
             )
             outputs.append(out.reshape(B, T, len(groups), -1))
             after.append(new)

@@ -48,26 +48,44 @@ class Span:
         self._memo: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
         self.positions = start[:, None] + torch.arange(num_tokens)
 
+    @property
+    def padding(self) -> Tensor | None:
+        """Which tokens are padding, bool (B, T) on ``device``; None when there is none."""
+        if self.offset is not None or bool((self.valid == self.num_tokens).all()):
+            return None
+        if "padding" not in self._memo:
+            padding = torch.arange(self.num_tokens) >= self.valid[:, None]
+            self._memo["padding"] = padding.to(self.device)
+        memo = self._memo["padding"]
+        assert isinstance(memo, Tensor)
+        return memo
+
     def rotate(self, x: Tensor, reach_tokens: int | None = None) -> Tensor:
         """Rotate (B, T, H, K) by the span's positions, held at ``reach_tokens - 1`` if given."""
-        key = ("rotary", reach_tokens)
+        positions = self.positions
+        if reach_tokens is not None:
+            positions = positions.clamp(max=reach_tokens - 1)
+        return rotate(x, *self._tables(("rotary", reach_tokens), positions))
+
+    def rotate_back(self, x: Tensor, delay_tokens: int) -> Tensor:
+        """Undo the rotation of (B, T, G, K), which stood ``delay_tokens`` before the span's."""
+        return rotate(x, *self._tables(("back", delay_tokens), delay_tokens - self.positions))
+
+    def _tables(self, key: object, positions: Tensor) -> tuple[Tensor, Tensor]:
         if key not in self._memo:
-            positions = self.positions
-            if reach_tokens is not None:
-                positions = positions.clamp(max=reach_tokens - 1)
             cos, sin = rotary_tables(positions, self._frequencies)
             self._memo[key] = (cos.to(self.device), sin.to(self.device))
         cos, sin = self._memo[key]
-        return rotate(x, cos, sin)
+        return cos, sin
 
     def bias(
         self, key_positions: Tensor, window_tokens: int | None = None, sink_tokens: int = 0
     ) -> Tensor:
-        """The mask over keys at ``key_positions`` (B, S), made once for each window and sinks.
+        """The mask over keys at ``key_positions`` (B, S), made once for layers that are alike.
 
-        Layers with equal window and sinks lay their keys out alike, so they share the mask.
+        Layers with equal sinks and as many slots lay their keys out alike, so they share the mask.
         """
-        key = ("bias", window_tokens, sink_tokens)
+        key = ("bias", key_positions.shape[1], window_tokens, sink_tokens)
         if key not in self._memo:
             seen = visible(self.positions, key_positions, window_tokens, sink_tokens)
             self._memo[key] = attention_bias(seen.to(self.device), self.dtype)

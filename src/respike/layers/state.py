@@ -155,6 +155,34 @@ class WindowState:
         self.k = torch.where(fresh, k.detach().gather(2, index), self.k)
         self.v = torch.where(fresh, v.detach().gather(2, index), self.v)
 
+    def leaving(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that leave the window while it takes in the span: one, or none, a step.
+
+        To be asked before `append`. At position p it is token p - W, unless that is a sink, was
+        never there, or p is padding.
+
+        Args:
+            k: The span's keys (B, G, T, K), as they will be stored.
+            v: Its values, likewise.
+            span: Where the tokens stand.
+
+        Returns:
+            Keys and values (B, T, G, K), and which of them are tokens, bool (B, T).
+        """
+        sinks = self.sink_tokens
+        window = self.k.shape[2] - sinks
+        position = span.positions - window
+        real = (position >= sinks) & (span.positions < (span.start + span.valid)[:, None])
+        stored = position < span.start[:, None]
+        slot = torch.where(
+            stored, sinks + (position - sinks) % window, position - span.start[:, None]
+        )
+        slot = torch.where(stored, slot, slot + sinks + window).where(real, 0)
+        index = slot.to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        left_k = torch.cat((self.k, k), 2).gather(2, index)
+        left_v = torch.cat((self.v, v), 2).gather(2, index)
+        return left_k.transpose(1, 2), left_v.transpose(1, 2), real.to(k.device)
+
     def nbytes(self, num_tokens: int) -> int:
         """See `MixerState.nbytes`: at most S + W tokens are held, and all slots are allocated."""
         del num_tokens
@@ -182,3 +210,79 @@ class WindowState:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `MixerState.restore`."""
         self.k, self.v = tensors["k"], tensors["v"]
+
+
+class MemoryState:
+    """A linear memory, (B, G, K, V) in float32 whatever the model's dtype. Constant memory."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+
+    @classmethod
+    def empty(cls, batch: int, groups: int, keys: int, values: int, like: Tensor) -> "MemoryState":
+        """Nothing remembered yet; device of ``like``."""
+        return cls(like.new_zeros(batch, groups, keys, values, dtype=torch.float32))
+
+    def nbytes(self, num_tokens: int) -> int:
+        """See `MixerState.nbytes`."""
+        del num_tokens
+        return self.memory[0].numel() * self.memory.element_size()
+
+    def clone(self) -> "MemoryState":
+        """See `MixerState.clone`."""
+        return MemoryState(self.memory.clone())
+
+    def rows(self, index: slice) -> "MemoryState":
+        """See `MixerState.rows`."""
+        return MemoryState(self.memory[index].clone())
+
+    @classmethod
+    def join(cls, states: Sequence["MemoryState"]) -> "MemoryState":
+        """See `MixerState.join`."""
+        return cls(torch.cat([s.memory for s in states]))
+
+    def tensors(self, num_tokens: int) -> dict[str, Tensor]:
+        """See `MixerState.tensors`."""
+        del num_tokens
+        return {"memory": self.memory}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `MixerState.restore`."""
+        self.memory = tensors["memory"]
+
+
+class PairState:
+    """A window's state and a memory's."""
+
+    def __init__(self, window: WindowState, memory: MemoryState) -> None:
+        self.window, self.memory = window, memory
+
+    def nbytes(self, num_tokens: int) -> int:
+        """See `MixerState.nbytes`."""
+        return self.window.nbytes(num_tokens) + self.memory.nbytes(num_tokens)
+
+    def clone(self) -> "PairState":
+        """See `MixerState.clone`."""
+        return PairState(self.window.clone(), self.memory.clone())
+
+    def rows(self, index: slice) -> "PairState":
+        """See `MixerState.rows`."""
+        return PairState(self.window.rows(index), self.memory.rows(index))
+
+    @classmethod
+    def join(cls, states: Sequence["PairState"]) -> "PairState":
+        """See `MixerState.join`."""
+        return cls(
+            WindowState.join([s.window for s in states]),
+            MemoryState.join([s.memory for s in states]),
+        )
+
+    def tensors(self, num_tokens: int) -> dict[str, Tensor]:
+        """See `MixerState.tensors`."""
+        return self.window.tensors(num_tokens) | self.memory.tensors(num_tokens)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `MixerState.restore`."""
+        memory = tensors.pop("memory")
+        self.window.restore(tensors)
+        self.memory.restore({"memory": memory})

@@ -13,10 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from respike.config import FullMixer, LayerConfig, ModelConfig, RopeConfig, WindowMixer
-from respike.layers.attention import Attention, FullSoftmax, GroupMixer, WindowSoftmax
+from respike import config as configs
+from respike.config import LayerConfig, ModelConfig, RopeConfig
+from respike.layers.attention import Attention
+from respike.layers.far import FarSoftmax
+from respike.layers.memory import (
+    GatedDelta,
+    GatedLinear,
+    Linear,
+    Memory,
+    TiedGate,
+    WindowBesideMemory,
+)
+from respike.layers.mixer import Mixer
 from respike.layers.mlp import GatedMLP
 from respike.layers.norm import RMSNorm
+from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MixerState
 from respike.models.state import DecoderState
@@ -28,16 +40,50 @@ PREFILL_CHUNK_TOKENS = 512
 Logits = Literal["all", "last", "none"]
 
 
-def build_mixer(mixer: FullMixer | WindowMixer) -> GroupMixer:
-    """The mixer a config names."""
-    if mixer.mixer == "full":
+def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
+    """The mixer that ``part`` of a layer of ``config`` describes."""
+    head_dim, eps = config.head_dim, config.rms_norm_eps
+    if part.mixer == "full":
         return FullSoftmax()
-    return WindowSoftmax(mixer.window_tokens, mixer.sink_tokens, mixer.sink_reach_tokens)
+    if part.mixer == "linear":
+        return Linear(_memory(config, part.memory, len(part.groups)), head_dim, eps)
+    window = WindowSoftmax(part.window_tokens, part.sink_tokens, part.sink_reach_tokens)
+    if part.memory is None:
+        return window
+    if part.memory.kind == "far":
+        return FarSoftmax(
+            window,
+            num_heads=len(part.groups) * config.heads_per_group,
+            num_groups=len(part.groups),
+            head_dim=head_dim,
+            features=part.memory.features,
+        )
+    memory = _memory(config, part.memory, len(part.groups))
+    return WindowBesideMemory(window, memory, head_dim, eps)
 
 
-def build_mixers(layer: LayerConfig) -> list[tuple[tuple[int, ...], GroupMixer]]:
-    """(KV groups, mixer) pairs of a layer, for `Attention`."""
-    return [(part.groups, build_mixer(part)) for part in layer.mixers]
+def _memory(config: ModelConfig, memory: configs.LinearMemory, num_groups: int) -> Memory:
+    if memory.kind == "tied":
+        return TiedGate()
+    if memory.kind == "delta":
+        return GatedDelta(
+            hidden_size=config.hidden_size,
+            num_groups=num_groups,
+            negative_eigenvalues=memory.negative_eigenvalues,
+        )
+    return GatedLinear(
+        hidden_size=config.hidden_size,
+        num_groups=num_groups,
+        head_dim=config.head_dim,
+        gate_rank=memory.gate_rank,
+        gate_normalizer=memory.gate_normalizer,
+        rectify=memory.feature == "relu",
+    )
+
+
+def build_mixers(config: ModelConfig, layer: LayerConfig) -> list[tuple[tuple[int, ...], Mixer]]:
+    """(KV groups, mixer) pairs of a layer of ``config``, for `Attention`."""
+    return [(part.groups, build_mixer(config, part)) for part in layer.mixers]
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -69,7 +115,7 @@ class DecoderLayer(nn.Module):
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             head_dim=config.head_dim,
-            mixers=build_mixers(layer),
+            mixers=build_mixers(config, layer),
             qkv_bias=config.qkv_bias,
             o_bias=config.o_bias,
             qk_norm_eps=eps if config.qk_norm else None,
@@ -110,7 +156,8 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         with torch.device("cpu"):
-            self._frequencies = frequencies(config.rope, config.head_dim)
+            self.frequencies = frequencies(config.rope, config.head_dim)
+            """Rotary frequencies, radians per token, float64 (K / 2,)."""
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -132,9 +179,7 @@ class Decoder(nn.Module):
         if valid is None:
             valid = torch.full_like(state.tokens_seen, num_tokens)
         like = self.embedding
-        return Span(
-            state.tokens_seen, valid, num_tokens, self._frequencies, like.dtype, like.device
-        )
+        return Span(state.tokens_seen, valid, num_tokens, self.frequencies, like.dtype, like.device)
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output matrix: (B, T, D) -> (B, T, V)."""

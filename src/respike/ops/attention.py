@@ -98,3 +98,26 @@ def attend(
         enable_gqa=k.shape[1] != H,
     )  # fmt: skip
     return out.transpose(1, 2)
+
+
+def log_mass(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B G S K"],
+    bias: Float[Tensor, "B 1 T S"] | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "B T H"]:
+    """Logarithm of the denominator of `attend`'s softmax, float32; same arguments.
+
+    It is what another branch needs to share that denominator.
+    """
+    B, T, H, K = q.shape
+    rows = q.view(B, T, k.shape[1], -1, K).permute(0, 2, 3, 1, 4)  # B G H/G T K
+    scores = (rows.flatten(2, 3) @ k.transpose(2, 3)).view(*rows.shape[:4], -1).float()
+    scores = scores * (K**-0.5 if scale is None else scale)
+    if causal:
+        bias = torch.full((T, T), -torch.inf, device=q.device).triu(1)
+    if bias is not None:
+        scores = scores + (bias if causal else bias[:, None])
+    return scores.logsumexp(-1).permute(0, 3, 1, 2).reshape(B, T, H)

@@ -23,7 +23,8 @@ from torch import Tensor
 from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation.recall import Task, Trial, Vocabulary, make_trials
-from respike.layers.attention import FullSoftmax, GroupMixer, WindowSoftmax
+from respike.layers.mixer import Mixer
+from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
 from respike.models.state import DecoderState
@@ -183,7 +184,7 @@ class _Student:
     def _set(self, layer: int, full: set[Group]) -> None:
         kept = [g for g in self.groups if (layer, g) in full]
         rest = [g for g in self.groups if (layer, g) not in full]
-        parts: list[tuple[list[int], GroupMixer]] = [(kept, FullSoftmax()), (rest, self.window)]
+        parts: list[tuple[list[int], Mixer]] = [(kept, FullSoftmax()), (rest, self.window)]
         self.decoder.layers[layer].self_attn.set_mixers([p for p in parts if p[0]])
 
     def _spans(self, state: DecoderState, num_tokens: int) -> list[Span]:
@@ -265,7 +266,7 @@ def select(
         )
     rounds = -(-budget.softmax_groups // budget.picks_per_round)
     total, done = len(every) * (rounds + 1), 0
-    kept_mixers = [layer.self_attn.mixers for layer in decoder.layers]
+    kept_mixers = [layer.self_attn.arrangement() for layer in decoder.layers]
 
     def tick() -> None:
         nonlocal done

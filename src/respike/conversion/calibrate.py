@@ -1,0 +1,276 @@
+"""Fit far memories to a model without training: prototypes by clustering, gates by line search.
+
+Layer by layer the original runs on some text. For each KV group with a far memory the keys are
+clustered in the metric of the group's queries, ``|k - c| = sqrt(E[(q . (k - c))^2])``: two keys
+that every query scores alike are one. Far tokens stand at many distances; a query meets the
+prototypes as the mean of itself rotated by `FAR_DISTANCES`, which is folded into its weights. Then
+each head's gain and beta are searched for the least squared error of its output against the
+original's, on one half of the text; on the other half a head that is not better than shut is shut.
+
+Letters: N contexts, T tokens, D model width, H query heads, G KV groups, F prototypes, K head dim.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from respike.config import ModelConfig, WindowMixer
+from respike.errors import UsageError
+from respike.layers.far import FarSoftmax
+from respike.layers.span import Span
+from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder, build_mixer
+from respike.ops.attention import attend
+from respike.ops.rotary import rotary_tables
+
+FAR_DISTANCES = 16
+"""Number of distances, evenly from one to four windows, at which far tokens are taken to stand."""
+GAINS = (0.8, 0.9, 1.0, 1.1, 1.25)
+"""Factors on a head's liking for prototypes that are tried."""
+BETAS = torch.arange(-12, 12.01, 0.25)
+"""Log factors on a head's memory that are tried."""
+CLUSTER_STEPS = 15
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """What calibration found for one head.
+
+    Attributes:
+        layer: Its layer.
+        head: Its number in the layer.
+        beta: Log factor on the memory; -inf is shut.
+        gain: Factor on its liking for prototypes.
+        error_shut: Squared error of its output without a memory, as a share of the output's
+            square, on the text that was not searched on.
+        error: The same with the memory.
+        share: Memory's mean share of its attention there.
+    """
+
+    layer: int
+    head: int
+    beta: float
+    gain: float
+    error_shut: float
+    error: float
+    share: float
+
+
+def fit_summary(fits: list[HeadFit]) -> dict[str, Any]:
+    """Means over heads, and each head's figures, for a report."""
+    count = max(len(fits), 1)
+    return {
+        "heads": len(fits),
+        "shut": sum(fit.beta == -math.inf for fit in fits),
+        "error_shut_frac": sum(fit.error_shut for fit in fits) / count,
+        "error_frac": sum(fit.error for fit in fits) / count,
+        "share_frac": sum(fit.share for fit in fits) / count,
+        "each": [[fit.layer, fit.head, fit.error_shut, fit.error, fit.share] for fit in fits],
+    }
+
+
+def calibrate(
+    original: Decoder,
+    config: ModelConfig,
+    contexts: Tensor,
+    log2_half_life: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Tensor], list[HeadFit]]:
+    """Tensors for every far memory of ``config``, by name, and how well each head is served.
+
+    Args:
+        original: The source, with its own mixers.
+        config: Of the converted model; same layers as ``original``.
+        contexts: Token ids (N, T); the first half of them, rounded up, is searched on.
+        log2_half_life: Of the memories, in tokens.
+        progress: Called with (layers done, layers).
+
+    Raises:
+        UsageError: Fewer than two contexts, or too short for anything to be far.
+    """
+    far = {
+        (i, j): part
+        for i, layer in enumerate(config.layers)
+        for j, part in enumerate(layer.mixers)
+        if part.mixer == "window" and part.memory is not None and part.memory.kind == "far"
+    }
+    least = 2 * max((p.window_tokens + p.sink_tokens for p in far.values()), default=0)
+    if len(contexts) < 2 or contexts.shape[1] < least:
+        raise UsageError(
+            f"calibration needs two contexts of at least {least} tokens, "
+            f"got {len(contexts)} of {contexts.shape[1]}",
+            hint="give more text, or raise far.calibration_tokens",
+        )
+    tensors: dict[str, Tensor] = {}
+    fits: list[HeadFit] = []
+    with torch.inference_mode():
+        inputs = [
+            original.model.embed_tokens(c[None].to(original.embedding.device)) for c in contexts
+        ]
+        for index, layer in enumerate(original.layers):
+            normed = [layer.input_layernorm(x) for x in inputs]
+            for (i, j), part in far.items():
+                if i == index:
+                    fit = _GroupFit(original, config, part, log2_half_life)
+                    mixer, found = fit.run(index, normed)
+                    prefix = f"model.layers.{i}.self_attn.mixers.{j}."
+                    tensors |= {prefix + n: p.data for n, p in mixer.named_parameters()}
+                    fits += found
+            for n, x in enumerate(inputs):
+                state = layer.self_attn.init_state(1, x)
+                inputs[n] = layer(x, _spans(original, x.shape[1], x.shape[1])[0], state)[0]
+            if progress:
+                progress(index + 1, len(original.layers))
+    return tensors, fits
+
+
+def _spans(decoder: Decoder, num_tokens: int, chunk_tokens: int) -> list[Span]:
+    state = decoder.init_state()
+    spans = []
+    for begin in range(0, num_tokens, chunk_tokens):
+        spans.append(decoder.span(state, min(chunk_tokens, num_tokens - begin)))
+        state.tokens_seen = state.tokens_seen + spans[-1].num_tokens
+    return spans
+
+
+class _GroupFit:
+    """Fits one mixer: the KV groups of a layer that share a window and a far memory."""
+
+    def __init__(
+        self, original: Decoder, config: ModelConfig, part: WindowMixer, log2_half_life: float
+    ) -> None:
+        self.original, self.part = original, part
+        self.groups, self.rep = list(part.groups), config.heads_per_group
+        mixer = build_mixer(config, part)
+        assert isinstance(mixer, FarSoftmax)
+        self.mixer = mixer.to(original.embedding.device)
+        self.mixer.log2_half_life.data.fill_(log2_half_life)
+        self.mixer.beta.data.zero_()
+
+    def run(self, index: int, normed: list[Tensor]) -> tuple[FarSoftmax, list[HeadFit]]:
+        """The fitted mixer and one entry a head."""
+        attention = self.original.layers[index].self_attn
+        heads = [g * self.rep + r for g in self.groups for r in range(self.rep)]
+        qkv = []
+        for x in normed:
+            q, k, v = attention.project(x)
+            qkv.append((q[:, :, heads], k[:, :, self.groups], v[:, :, self.groups]))
+        half = (len(qkv) + 1) // 2
+        self._cluster(qkv[:half])
+        curves = [self._curves(*one) for one in qkv]
+        searched, checked = sum(curves[1:half], curves[0]), sum(curves[half + 1 :], curves[half])
+        fits = []
+        for h, head in enumerate(heads):
+            fit = _choose(searched[h], checked[h], index, head)
+            self.mixer.query_weight.data[h] *= fit.gain
+            self.mixer.beta.data[h] = fit.beta
+            fits.append(fit)
+        return self.mixer, fits
+
+    def _cluster(self, qkv: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Prototypes of each group, as the mixer's weights."""
+        window = self.part.window_tokens
+        distances = torch.linspace(window, 4 * window, FAR_DISTANCES).round().long()
+        cos, sin = rotary_tables(distances[None], self.original.frequencies)
+        cos, sin = cos[0].mean(0), sin[0].mean(0)
+        scale = self.mixer.key_weight.shape[-1] ** -0.5
+        for n in range(len(self.groups)):
+            mine = slice(n * self.rep, (n + 1) * self.rep)
+            queries = torch.cat([q[0, :, mine].flatten(0, 1) for q, _, _ in qkv]).float()
+            queries = _turn(queries, cos, sin) * scale
+            keys = torch.cat([k[0, self.part.sink_tokens :, n] for _, k, _ in qkv]).float()
+            metric = queries.T @ queries / len(queries)
+            metric.diagonal().add_(1e-4 * metric.diagonal().mean())
+            root = torch.linalg.cholesky(metric)
+            centres = _k_means(keys @ root, self.mixer.key_weight.shape[1])
+            self.mixer.key_weight.data[n] = centres @ root.T
+            self.mixer.key_bias.data[n] = -centres.square().sum(-1) / 2
+            prototypes = torch.linalg.solve_triangular(root, centres, upper=False, left=False)
+            self.mixer.query_weight.data[mine] = _turn(prototypes, cos, -sin) * scale
+
+    def _curves(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of one context: mean squared error, share and output square for every gain and beta.
+
+        (H, gains, 1 + betas, 3); the first beta is shut.
+        """
+        T, H = q.shape[1:3]
+        whole = _spans(self.original, T, T)[0]
+        target = attend(
+            whole.rotate(q), whole.rotate(k).transpose(1, 2), v.transpose(1, 2), causal=True
+        ).float()
+        state = self.mixer.init_state(1, len(self.groups), q.shape[-1], q)
+        window, memories = state.window, [state.memory.memory] * len(GAINS)
+        total = torch.zeros(H, len(GAINS), 1 + len(BETAS), 3)
+        weight = self.mixer.query_weight.data.clone()
+        for span in _spans(self.original, T, PREFILL_CHUNK_TOKENS):
+            assert span.offset is not None
+            part = slice(span.offset, span.end)
+            q1, k1, v1 = q[:, part], k[:, part], v[:, part]
+            leaving = window.leaving(span.rotate(k1).transpose(1, 2), v1.transpose(1, 2), span)
+            seen, window = self.mixer.window.near(q1, k1, v1, span, window)
+            near, near_mass = seen.attend().float(), seen.log_mass()
+            miss = target[:, part] - near
+            for n, gain in enumerate(GAINS):
+                self.mixer.query_weight.data = weight * gain
+                far, mass, memories[n] = self.mixer.recall(q1, leaving, span, memories[n])
+                total[:, n] += _sums(miss, far - near, mass - near_mass).cpu()
+        self.mixer.query_weight.data = weight
+        total[..., 2] = target.square().sum((0, 1, 3)).cpu()[:, None, None] / T
+        total[..., :2] /= T
+        return total
+
+
+def _sums(miss: Tensor, step: Tensor, log_odds: Tensor) -> Tensor:
+    """Squared errors and shares, summed over tokens, for shut and every beta: (H, 1 + betas, 3).
+
+    Args:
+        miss: What the window's output lacks (1, T, H, K).
+        step: From the window's output to the memory's, likewise.
+        log_odds: Of the memory against the window at beta 0 (1, T, H).
+    """
+    shut = torch.full((1,), -torch.inf)
+    betas = torch.cat((shut, BETAS)).to(log_odds.device)
+    share = torch.sigmoid(log_odds[0, :, :, None] + betas)  # T H betas
+    mixed = (miss * step).sum(-1)[0, :, :, None]
+    length = step.square().sum(-1)[0, :, :, None]
+    error = miss.square().sum(-1)[0, :, :, None] - 2 * share * mixed + share.square() * length
+    return torch.stack((error.sum(0), share.sum(0), torch.zeros_like(error.sum(0))), -1)
+
+
+def _choose(searched: Tensor, checked: Tensor, layer: int, head: int) -> HeadFit:
+    """The best gain and beta on the text searched, if better than shut on the other."""
+    gain, beta = divmod(int(searched[..., 0].argmin()), searched.shape[1])
+    if checked[gain, beta, 0] >= checked[gain, 0, 0]:
+        beta = 0
+    error, share, power = (float(x) for x in checked[gain, beta])
+    return HeadFit(
+        layer=layer,
+        head=head,
+        beta=float(BETAS[beta - 1]) if beta else -math.inf,
+        gain=GAINS[gain] if beta else 1.0,
+        error_shut=float(checked[gain, 0, 0]) / power,
+        error=error / power,
+        share=share,
+    )
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of (..., K) times one matrix each, which need not be a rotation."""
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _k_means(x: Tensor, clusters: int) -> Tensor:
+    """Centres (clusters, K) of points (N, K), by Lloyd's steps from random points."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(x), generator=generator)
+    centres = x[order[torch.arange(clusters) % len(x)]].clone()
+    for _ in range(CLUSTER_STEPS):
+        nearest = (x @ centres.T - centres.square().sum(-1) / 2).argmax(-1)
+        count = torch.bincount(nearest, minlength=clusters)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        centres = torch.where(count > 0, sums / count.clamp(min=1), centres)
+    return centres

@@ -1,0 +1,53 @@
+"""What new tensors hold before any training: keep everything, add nothing."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from respike.config import Mixer, ModelConfig
+from respike.recipe import Recipe
+
+
+def initial_tensor(
+    name: str, shape: tuple[int, ...], part: Mixer, config: ModelConfig, recipe: Recipe
+) -> Tensor:
+    """The start of one tensor that a mixer adds to its source, float32.
+
+    Gates forget slowly and do not depend on the input yet; norms have weight one; a far memory is
+    shut. What must differ between units is random, from a seed of the tensor's name.
+
+    Args:
+        name: Of the tensor within its mixer, as `respike.checkpoint.families.mixer_tensors` has it.
+        shape: Its shape.
+        part: The mixer.
+        config: Of the converted model.
+        recipe: Whose options say how long memories last.
+    """
+    if name in ("key_weight", "query_weight"):
+        return _random(f"{name}{part.groups}", shape) / math.sqrt(config.head_dim)
+    if name == "beta":
+        return torch.full(shape, -torch.inf)
+    if name == "log2_half_life":
+        tokens = recipe.far.half_life_lengths * config.max_position_embeddings
+        return torch.full(shape, math.log2(tokens))
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name == "memory.gate_down.weight":
+        return _random(name, shape) / math.sqrt(config.hidden_size)
+    if name == "memory.gate_up.bias":
+        # sigmoid(bias) ** (1 / normalizer) == 2 ** (-1 / half life)
+        halvings = recipe.gla.gate_normalizer / recipe.gla.half_life_tokens
+        return torch.full(shape, -math.log(math.expm1(halvings * math.log(2))))
+    if name == "memory.dt_bias":
+        # softplus(bias) == ln 2 / half life, with A_log zero
+        return torch.full(shape, math.log(math.expm1(math.log(2) / recipe.delta.half_life_tokens)))
+    return torch.zeros(shape)
+
+
+def _random(seed: str, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal, the same on every machine."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,160 @@
+"""Softmax mixers: over everything before, or over the sinks and a sliding window.
+
+Letters: B batch, T tokens, S keys, H query heads, G KV groups, K head dim, V value dim.
+
+How sinks keep their distance: inside the source's trained length a sink is seen at its true
+distance, so a window as long as the context equals the source. Past ``sink_reach_tokens`` (by
+default the trained length) the query stands still at position ``sink_reach_tokens - 1`` when it
+looks at sinks, so no rotary distance ever leaves the range the weights were trained on. Only
+queries are rotated twice for this: cached keys, and so the state, do not depend on it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from respike.errors import UnsupportedError
+from respike.layers.mixer import Mixer
+from respike.layers.span import Span
+from respike.layers.state import KVState, WindowState
+from respike.ops.attention import attend, log_mass
+
+
+class FullSoftmax(Mixer):
+    """Causal softmax over everything before; the cache grows with the sequence."""
+
+    def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> KVState:
+        """See `Mixer.init_state`."""
+        return KVState.empty(batch, groups, head_dim, like)
+
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: KVState
+    ) -> tuple[Tensor, KVState]:
+        """See `Mixer.forward`."""
+        del x
+        q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
+        state.append(k, v, span)
+        if span.fresh:
+            return attend(q, k, v, causal=True), state
+        keys, values = state.k[:, :, : span.end], state.v[:, :, : span.end]
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            # Caches carry no gradient: take this span's keys and values as they came.
+            if span.offset is None:
+                raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
+            keys = torch.cat((keys[:, :, : span.offset], k), 2)
+            values = torch.cat((values[:, :, : span.offset], v), 2)
+        if span.offset is not None and span.num_tokens == 1:
+            return attend(q, keys, values), state
+        bias = span.bias(torch.arange(span.end).expand(len(q), -1))
+        return attend(q, keys, values, bias), state
+
+
+@dataclass(frozen=True)
+class Near:
+    """What a window mixer attends to, ready for softmax; channels may be stacked, see `_stack`.
+
+    Attributes:
+        q: Queries (B, T, H, C), rotated.
+        k: Keys (B, G, S, C), rotated.
+        v: Values (B, G, S, V).
+        bias: Which keys count (B, 1, T, S), or None for all, or the causal ones.
+        causal: Queries and keys are the same tokens, and there is no bias.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    causal: bool = False
+
+    def attend(self) -> Tensor:
+        """Softmax attention (B, T, H, V)."""
+        channels, width = self.q.shape[-1], self.v.shape[-1]
+        if channels == width:
+            return attend(self.q, self.k, self.v, self.bias, causal=self.causal)
+        v = pad(self.v, (0, channels - width))
+        out = attend(self.q, self.k, v, self.bias, causal=self.causal, scale=width**-0.5)
+        return out[..., :width]
+
+    def log_mass(self) -> Tensor:
+        """Logarithm of the softmax's denominator (B, T, H), float32."""
+        scale = self.v.shape[-1] ** -0.5
+        return log_mass(self.q, self.k, self.bias, causal=self.causal, scale=scale)
+
+
+class WindowSoftmax(Mixer):
+    """Causal softmax over the sinks and a sliding window; constant memory.
+
+    Args:
+        window_tokens: Length of the window, self included.
+        sink_tokens: First tokens that stay visible.
+        sink_reach_tokens: Largest distance at which sinks are seen, see the module's text.
+    """
+
+    parts = frozenset({"window"})
+
+    def __init__(self, window_tokens: int, sink_tokens: int, sink_reach_tokens: int) -> None:
+        super().__init__()
+        self.window_tokens, self.sink_tokens = window_tokens, sink_tokens
+        self.sink_reach_tokens = sink_reach_tokens
+
+    def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> WindowState:
+        """See `Mixer.init_state`."""
+        slots = self.sink_tokens + self.window_tokens
+        k = like.new_zeros(batch, groups, slots, head_dim)
+        return WindowState(k, k.clone(), self.sink_tokens)
+
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: WindowState
+    ) -> tuple[Tensor, WindowState]:
+        """See `Mixer.forward`."""
+        del x
+        near, state = self.near(q, k, v, span, state)
+        return near.attend(), state
+
+    def near(
+        self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: WindowState
+    ) -> tuple[Near, WindowState]:
+        """What the queries see, and the next state; arguments as for `forward`."""
+        q_sink = span.rotate(q, self.sink_reach_tokens) if self._beyond_reach(span) else None
+        q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
+        # Switched off, the window still holds the query's own token: something must be seen.
+        window = 1 if "window" in self.off else self.window_tokens
+        if span.fresh and span.num_tokens <= window and q_sink is None:
+            state.append(k, v, span)
+            return Near(q, k, v, None, causal=True), state
+        # Not with gradients, which would be lost in the ring. Asked of torch and not of k, because
+        # layers that share a mask must take the same way.
+        if span.offset is not None and span.num_tokens == 1 and not torch.is_grad_enabled():
+            state.append(k, v, span)
+            keys, values = state.k, state.v
+            positions = state.slot_positions(span.start + span.valid)
+            all_seen = span.end >= state.k.shape[2] and window == self.window_tokens
+        else:
+            keys, values = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
+            positions = torch.cat((state.slot_positions(span.start), span.positions), 1)
+            state.append(k, v, span)
+            all_seen = False
+        bias = None if all_seen else span.bias(positions, window, self.sink_tokens)
+        if q_sink is None:
+            return Near(q, keys, values, bias), state
+        is_sink = (positions < self.sink_tokens).to(k.device)
+        return Near(*_stack(q, q_sink, keys, is_sink), values, bias), state
+
+    def _beyond_reach(self, span: Span) -> bool:
+        return self.sink_tokens > 0 and span.end > self.sink_reach_tokens
+
+
+def _stack(q: Tensor, q_sink: Tensor, k: Tensor, is_sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one softmax that scores sinks, ``is_sink`` (B, S), by ``q_sink``.
+
+    Both queries are stacked along the head dim; a key has zeros where the other query's channels
+    are. Twice the arithmetic, and only past the reach.
+    """
+    sink = is_sink[:, None, :, None]
+    return (
+        torch.cat((q, q_sink), -1),
+        torch.cat((k.masked_fill(sink, 0), k.masked_fill(~sink, 0)), -1),
+    )

@@ -1,0 +1,119 @@
+"""The far memory: softmax attention to what has left the window, in a state of constant size.
+
+A query sees sinks and window exactly. Every token that has left the window it sees through F
+prototypes of keys: how much a key belongs to each (key features, positive, summing to one) is
+decided when the token leaves, and how much the query likes each (``log_query``) stands in for the
+score. All tokens share one denominator, so the memory counts for little when the window holds a
+strong match, as far tokens do in softmax.
+
+Letters: B batch, T tokens, H query heads, G KV groups, F prototypes, K key dim, V value dim.
+Source: our own. The shared denominator: LoLCATs, arXiv:2410.10254; prototypes as an expansion of
+the exponential kernel around cluster centres: the fast Gauss transform (Greengard & Strain, 1991).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from respike.ops.attention import visible
+from respike.ops.gla import gla
+
+
+def far_definition(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    log_query: Float[Tensor, "B T H F"],
+    key_features: Float[Tensor, "B T G F"],
+    log_decay: Float[Tensor, " G"],
+    window_tokens: int,
+    sink_tokens: int,
+) -> Float[Tensor, "B T H V"]:
+    """One softmax over all tokens before, in which far ones have another score: the definition.
+
+    In float32, for a sequence from its beginning; j is far when ``sink_tokens <= j <= t - W``::
+
+        score(t, j) = q_t . k_j / sqrt(K)                                     near
+        score(t, j) = log sum_f exp(log_query_tf) phi_jf + (t - W - j) log_decay    far
+        o_t = sum_j softmax_j(score(t, j)) v_j
+
+    Args:
+        q: Queries, rotated. Query head h belongs to KV group h // (H / G).
+        k: Keys, rotated.
+        v: Values.
+        log_query: How much a query likes each prototype; -inf everywhere shuts the memory.
+        key_features: phi, how much each key belongs to each prototype, >= 0.
+        log_decay: Of the memory, for each step beyond the window, <= 0.
+        window_tokens: W, self included.
+        sink_tokens: First tokens, which never become far.
+    """
+    heads_per_group = q.shape[2] // k.shape[2]
+    k32, v32, phi, decay = (
+        x.float().repeat_interleave(heads_per_group, dim=-2)
+        for x in (k, v, key_features, log_decay[:, None])
+    )
+    near_scores = torch.einsum("bthk,bshk->bhts", q.float(), k32) * q.shape[-1] ** -0.5
+    far_scores = torch.logsumexp(
+        log_query.float()[:, :, None] + phi.log()[:, None], dim=-1
+    ).permute(0, 3, 1, 2)
+    t = torch.arange(q.shape[1])
+    steps = t[:, None] - window_tokens - t[None]
+    far_scores = far_scores + steps.clamp(min=0) * decay[:, :, None]
+    near = visible(t[None], t[None], window_tokens, sink_tokens)[:, None]
+    seen = visible(t[None], t[None])[:, None]
+    scores = torch.where(near, near_scores, far_scores).masked_fill(~seen, -torch.inf)
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v32)
+
+
+def far_read(
+    log_query: Float[Tensor, "B T H F"],
+    key_features: Float[Tensor, "B T G F"],
+    v: Float[Tensor, "B T G V"],
+    log_decay: Float[Tensor, "B T G 1"],
+    memory: Float[Tensor, "B G F V1"],
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"], Float[Tensor, "B G F V1"]]:
+    """Write each step's key and value to the memory, then read it: mean value, mass, next memory.
+
+    Args:
+        log_query: As in `far_definition`; of the token of the step.
+        key_features: Of the token that leaves the window at the step; zeros write nothing.
+        v: Its value.
+        log_decay: Applied before the step's write.
+        memory: Sums of features times (value, 1), float32, V1 = V + 1.
+
+    Returns:
+        The mean of all far values as the query weighs them (zeros while there is none), the
+        logarithm of their weights' sum (-inf while there is none), and the memory after the span.
+        Weights below e^-87 of the best prototype's count as none.
+    """
+    best = log_query.float().amax(-1, keepdim=True).detach()
+    best = best.masked_fill(best.isinf(), 0)
+    ones = v.new_ones(*v.shape[:3], 1)
+    read, memory = gla(
+        (log_query.float() - best).exp(),
+        key_features,
+        torch.cat((v, ones), -1),
+        log_decay,
+        memory,
+        scale=1.0,
+    )
+    mass = read[..., -1]
+    some = mass > 0
+    safe = mass.where(some, 1)
+    mean = (read[..., :-1] / safe[..., None]).where(some[..., None], 0)
+    return mean, (safe.log() + best[..., 0]).where(some, -torch.inf), memory
+
+
+def share_denominator(
+    near: Float[Tensor, "B T H V"],
+    near_log_mass: Float[Tensor, "B T H"],
+    far: Float[Tensor, "B T H V"],
+    far_log_mass: Float[Tensor, "B T H"],
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
+    """Two averages under one denominator: the joint average, and ``far``'s share of the mass.
+
+    A far mass of nothing (-inf) gives ``near``, bit for bit.
+    """
+    share = torch.sigmoid(far_log_mass - near_log_mass)
+    out = torch.lerp(near.float(), far.float(), share[..., None])
+    return out.to(near.dtype), share
