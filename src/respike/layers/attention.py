@@ -75,6 +75,10 @@ class WindowSoftmax:
         sink_reach_tokens: Largest distance at which sinks are seen, see the module's text.
     """
 
+    parts = frozenset({"window"})
+    """What `respike.models.ablation` can switch off; without its window a query sees itself."""
+    off: frozenset[str] = frozenset()
+
     def __init__(self, window_tokens: int, sink_tokens: int, sink_reach_tokens: int) -> None:
         self.window_tokens, self.sink_tokens = window_tokens, sink_tokens
         self.sink_reach_tokens = sink_reach_tokens
@@ -91,7 +95,8 @@ class WindowSoftmax:
         """See `GroupMixer.__call__`."""
         q_sink = span.rotate(q, self.sink_reach_tokens) if self._beyond_reach(span) else None
         q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
-        if span.fresh and span.num_tokens <= self.window_tokens and q_sink is None:
+        seen_tokens = 1 if "window" in self.off else self.window_tokens
+        if span.fresh and span.num_tokens <= seen_tokens and q_sink is None:
             state.append(k, v, span)
             return attend(q, k, v, causal=True), state
         # Not with gradients, which would be lost in the ring. Asked of torch and not of k, because
@@ -100,13 +105,13 @@ class WindowSoftmax:
             state.append(k, v, span)
             keys, values = state.k, state.v
             positions = state.slot_positions(span.start + span.valid)
-            all_seen = span.end >= state.k.shape[2]
+            all_seen = span.end >= state.k.shape[2] and seen_tokens == self.window_tokens
         else:
             keys, values = torch.cat((state.k, k), 2), torch.cat((state.v, v), 2)
             positions = torch.cat((state.slot_positions(span.start), span.positions), 1)
             state.append(k, v, span)
             all_seen = False
-        bias = None if all_seen else span.bias(positions, self.window_tokens, self.sink_tokens)
+        bias = None if all_seen else span.bias(positions, seen_tokens, self.sink_tokens)
         if q_sink is None:
             return attend(q, keys, values, bias), state
         is_sink = (positions < self.sink_tokens).to(k.device)

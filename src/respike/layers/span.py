@@ -65,9 +65,10 @@ class Span:
     ) -> Tensor:
         """The mask over keys at ``key_positions`` (B, S), made once for each window and sinks.
 
-        Layers with equal window and sinks lay their keys out alike, so they share the mask.
+        Layers with equal window, sinks and number of keys lay them out alike: they share the mask.
+        The number counts where the window is switched off and so does not say how many there are.
         """
-        key = ("bias", window_tokens, sink_tokens)
+        key = ("bias", window_tokens, sink_tokens, key_positions.shape[1])
         if key not in self._memo:
             seen = visible(self.positions, key_positions, window_tokens, sink_tokens)
             self._memo[key] = attention_bias(seen.to(self.device), self.dtype)
