@@ -1,7 +1,6 @@
 """Verbs that make models and recipes: convert, select."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,15 @@ from respike.cli.show import (
     echo_json,
     human_bytes,
     json_option,
+    need_matplotlib,
     number_option,
     pairs,
     progress,
+    refuse_existing,
     run_options,
     table,
 )
-from respike.errors import BackendError, UsageError
+from respike.errors import UsageError
 
 
 @click.command("convert")
@@ -144,9 +145,9 @@ def select_command(model: str, output: str, **options: Any) -> None:
         raise UsageError(f"--output {output}: expected a name that ends in .yaml")
     scores_path, map_path = recipe_path.with_suffix(".scores.json"), recipe_path.with_suffix(".png")
     wanted = [recipe_path, scores_path] + [map_path] * options["heat_map"]
-    _refuse_existing(wanted, options["force"])
+    refuse_existing(wanted, options["force"])
     if options["heat_map"]:
-        _need_matplotlib()
+        need_matplotlib("the heat map", "add --no-heat-map")
     set_threads(options["threads"])
     loaded = load(model, device=options["device"], dtype=options["dtype"])
     text = contexts(
@@ -190,26 +191,3 @@ def _selection_text(scores: dict[str, Any]) -> str:
     picks = table(("pick", "layer.group", "for"), rows)
     course = table(("groups kept", "KL, nats a token", "recall, nats an answer"), measures)
     return f"{picks}\n\n{course}"
-
-
-def _refuse_existing(paths: list[Path], force: bool) -> None:
-    """Before minutes of measuring, not after."""
-    for path in paths:
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder, expected a file to write")
-        if path.exists() and not force:
-            raise UsageError(f"{path}: already exists", hint="add --force to replace it")
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist")
-        if not os.access(path.parent, os.W_OK):
-            raise UsageError(f"{path}: its folder is not writable")
-
-
-def _need_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise BackendError(
-            "the heat map needs matplotlib, which is not installed",
-            hint="run `pip install 'respike[plot]'`, or add --no-heat-map",
-        )
