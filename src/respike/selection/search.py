@@ -22,7 +22,7 @@ from torch import Tensor
 
 from respike.config import ModelConfig
 from respike.errors import UsageError
-from respike.evaluation.recall import Task, Trial, Vocabulary, make_trials
+from respike.evaluation.tasks import Task, Trial, Vocabulary, make_trials
 from respike.layers.attention import FullSoftmax, GroupMixer, WindowSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
