@@ -375,6 +375,27 @@ def test_eval_recall_in_five_columns(respike: Program, tmp_path: Path) -> None:
     assert "last 16" in text.splitlines()[0]
 
 
+def test_the_table_of_columns_fits_100_characters_whatever_was_measured() -> None:
+    from respike.cli.recall import recall_text
+
+    def figures(frac: float, low: float, high: float) -> dict[str, Any]:
+        found: dict[str, Any] = {"lost_frac": frac, "lost_95": (low, high)}
+        for name in (*COLUMNS, "memory_off"):
+            found |= {f"{name}_accuracy_frac": abs(frac), f"{name}_accuracy_95": (abs(low), high)}
+        return found
+
+    rows = [
+        {"setting": "passkey:8192:0.75", **figures(1.0, 0.839, 1.0)},
+        {"setting": "variables:4096:4", **figures(-0.15, -0.354, 0.104)},
+    ]
+    for row in rows:
+        row |= {"trials": 20, "chance_frac": 1 / 49152, "evidence": False}
+    text = recall_text({"rows": rows, "window_tokens": 65536, "missing": {}}, five=True)
+    assert max(map(len, text.splitlines())) <= 100, text
+    assert "passkey:8192:0.75 *   0.002  100 (84-100)" in text
+    assert "-15 (-35..10)" in text
+
+
 def test_columns_agree_with_what_is_measured_without_them(respike: Program) -> None:
     words = ("eval", "window", "--task", "recall", "--vs", "tiny", *RECALL, "--trials", "2", *ONE)
     plain = succeeded(respike(*words, "--json")).json["rows"]

@@ -200,5 +200,7 @@ def _five_table(report: dict[str, Any]) -> str:
 def _percent(value: float | None, ends: tuple[float, float] | None = None) -> str:
     if value is None:
         return "-"
-    interval = f" ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})" if ends else ""
+    # A dash is shortest, but not between numbers that may be negative.
+    between = ".." if ends and ends[0] < 0 else "-"
+    interval = f" ({100 * ends[0]:.0f}{between}{100 * ends[1]:.0f})" if ends else ""
     return f"{100 * value:.0f}{interval}"
