@@ -23,8 +23,9 @@ from tiny import V, full, model_config, random_decoder, save_tokenizer, window
 
 SHORT = ((full(0, 1, 2),), (window(0, 1, 2, tokens=5, sinks=2),))
 DIGITS = 5
+"""Tokens of a number in the toy vocabulary, which has none of two digits."""
 ANSWER = 1 + DIGITS
-"""Tokens of an answer such as " 01234" in the toy vocabulary, which has no token of two digits."""
+"""Tokens of a number after a space, as variables have it."""
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "bos"])
@@ -117,7 +118,7 @@ def test_trials_depend_on_task_and_seed_only_and_are_as_long_as_said(
 
 def lines_of(vocabulary: Vocabulary, trial: Trial) -> list[tuple[int, int, list[int]]]:
     """(begin, name, value) of every line ``name = value`` between two line breaks."""
-    newline, equals = text_ids(vocabulary, "\n"), text_ids(vocabulary, " =")
+    newline, equals = text_ids(vocabulary, "\n"), text_ids(vocabulary, "=")
     found = []
     for begin in places(trial.tokens[: trial.answers[0]], newline):
         after = begin + 2
@@ -137,23 +138,23 @@ def test_needles_are_four_named_numbers_and_the_one_asked_for_is_at_its_depth(
 ) -> None:
     longest = max(len(text_ids(vocabulary, sentence)) for sentence in SENTENCES)
     for trial in make_trials(vocabulary, Task("needles", size, depth), 4):
-        assert trial.answers == list(range(size - ANSWER, size))
-        answer = trial.tokens[-ANSWER:]
+        assert trial.answers == list(range(size - DIGITS, size))
+        answer = trial.tokens[-DIGITS:]
         lines = lines_of(vocabulary, trial)
         assert len({name for _, name, _ in lines}) == len({tuple(v) for _, _, v in lines}) == 4
         for _, _, value in lines:
             number = vocabulary.tokenizer.decode(value)
-            assert len(number) == ANSWER
-            assert number[1:].isdigit()
-        question = 2 + len(text_ids(vocabulary, " ="))
-        name = trial.tokens[-ANSWER - question + 1]
+            assert len(number) == DIGITS
+            assert number.isdigit()
+        question = 2 + len(text_ids(vocabulary, "="))
+        name = trial.tokens[-DIGITS - question + 1]
         assert [n for _, n, value in lines if value == answer] == [name]
         assert (
             places(trial.tokens[: trial.answers[0]], answer[1:])
             == places(trial.tokens, answer[1:])[:1]
         ), "once in the text, once as the answer"
-        line = 1 + question + ANSWER
-        room = size - 4 * line - question - ANSWER
+        line = 1 + question + DIGITS
+        room = size - 4 * line - question - DIGITS
         begin = next(b for b, n, _ in lines if n == name)
         filler_before = begin - line * sum(b < begin for b, _, _ in lines)
         assert abs(filler_before - depth * room) <= longest / 2 + 1
@@ -165,7 +166,7 @@ def test_which_of_the_needles_is_asked_for_changes_with_the_trial(plain: Vocabul
     orders = set()
     for trial in make_trials(plain, Task("needles", 500, 0.5), 12):
         lines = lines_of(plain, trial)
-        orders.add([value for _, _, value in lines].index(trial.tokens[-ANSWER:]))
+        orders.add([value for _, _, value in lines].index(trial.tokens[-DIGITS:]))
     assert len(orders) > 1
 
 
@@ -371,11 +372,9 @@ def finder(vocabulary: Vocabulary, choose: Callable[[Numbers, int], list[int]]) 
 
     def rule(row: Tensor) -> Tensor:
         tokens = row.tolist()
-        text, trial = (
-            tokens[:-ANSWER],
-            Trial(tokens, list(range(len(tokens) - ANSWER, len(tokens)))),
-        )
-        links = links_of(vocabulary, text)
+        links = links_of(vocabulary, tokens[:-ANSWER])
+        text = tokens[: -ANSWER if links else -DIGITS]
+        trial = Trial(tokens, list(range(len(text), len(tokens))))
         if links:
             name = asked_name(vocabulary, trial)
             used = {value[0] for _, value in links.values() if len(value) == 1}
@@ -383,7 +382,7 @@ def finder(vocabulary: Vocabulary, choose: Callable[[Numbers, int], list[int]]) 
             ends = [n for n, (place, _) in links.items() if n not in used and place > solved]
             numbers = {n: links[walk(links, n)[-1]][1] for n in ends}
         else:
-            name = text[-1 - len(text_ids(vocabulary, " ="))]
+            name = text[-1 - len(text_ids(vocabulary, "="))]
             numbers = {n: value for _, n, value in lines_of(vocabulary, trial)}
         return logits_of(text + choose(numbers, name))
 

@@ -148,18 +148,19 @@ def passkey_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Tri
 def needles_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
     """Four named numbers in filler: the one asked for at its depth, the others spread out.
 
-    Lines ``name = number``, because SmolLM2-135M finds nine of ten of those at 1024 tokens, and
-    fewer than half of "The pass key of the kite is 48213.": a task must be one the original can do.
+    Lines ``name=number``, because a task must be one the original can do, and SmolLM2-135M does
+    better with those than with "The pass key of the kite is 48213." or spaces around the sign.
     """
     names = rng.sample(vocabulary.words, NEEDLES)
     keys = [_number(n) for n in rng.sample(range(10**5), NEEDLES)]
     depths = [task.depth_frac, *_spread(NEEDLES - 1, rng)]
+    # The number in a piece of its own: its tokens must be those of the answer.
     pieces = [
-        (depth, _words(vocabulary, "\n", name, f" = {key}\n"))
+        (depth, _words(vocabulary, "\n", name, "=", key, "\n"))
         for depth, name, key in zip(depths, names, keys, strict=True)
     ]
-    question = _words(vocabulary, "\n", names[0], " =")
-    return _ask(vocabulary, task, pieces, question, f" {keys[0]}")
+    question = _words(vocabulary, "\n", names[0], "=")
+    return _ask(vocabulary, task, pieces, question, keys[0])
 
 
 def variables_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
