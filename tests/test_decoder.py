@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from respike.account import state_bytes
-from respike.config import Mixer
+from respike.config import Mixer as MixerConfig
 from respike.errors import DataError, UnsupportedError
 from respike.layers.mixer import Mixer
 from respike.layers.span import Span
@@ -243,7 +243,7 @@ def test_a_window_as_long_as_the_context_is_full_softmax(extra: int) -> None:
     "cut", [((0,), (1, 2)), ((1,), (0, 2)), ((2, 0), (1,)), ((2,), (1,), (0,))], ids=str
 )
 def test_how_groups_are_shared_out_among_equal_mixers_does_not_matter(
-    one: Mixer, cut: tuple[tuple[int, ...], ...]
+    one: MixerConfig, cut: tuple[tuple[int, ...], ...]
 ) -> None:
     parts = tuple(one.model_copy(update={"groups": groups}) for groups in cut)
     ids = random_tokens(B, T)
