@@ -95,7 +95,7 @@ def _calibration_text(made: Any, data: tuple[str, ...]) -> Any:
     length = min(CALIBRATION_CONTEXT_TOKENS, made.config.max_position_embeddings)
     tokens = max(made.recipe.far.calibration_tokens, 2 * length)
     tokenizer = load_tokenizer(made.source)
-    return contexts(data, tokenizer, context_tokens=length, max_tokens=tokens)
+    return contexts(data, tokenizer, context_tokens=length, max_tokens=tokens, use="calibrate")
 
 
 def _plan_text(report: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,15 +25,28 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def builtin_text() -> str:
-    """The language reference that comes with Python: real prose on every machine."""
+Use = Literal["measure", "calibrate"]
+
+
+def builtin_text(use: Use = "measure") -> str:
+    """The language reference that comes with Python: real prose on every machine.
+
+    Half of its topics are for measuring, the other half for calibrating: what a model was fitted
+    to is never what it is measured on.
+    """
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics, key=lambda n: (-len(topics[n]), n)))
+    names = sorted(topics, key=lambda n: (-len(topics[n]), n))
+    return "\n\n".join(topics[name] for name in names[use == "calibrate" :: 2])
 
 
 def contexts(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, *, context_tokens: int, max_tokens: int
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    context_tokens: int,
+    max_tokens: int,
+    use: Use = "measure",
 ) -> Tensor:
     """Cut files into contexts of equal length, taken in turn from each file.
 
@@ -44,6 +58,7 @@ def contexts(
         tokenizer: Of the model that will read them.
         context_tokens: Tokens in one context.
         max_tokens: Stop after this many tokens.
+        use: Which half of the built-in text to take.
 
     Returns:
         Token ids (N, context_tokens), int64.
@@ -58,7 +73,7 @@ def contexts(
             hint="raise --max-tokens or lower --context-tokens",
         )
     piles = []
-    for text in [read_text(path) for path in paths] or [builtin_text()]:
+    for text in [read_text(path) for path in paths] or [builtin_text(use)]:
         # Four characters a token, with room to spare: no need to tokenize a whole library.
         ids = tokenizer.encode(text[: 8 * (max_tokens + context_tokens)])
         whole = len(ids) // context_tokens
