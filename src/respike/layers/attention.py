@@ -89,7 +89,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         G, K = self.num_groups, self.head_dim
         q, k, v = self.project(x)
-        if len(self.mixers) == 1:
+        if self.groups == [list(range(G))]:
             out, new = self.mixers[0](x, q, k, v, span, state[0])
             return self.o_proj(out.reshape(B, T, -1)), (new,)
         q = q.view(B, T, G, -1, K)
