@@ -121,11 +121,11 @@ class WindowSoftmax(Mixer):
         v: Tensor,
         span: Span,
         state: WindowState,
-        off: frozenset[str],
+        off: frozenset[str] = frozenset(),
     ) -> tuple[Near, WindowState]:
         """What the queries see, and the next state; arguments as for `forward`.
 
-        ``off`` is that of the mixer which asks, be it this one or one that holds it.
+        ``off`` is that of the mixer that asks, which may be one that holds this one.
         """
         q_sink = span.rotate(q, self.sink_reach_tokens) if self._beyond_reach(span) else None
         q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
