@@ -59,6 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "text.txt").write_text("".join(sentence.format(i) for i in range(120)))
     (place / "empty.txt").write_text("")
     (place / "latin.txt").write_bytes("Grüße".encode("latin-1"))
+    (place / "old.png").write_bytes(b"old")
     (place / "binary").write_bytes(bytes(range(256)) * 4)
     (place / "empty").mkdir()
     other = yaml.safe_load((place / "window" / "recipe.yaml").read_text())
@@ -340,6 +341,97 @@ def test_equal_recall_figures_of_equal_models_lose_nothing(respike: Program) -> 
         assert row["model_answer_nats"] == row["original_answer_nats"]
 
 
+COLUMNS = ("original", "model", "window_off", "truncated")
+
+
+def test_eval_recall_in_five_columns(respike: Program, tmp_path: Path) -> None:
+    words = ("eval", "window", "--task", "recall", "--vs", "tiny", "--columns", *RECALL, *ONE,
+             "--recall", "needles:400:0.75", "--recall", "variables:760:3",
+             "--trials", "2", "--max-length", "760")  # fmt: skip
+    picture = tmp_path / "recall.png"
+    run = succeeded(respike(*words, "--recall", "copy:381", "--json", "--plot", picture))
+    report = run.json
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {picture}" in run.err
+    assert "left out 1 tasks longer than 760 tokens: copy:381\n" in run.err
+    assert report["dropped"] == ["copy lag 381"]
+    assert report["window_tokens"] == 16
+    assert list(report["missing"]) == ["memory_off"]
+    settings = ["copy:30", "passkey:120:0.2", "multi-query:5", "needles:400:0.75"]
+    assert [row["setting"] for row in report["rows"]] == [*settings, "variables:760:3"]
+    for row in report["rows"]:
+        assert row["evidence"] is (row["original_accuracy_frac"] >= 0.8)
+        assert len({row[f"{name}_answer_nats"] for name in COLUMNS}) == 4
+        assert not any(key.startswith("memory_off") for key in row)
+        for name in COLUMNS:
+            low, high = row[f"{name}_accuracy_95"]
+            assert low <= row[f"{name}_accuracy_frac"] <= high
+    text = succeeded(respike(*words)).out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "memory off: no mixer of this model has a memory" in text
+    for line in text.splitlines()[2:7]:
+        assert re.match(r"\S+:\d+\S*( \*)? +\d", line), line
+    assert "* no evidence: the original itself scores under 80 %" in text
+    assert "last 16" in text.splitlines()[0]
+
+
+def test_the_table_of_columns_fits_100_characters_whatever_was_measured() -> None:
+    from respike.cli.recall import recall_text
+
+    def figures(frac: float, low: float, high: float) -> dict[str, Any]:
+        found: dict[str, Any] = {"lost_frac": frac, "lost_95": (low, high)}
+        for name in (*COLUMNS, "memory_off"):
+            found |= {f"{name}_accuracy_frac": abs(frac), f"{name}_accuracy_95": (abs(low), high)}
+        return found
+
+    rows = [
+        {"setting": "passkey:8192:0.75", **figures(1.0, 0.839, 1.0)},
+        {"setting": "variables:4096:4", **figures(-0.15, -0.354, 0.104)},
+    ]
+    for row in rows:
+        row |= {"trials": 20, "chance_frac": 1 / 49152, "evidence": False}
+    text = recall_text({"rows": rows, "window_tokens": 65536, "missing": {}}, five=True)
+    assert max(map(len, text.splitlines())) <= 100, text
+    assert "passkey:8192:0.75 *   0.002  100 (84-100)" in text
+    assert "-15 (-35..10)" in text
+
+
+def test_columns_agree_with_what_is_measured_without_them(respike: Program) -> None:
+    words = ("eval", "window", "--task", "recall", "--vs", "tiny", *RECALL, "--trials", "2", *ONE)
+    plain = succeeded(respike(*words, "--json")).json["rows"]
+    five = succeeded(respike(*words, "--json", "--columns")).json["rows"]
+    for alone, among in zip(plain, five, strict=True):
+        assert alone == {key: among[key] for key in alone}
+
+
+def test_a_picture_is_replaced_only_by_force(respike: Program, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    words = ("eval", "tiny", "--task", "recall", "--recall", "copy:9", "--trials", "1", *ONE)
+    succeeded(respike(*words, "--plot", picture))
+    before = picture.stat().st_mtime_ns
+    assert respike(*words, "--plot", picture).code == 2
+    assert picture.stat().st_mtime_ns == before
+    succeeded(respike(*words, "--plot", picture, "--force"))
+    assert picture.stat().st_mtime_ns != before
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(
+    respike: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *x: None if name == "matplotlib" else find(name, *x),
+    )
+    run = respike("eval", "nowhere", "--task", "recall", "--plot", "a.png")
+    assert run.code == 1
+    assert "--plot needs matplotlib" in run.err
+    assert "respike[plot]" in run.err
+
+
 def test_generate_streams_the_text_and_nothing_else(respike: Program) -> None:
     words = ("generate", "tiny", "the rain", "--max-tokens", "6", *ONE)
     text = succeeded(respike(*words))
@@ -427,6 +519,20 @@ BAD = """
 2 | eval tiny --task recall --recall copy:many | copy:many
 2 | eval tiny --task recall --recall passkey:200:1.5 | 1.5
 2 | eval tiny --task recall --recall passkey:9 | at least
+2 | eval tiny --task recall --recall needles:900:2 | needles:900:2 ; needles:LENGTH[:DEPTH]
+2 | eval tiny --task recall --recall needles:30 | needles ; at least
+2 | eval tiny --task recall --recall variables:900:0 | variables:900:0 ; hops
+2 | eval tiny --task recall --recall multi-query:400 | 800 words
+2 | eval tiny --task recall --recall compleet | compleet ; did you mean `complete`?
+2 | eval tiny --task recall --recall copy:60 --max-length 119 | 119 ; all 1
+2 | eval tiny --task recall --max-length 1 | --max-length
+2 | eval tiny --task recall --columns | --columns ; --vs
+2 | eval tiny --task recall --plot a.jpg | a.jpg ; .png
+2 | eval tiny --task recall --plot no/a.png | no/a.png
+2 | eval tiny --task recall --plot old.png | old.png ; --force
+2 | eval tiny --task recall --force | --force ; --plot
+2 | eval tiny --task perplexity --columns --vs window | --columns
+2 | eval tiny --task perplexity --plot a.png | --plot
 2 | eval tiny --task recall --data text.txt | --data ; recall
 2 | eval tiny --task perplexity --recall copy:9 | --recall
 1 | convert tiny out --recipe windw | 'windw' ; did you mean `window`?

@@ -19,6 +19,7 @@ from respike.loading import Model, load
 from respike.recipe import Recipe, load_recipe
 from tiny import CONTEXT, random_tokens, save_tiny, write_gguf
 
+SHUT = "far.calibration_tokens=0"
 MIXED = ("softmax_groups={1: [2], 3: [0, 1]}", "window_tokens=11", "sink_tokens=2")
 FILES = {
     "README.md",
@@ -275,7 +276,7 @@ def test_a_memory_begins_the_same_every_time(source: Path, tmp_path: Path, name:
 def test_the_constant_recipes_give_models_that_run(
     source: Path, tmp_path: Path, recipe: str, weights: str
 ) -> None:
-    made = plan(source, load_recipe(recipe, (f"weights={weights}", "window_tokens=9")))
+    made = plan(source, load_recipe(recipe, (f"weights={weights}", "window_tokens=9", SHUT)))
     report = convert(made, tmp_path / "out")
     assert report["growth_bytes_per_token_bf16"] == 0
     out = logits(load(tmp_path / "out"))

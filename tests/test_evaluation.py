@@ -25,7 +25,7 @@ from respike.evaluation import (
     recall,
     wilson,
 )
-from respike.evaluation.recall import FILLER, Trial, make_trials
+from respike.evaluation.tasks import FILLER, Trial, make_trials
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
 from respike.tokenizer import Tokenizer

@@ -4,10 +4,7 @@ import json
 import pickle
 import shutil
 import struct
-import time
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from refusal import cheap, edit_config, one_line, refused
 from respike.checkpoint import families, open_checkpoint
-from respike.errors import CheckpointError, RespikeError, UnsupportedError
+from respike.errors import CheckpointError, UnsupportedError
 from respike.loading import load_decoder
 from tiny import D, F, V, random_tokens, save_tiny
 
@@ -59,46 +57,6 @@ def folder(pristine: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def shards(pristine_shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine_shards, tmp_path / "model"))
-
-
-@contextmanager
-def cheap() -> Iterator[None]:
-    """What happens inside takes little time and memory."""
-    tracemalloc.start()
-    began = time.perf_counter()
-    try:
-        yield
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 50 << 20
-    assert time.perf_counter() - began < 5.0
-
-
-def refused(
-    folder: Path, *words: str | Path, error: type[RespikeError] = CheckpointError
-) -> RespikeError:
-    with cheap(), pytest.raises(error) as caught:
-        open_checkpoint(folder)
-    return one_line(caught.value, *words)
-
-
-def one_line(error: RespikeError, *words: str | Path) -> RespikeError:
-    message = str(error)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 600
-    for word in words:
-        assert str(word) in message
-    return error
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    """Change keys of config.json; None removes one."""
-    path = folder / "config.json"
-    raw = json.loads(path.read_text(encoding="utf-8")) | changes
-    kept = {key: value for key, value in raw.items() if value is not None}
-    path.write_text(json.dumps(kept), encoding="utf-8")
-    return path
 
 
 def edit_weights(folder: Path, change: Callable[[Weights], Any], file: str = WEIGHTS) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor
 from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation import Task, Vocabulary
-from respike.evaluation.recall import make_trials
+from respike.evaluation.tasks import make_trials
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.models.decoder import Decoder
 from respike.recipe import apply_recipe, dump_recipe, load_recipe

@@ -3,11 +3,14 @@
     model_config, random_decoder    ours, without files and without transformers
     tiny_config, save_tiny          a random transformers model in a folder, with a tokenizer
     write_gguf                      that folder as llama.cpp's converter would write it
+    save_spikingbrain               a random SpikingBrain-7B, as its makers release it
 
 Letters: V vocabulary, D width, F MLP width, L layers, H query heads, G KV groups, K head dim.
 """
 
 import json
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +216,60 @@ def their_logits(folder: Path, tokens: Tensor) -> Tensor:
     )
     with torch.no_grad():
         return model(tokens).logits
+
+
+SPIKINGBRAIN = {"model_type": "gla_swa", "sliding_window": 5, "max_position_embeddings": CONTEXT}
+
+
+def spikingbrain_shapes(attn_layers: Sequence[int] = (1, 3)) -> dict[str, tuple[int, ...]]:
+    """Their names and shapes, in three KV groups, as the released code would make them."""
+    rank, kv = 16, GROUPS["qwen2"] * K
+    shapes: dict[str, tuple[int, ...]] = {"model.embeddings.weight": (V, D)}
+    for i in range(L):
+        attn = {"q_proj.weight": (H * K, D), "q_proj.bias": (H * K,), "o_proj.weight": (D, H * K)}
+        for name in ("k_proj", "v_proj"):
+            attn |= {f"{name}.weight": (kv, D), f"{name}.bias": (kv,)}
+        if i not in attn_layers:
+            attn |= {"gk_proj.0.weight": (rank, D), "gk_proj.1.weight": (kv, rank)}
+            attn |= {"gk_proj.1.bias": (kv,), "g_norm.weight": (K,)}
+        layer = {f"attn.{name}": shape for name, shape in attn.items()}
+        layer |= {"attn_norm.weight": (D,), "mlp_norm.weight": (D,)}
+        layer |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D)}
+        layer |= {"mlp.down_proj.weight": (D, F)}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    return shapes | {"model.norm.weight": (D,), "lm_head.weight": (V, D)}
+
+
+def spikingbrain_weights(attn_layers: Sequence[int] = (1, 3)) -> dict[str, Tensor]:
+    r = torch.Generator().manual_seed(0)
+    shapes = spikingbrain_shapes(attn_layers)
+    return {name: random_weight(name, shape, r).bfloat16() for name, shape in shapes.items()}
+
+
+def save_spikingbrain(folder: Path, *, num_shards: int = 3, **changes: Any) -> Path:
+    """Write a random SpikingBrain-7B in small as it is released: .bin shards, sparse config."""
+    weights = spikingbrain_weights(changes.get("attn_layers", (1, 3)))
+    config = SPIKINGBRAIN | {
+        "architectures": ["GLAswaForCausalLM"],
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        "num_key_value_heads": GROUPS["qwen2"],
+        "eos_token_id": token_id("<|im_end|>"),
+    }
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    home = {}
+    for number in range(num_shards):
+        name = f"pytorch_model-{number + 1:05d}-of-{num_shards:05d}.bin"
+        shard = OrderedDict((n, weights[n]) for n in list(weights)[number::num_shards])
+        torch.save(shard, folder / name)
+        home |= dict.fromkeys(shard, name)
+    index = {"metadata": {}, "weight_map": home}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    save_tokenizer(folder, add_bos=False)
+    return folder
 
 
 # ---- tokenizer -------------------------------------------------------------------------------

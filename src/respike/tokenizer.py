@@ -28,6 +28,9 @@ GGUF_NAMED = {
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
 
+OLD_FORMS = ("tokenizer.model", "vocab.json", "merges.txt")
+"""Files that hold a vocabulary, but not how text is cut."""
+
 MAX_PENDING = 8
 """Tokens a `TokenStream` holds back at most. A UTF-8 character is four at most, with a bare space
 before it five; more is not text."""
@@ -318,9 +321,10 @@ def _guarded(core: tokenizers.Tokenizer, nonce: str) -> tuple[tokenizers.Tokeniz
 
 def _load_core(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
+        found = [n for n in OLD_FORMS if path.with_name(n).is_file()]
         raise CheckpointError(
-            f"{path}: no such file",
-            hint="if there is a tokenizer.model, save it again with transformers' AutoTokenizer",
+            f"{path}: no such file" + (f"; {', '.join(found)} alone will not do" if found else ""),
+            hint="save the tokenizer again with transformers' AutoTokenizer, which writes it",
         )
     try:
         return tokenizers.Tokenizer.from_file(str(path))

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from respike.checkpoint import spikingbrain
 from respike.config import (
     LayerConfig,
     Mixer,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Callable[[Json], dict[str, bool]]] = {
         "o_bias": bool(raw.get("attention_bias", False)),
         "qk_norm": True,
     },
+    spikingbrain.FAMILY: lambda _: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
 }
 
 
@@ -74,6 +76,8 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
             f"{where}: model_type {family[:60]!r} is not one of {', '.join(FAMILIES)}",
             hint=did_you_mean(family, FAMILIES),
         )
+    if family == spikingbrain.FAMILY:
+        raw = spikingbrain.with_defaults(raw, where)
     if raw.get("mlp_bias"):
         raise UnsupportedError(f"{where}: mlp_bias is true; respike has no biases in the MLP")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -105,7 +109,11 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
             f"{where}: num_hidden_layers {num_layers} or num_key_value_heads {groups} "
             "is out of range (1..1024, 1..4096)"
         )
-    return ModelConfig(**fields, layers=_layers(raw, num_layers, groups, context))
+    if family == spikingbrain.FAMILY:
+        layers = spikingbrain.hybrid_layers(raw, num_layers, groups, context, where)
+    else:
+        layers = _layers(raw, num_layers, groups, context)
+    return ModelConfig(**fields, layers=layers)
 
 
 def _layers(raw: Json, num_layers: int, groups: int, context: int) -> tuple[LayerConfig, ...]:
@@ -226,13 +234,31 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Tensors old exporters wrote although they follow from the config."""
 
 
-def account_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def foreign_names(raw: Json, config: ModelConfig) -> dict[str, str]:
+    """Our name of a tensor to that in a folder with this ``config.json``; empty if all agree."""
+    if raw.get("model_type") != spikingbrain.FAMILY:
+        return {}
+    return {name: spikingbrain.their_name(name) for name, _ in expected_tensors(config)}
+
+
+def account_tensors(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    names: Mapping[str, str] | None = None,
+) -> None:
     """Check a checkpoint's tensors against its config, by name and shape, before any is read.
+
+    Args:
+        config: What the checkpoint says it is.
+        shapes: Shape of every tensor it holds, by the checkpoint's own names.
+        where: The checkpoint, for messages.
+        names: Our names to the checkpoint's. None: they are the same.
 
     Raises:
         CheckpointError: One is missing, unexpected, or of the wrong shape; the message names it.
     """
-    expected = dict(expected_tensors(config))
+    expected = {(names or {}).get(n, n): shape for n, shape in expected_tensors(config)}
     missing = [name for name in expected if name not in shapes]
     extra = [
         name for name in shapes if name not in expected and not name.endswith(IGNORED_SUFFIXES)

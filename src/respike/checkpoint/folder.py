@@ -1,4 +1,7 @@
-"""Reading a Hugging Face folder: ``config.json`` and one or more safetensors files, lazily."""
+"""Reading a Hugging Face folder: ``config.json`` and one or more safetensors files, lazily.
+
+One family is also read from ``.bin`` files, since its makers publish nothing else.
+"""
 
 import json
 from pathlib import Path
@@ -9,12 +12,20 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from respike.checkpoint.families import IGNORED_SUFFIXES, account_tensors, config_from_json
+from respike.checkpoint import spikingbrain
+from respike.checkpoint.families import (
+    IGNORED_SUFFIXES,
+    account_tensors,
+    config_from_json,
+    foreign_names,
+)
+from respike.checkpoint.torch_file import read_torch_tensor, torch_header
 from respike.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of weights we read, as safetensors names them."""
 INDEX = "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def read_json(path: Path, limit_bytes: int = 64 << 20) -> dict[str, Any]:
@@ -50,31 +61,38 @@ class Folder:
         self.path = path
         self.raw_config = read_json(path / "config.json")
         self.config = config_from_json(self.raw_config, str(path / "config.json"))
+        self._spikingbrain = self.raw_config.get("model_type") == spikingbrain.FAMILY
+        self._theirs = foreign_names(self.raw_config, self.config)
         self.files: list[Path] = []
         self._home: dict[str, Path] = {}
+        """File of every tensor, by the folder's own names."""
         self.stored_as: dict[str, str] = {}
-        """Type of every tensor that is stored, as safetensors names it."""
+        """Type of every tensor that is stored, by our names, as safetensors names it."""
+        ours = {theirs: name for name, theirs in self._theirs.items()}
         shapes = {}
         for file in self._weight_files():
             self.files.append(file)
-            for name, (shape, kind) in _header(file).items():
+            for name, (shape, kind) in self._header(file).items():
                 if name in self._home:
                     raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name]}")
-                self._home[name], shapes[name], self.stored_as[name] = file, shape, kind
-        account_tensors(self.config, shapes, str(path))
+                self._home[name], shapes[name] = file, shape
+                self.stored_as[ours.get(name, name)] = kind
+        if self._spikingbrain:
+            spikingbrain.refuse_quantised(shapes, str(path))
+        account_tensors(self.config, shapes, str(path), self._theirs)
 
     def _weight_files(self) -> list[Path]:
-        single = self.path / "model.safetensors"
-        if (self.path / INDEX).exists():
-            listed = read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise CheckpointError(f"{self.path / INDEX}: has no weight_map")
-            for name in listed.values():
-                if not isinstance(name, str) or Path(name).name != name or len(name) > 255:
-                    raise CheckpointError(f"{self.path / INDEX}: {str(name)[:60]!r}: no file name")
-            return [self.path / name for name in sorted(set(listed.values()))]
-        if single.exists():
-            return [single]
+        forms = [(INDEX, "model.safetensors")]
+        if self._spikingbrain:
+            forms.append((BIN_INDEX, BIN))
+        for index, single in forms:
+            if (self.path / index).exists():
+                return _listed(self.path / index)
+            if (self.path / single).exists():
+                return [self.path / single]
+        if self._spikingbrain:
+            names = ", ".join(name for form in forms for name in form)
+            raise CheckpointError(f"{self.path}: no weights: none of {names}")
         found = sorted(p.name for p in self.path.glob("*.bin")) + sorted(
             p.name for p in self.path.glob("*.pt*")
         )
@@ -83,9 +101,25 @@ class Folder:
             hint = f"{found[0]} is a pickle, which can run code: ask its maker for safetensors"
         raise CheckpointError(f"{self.path}: no model.safetensors and no {INDEX}", hint=hint)
 
+    def _is_torch_file(self, file: Path) -> bool:
+        return self._spikingbrain and file.suffix == ".bin"
+
+    def _header(self, file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every tensor in a file; the types are ones we read."""
+        found = torch_header(file) if self._is_torch_file(file) else _safetensors_header(file)
+        for name, (_, kind) in found.items():
+            if kind not in DTYPES and not name.endswith(IGNORED_SUFFIXES):
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} is {kind}, expected {', '.join(DTYPES)}"
+                )
+        return found
+
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored dtype."""
+        name = self._theirs.get(name, name)
         file = self._home[name]
+        if self._is_torch_file(file):
+            return read_torch_tensor(file, name)
         try:
             with safe_open(file, framework="pt") as handle:
                 tensor: Tensor = handle.get_tensor(name)
@@ -114,18 +148,25 @@ class Folder:
         return " ".join(said.split())[:200] if isinstance(said, str) else "not stated"
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of every tensor in a file."""
+def _listed(index: Path) -> list[Path]:
+    """The files an index names, all beside it."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{index}: has no weight_map")
+    for name in listed.values():
+        plain = isinstance(name, str) and Path(name).name == name and len(name) <= 255
+        if not plain or name in ("", ".."):
+            raise CheckpointError(f"{index}: {str(name)[:60]!r}: no file name")
+    return [index.parent / name for name in sorted(set(listed.values()))]
+
+
+def _safetensors_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     found = {}
     try:
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 view = handle.get_slice(name)
                 found[name] = tuple(view.get_shape()), view.get_dtype()
-                if found[name][1] not in DTYPES and not name.endswith(IGNORED_SUFFIXES):
-                    raise CheckpointError(
-                        f"{file}: tensor {name!r} is {found[name][1]}, expected {', '.join(DTYPES)}"
-                    )
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: named by the index, but not there") from error
     except (SafetensorError, OSError) as error:

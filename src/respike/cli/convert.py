@@ -1,7 +1,6 @@
 """Verbs that make models and recipes: convert, select."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,18 @@ from respike.cli.show import (
     echo_json,
     human_bytes,
     json_option,
+    need_matplotlib,
     number_option,
     pairs,
     progress,
+    refuse_existing,
     run_options,
     table,
+    threads_option,
 )
-from respike.errors import BackendError, UsageError
+from respike.errors import UsageError
+
+CALIBRATION_CONTEXT_TOKENS = 2048
 
 
 @click.command("convert")
@@ -42,39 +46,56 @@ from respike.errors import BackendError, UsageError
     type=click.Choice(["f32", "bf16", "f16"]),
     help="Dtype to store.  [default: the recipe's]",
 )
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(),
+    help=f"Text to calibrate memories on; repeatable.  [default: {BUILTIN}]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace OUT if respike wrote it.")
+@threads_option
 @json_option
-def convert_command(
-    model: str,
-    out: str,
-    recipe: str,
-    overrides: tuple[str, ...],
-    weights: str | None,
-    dry_run: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+def convert_command(model: str, out: str, recipe: str, **options: Any) -> None:
     """Convert MODEL by a recipe and write the result to the folder OUT.
 
-    OUT holds the weights, the tokenizer, the resolved recipe, report.json and a model card.
+    OUT holds the weights, the tokenizer, the resolved recipe, report.json and a model card. A
+    recipe with far.calibration_tokens runs the original on that much text to fit its memories.
     """
     from respike.conversion import convert, plan
+    from respike.device import set_threads
     from respike.recipe import load_recipe
 
-    if weights:
-        overrides = (*overrides, f"weights={weights}")
+    overrides = options["overrides"]
+    if options["weights"]:
+        overrides = (*overrides, f"weights={options['weights']}")
     made = plan(model, load_recipe(recipe, overrides))
-    if dry_run:
+    if options["data"] and not made.calibrates:
+        raise UsageError(f"--data: recipe {made.recipe.name!r} calibrates nothing")
+    if options["dry_run"]:
         report: dict[str, Any] = made.summary()
     else:
-        with progress("converting") as step:
-            report = convert(made, out, force=force, progress=step)
+        set_threads(options["threads"])
+        text = _calibration_text(made, options["data"]) if made.calibrates else None
+        with progress("calibrating" if made.calibrates else "converting") as step:
+            report = convert(made, out, force=options["force"], text=text, progress=step)
+    dry_run, as_json = options["dry_run"], options["as_json"]
     if as_json:
         echo_json(report)
         return
     click.echo(_plan_text(report))
     click.echo("nothing written (--dry-run)" if dry_run else f"wrote {out}", err=True)
+
+
+def _calibration_text(made: Any, data: tuple[str, ...]) -> Any:
+    """Contexts long enough for much to be far, and no longer than the source was trained for."""
+    from respike.evaluation import contexts
+    from respike.loading import load_tokenizer
+
+    length = min(CALIBRATION_CONTEXT_TOKENS, made.config.max_position_embeddings)
+    tokens = max(made.recipe.far.calibration_tokens, 2 * length)
+    tokenizer = load_tokenizer(made.source)
+    return contexts(data, tokenizer, context_tokens=length, max_tokens=tokens)
 
 
 def _plan_text(report: dict[str, Any]) -> str:
@@ -144,9 +165,9 @@ def select_command(model: str, output: str, **options: Any) -> None:
         raise UsageError(f"--output {output}: expected a name that ends in .yaml")
     scores_path, map_path = recipe_path.with_suffix(".scores.json"), recipe_path.with_suffix(".png")
     wanted = [recipe_path, scores_path] + [map_path] * options["heat_map"]
-    _refuse_existing(wanted, options["force"])
+    refuse_existing(wanted, options["force"])
     if options["heat_map"]:
-        _need_matplotlib()
+        need_matplotlib("the heat map", "add --no-heat-map")
     set_threads(options["threads"])
     loaded = load(model, device=options["device"], dtype=options["dtype"])
     text = contexts(
@@ -190,26 +211,3 @@ def _selection_text(scores: dict[str, Any]) -> str:
     picks = table(("pick", "layer.group", "for"), rows)
     course = table(("groups kept", "KL, nats a token", "recall, nats an answer"), measures)
     return f"{picks}\n\n{course}"
-
-
-def _refuse_existing(paths: list[Path], force: bool) -> None:
-    """Before minutes of measuring, not after."""
-    for path in paths:
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder, expected a file to write")
-        if path.exists() and not force:
-            raise UsageError(f"{path}: already exists", hint="add --force to replace it")
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: its folder does not exist")
-        if not os.access(path.parent, os.W_OK):
-            raise UsageError(f"{path}: its folder is not writable")
-
-
-def _need_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise BackendError(
-            "the heat map needs matplotlib, which is not installed",
-            hint="run `pip install 'respike[plot]'`, or add --no-heat-map",
-        )

@@ -7,6 +7,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from respike.cli.recall import (
+    check_recall_options,
+    measure_recall,
+    recall_options,
+    recall_text,
+)
 from respike.cli.show import (
     echo_json,
     json_option,
@@ -18,14 +24,6 @@ from respike.cli.show import (
 from respike.errors import DataError, UsageError
 
 BUILTIN = "Python's language reference (built in)"
-DEFAULT_RECALL = (
-    "copy:128",
-    "copy:512",
-    "passkey:1024:0.1",
-    "passkey:1024:0.5",
-    "passkey:1024:0.9",
-    "multi-query:32",
-)
 
 
 def text_options(command: Any) -> Any:
@@ -180,19 +178,7 @@ def _without_repeat(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     "--vs", "original", metavar="ORIGINAL", help="Another model to measure on the very same text."
 )
 @text_options
-@click.option(
-    "--recall",
-    "settings",
-    multiple=True,
-    default=DEFAULT_RECALL,
-    show_default=True,
-    metavar="FAMILY:SIZE[:DEPTH]",
-    help="copy:LAG, passkey:LENGTH:DEPTH or multi-query:PAIRS; repeatable.",
-)
-@number_option("--trials", 20, "Repetitions of each recall task.")
-@click.option(
-    "--seed", default=0, show_default=True, type=int, metavar="N", help="Of the recall tasks."
-)
+@recall_options
 @run_options
 @json_option
 def eval_command(model: str, task: str, original: str | None, **options: Any) -> None:
@@ -204,28 +190,29 @@ def eval_command(model: str, task: str, original: str | None, **options: Any) ->
     from respike.device import set_threads
 
     _refuse_unused(task)
+    if task == "recall":
+        check_recall_options(original, options)
     set_threads(options["threads"])
-    tasks = [_parse_task(s) for s in options["settings"]] if task == "recall" else []
     loaded = {"model": _load(model, options)}
     if original:
         loaded["original"] = _load(original, options)
         _refuse_other_vocabulary(loaded["original"], loaded["model"])
-    models = {name: _facts(m) for name, m in loaded.items()}
+    report: dict[str, Any] = {"task": task, **{name: _facts(m) for name, m in loaded.items()}}
     if task == "perplexity":
         text = _contexts(loaded["model"], options)
-        facts, rows = _text_facts(text, options), _perplexity(loaded, text)
-        shown = _perplexity_table(rows)
+        report |= {**_text_facts(text, options), "rows": _perplexity(loaded, text)}
+        shown = _perplexity_table(report["rows"])
     else:
-        facts, rows = {"seed": options["seed"]}, _recall(loaded, tasks, options)
-        shown = _recall_table(rows)
+        report |= measure_recall(loaded, options)
+        shown = recall_text(report, options["five"])
     if options["as_json"]:
-        echo_json({"task": task, **models, **facts, "rows": rows})
+        echo_json(report)
     else:
         click.echo(shown)
 
 
 UNUSED = {
-    "perplexity": ("settings", "trials", "seed"),
+    "perplexity": ("settings", "trials", "seed", "max_length", "five", "plot", "force"),
     "recall": ("data", "context_tokens", "max_tokens"),
 }
 """Options that a task has no use for."""
@@ -237,24 +224,6 @@ def _refuse_unused(task: str) -> None:
         given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
         if given and option.name in UNUSED[task]:
             raise UsageError(f"{option.opts[0]} means nothing to --task {task}")
-
-
-def _parse_task(setting: str) -> Any:
-    from respike.evaluation import TASKS, Task
-
-    family, *numbers = setting.split(":")
-    try:
-        if family not in TASKS or not 1 <= len(numbers) <= (2 if family == "passkey" else 1):
-            raise ValueError
-        size, depth = int(numbers[0]), float(numbers[1]) if len(numbers) == 2 else 0.5
-        if size < 2 or not 0 <= depth <= 1:
-            raise ValueError
-    except ValueError:
-        raise UsageError(
-            f"--recall {setting!r}: expected copy:LAG, passkey:LENGTH:DEPTH (0 to 1) or "
-            "multi-query:PAIRS, with a size of at least 2"
-        ) from None
-    return Task(family, size, depth)
 
 
 def _perplexity(loaded: dict[str, Any], text: Any) -> list[dict[str, Any]]:
@@ -283,37 +252,6 @@ def _perplexity(loaded: dict[str, Any], text: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _recall(
-    loaded: dict[str, Any], tasks: list[Any], options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    from respike.evaluation import Vocabulary, mean_interval, recall
-
-    vocabulary = Vocabulary(loaded["model"].tokenizer)
-    rows = []
-    for task in tasks:
-        scores = {}
-        for name, model in loaded.items():
-            with progress(f"{task.name}, {name}") as step:
-                scores[name] = recall(
-                    model.decoder, vocabulary, task,
-                    trials=options["trials"], seed=options["seed"], progress=step,
-                )  # fmt: skip
-        row: dict[str, Any] = {"task": task.name, "trials": options["trials"]}
-        row["chance_frac"] = scores["model"].chance_frac
-        for name, score in scores.items():
-            result = score.as_dict()
-            row |= {
-                f"{name}_accuracy_frac": result["accuracy_frac"],
-                f"{name}_accuracy_95": result["accuracy_95"],
-                f"{name}_answer_nats": result["answer_nats"],
-            }
-        if "original" in scores:
-            lost = scores["original"].per_trial - scores["model"].per_trial
-            row |= {"lost_frac": float(lost.mean()), "lost_95": mean_interval(lost)}
-        rows.append(row)
-    return rows
-
-
 def _perplexity_table(rows: list[dict[str, Any]]) -> str:
     header = ["context", "predictions", "nats", "95 % interval", "perplexity"]
     versus = "original_nats" in rows[0]
@@ -326,21 +264,4 @@ def _perplexity_table(rows: list[dict[str, Any]]) -> str:
         if versus:
             cells[-1] += [f"{r['original_nats']:.4f}", f"{r['original_perplexity']:.2f}"]
             cells[-1] += [f"{r['added_nats']:.4f}", _interval(r["added_nats_95"], 4)]
-    return table(header, cells)
-
-
-def _recall_table(rows: list[dict[str, Any]]) -> str:
-    header = ["task", "trials", "chance", "accuracy", "95 % interval", "nats"]
-    versus = "original_accuracy_frac" in rows[0]
-    if versus:
-        header += ["original", "95 % interval", "lost", "95 % interval"]
-    cells = []
-    for r in rows:
-        cells.append([r["task"], r["trials"], f"{r['chance_frac']:.2g}"])
-        cells[-1] += [f"{r['model_accuracy_frac']:.3f}", _interval(r["model_accuracy_95"], 3)]
-        cells[-1] += [f"{r['model_answer_nats']:.3f}"]
-        if versus:
-            cells[-1] += [f"{r['original_accuracy_frac']:.3f}"]
-            cells[-1] += [_interval(r["original_accuracy_95"], 3)]
-            cells[-1] += [f"{r['lost_frac']:.3f}", _interval(r["lost_95"], 3)]
     return table(header, cells)

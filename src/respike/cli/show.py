@@ -1,24 +1,28 @@
 """How things look: tables, progress bars, JSON, and the options that many verbs share."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from respike.errors import BackendError, UsageError
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="Processor threads.  [default: all]"
+)
 
 
 def run_options(command: Command) -> Command:
     """Options of every verb that runs a model: how, never what."""
     for option in (
-        click.option(
-            "--threads",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Processor threads.  [default: all]",
-        ),
+        threads_option,
         click.option(
             "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"
         ),
@@ -110,3 +114,27 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
 
         yield step
+
+
+def refuse_existing(paths: Sequence[Path], force: bool) -> None:
+    """Before minutes of measuring, not after."""
+    for path in paths:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder, expected a file to write")
+        if path.exists() and not force:
+            raise UsageError(f"{path}: already exists", hint="add --force to replace it")
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: its folder does not exist")
+        if not os.access(path.parent, os.W_OK):
+            raise UsageError(f"{path}: its folder is not writable")
+
+
+def need_matplotlib(what: str, otherwise: str) -> None:
+    """Likewise: say now that ``what`` cannot be drawn, and what to do ``otherwise``."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise BackendError(
+            f"{what} needs matplotlib, which is not installed",
+            hint=f"run `pip install 'respike[plot]'`, or {otherwise}",
+        )

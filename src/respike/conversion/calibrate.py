@@ -5,13 +5,16 @@ clustered in the metric of the group's queries, ``|k - c| = sqrt(E[(q . (k - c))
 that every query scores alike are one. Far tokens stand at many distances; a query meets the
 prototypes as the mean of itself rotated by `FAR_DISTANCES`, which is folded into its weights. Then
 each head's gain and beta are searched for the least squared error of its output against the
-original's, on one half of the text; on the other half a head that is not better than shut is shut.
+original's. On text that was not searched on, a head that is not better than shut is shut.
+
+Text alone would teach the gates to spoil copying, so `with_recall` adds sequences to copy.
 
 Letters: N contexts, T tokens, D model width, H query heads, G KV groups, F prototypes, K head dim.
 """
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +31,12 @@ from respike.ops.rotary import rotary_tables
 
 FAR_DISTANCES = 16
 """Number of distances, evenly from one to four windows, at which far tokens are taken to stand."""
-GAINS = (0.8, 0.9, 1.0, 1.1, 1.25)
+GAINS = (0.85, 1.0, 1.15)
 """Factors on a head's liking for prototypes that are tried."""
-BETAS = torch.arange(-12, 12.01, 0.25)
+BETAS = torch.arange(-12, 12.01, 0.5)
 """Log factors on a head's memory that are tried."""
 CLUSTER_STEPS = 15
+TEXTS_PER_COPY = 3
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,32 @@ def fit_summary(fits: list[HeadFit]) -> dict[str, Any]:
     }
 
 
+def with_recall(text: Tensor, tokens: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two halves of contexts (N, T), each with a copied random sequence per `TEXTS_PER_COPY`.
+
+    Args:
+        text: Token ids (N, T), N at least 2.
+        tokens: Those that random sequences are made of.
+        seed: Of the sequences.
+    """
+    draw = random.Random(seed)
+    half = (len(text) + 1) // 2
+    halves = []
+    for part in (text[:half], text[half:]):
+        rows = []
+        for _ in range(max(1, round(len(part) / TEXTS_PER_COPY))):
+            once = draw.choices(tokens, k=(text.shape[1] + 1) // 2)
+            rows.append((once + once)[: text.shape[1]])
+        halves.append(torch.cat((part, torch.tensor(rows, dtype=part.dtype))))
+    return halves[0], halves[1]
+
+
 def calibrate(
     original: Decoder,
     config: ModelConfig,
-    contexts: Tensor,
-    log2_half_life: float,
+    searched: Tensor,
+    checked: Tensor,
+    half_life_tokens: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], list[HeadFit]]:
     """Tensors for every far memory of ``config``, by name, and how well each head is served.
@@ -84,12 +109,13 @@ def calibrate(
     Args:
         original: The source, with its own mixers.
         config: Of the converted model; same layers as ``original``.
-        contexts: Token ids (N, T); the first half of them, rounded up, is searched on.
-        log2_half_life: Of the memories, in tokens.
+        searched: Token ids (N, T) that prototypes and gates are fitted to.
+        checked: Token ids (N, T) on which every gate must be worth opening.
+        half_life_tokens: Of the memories.
         progress: Called with (layers done, layers).
 
     Raises:
-        UsageError: Fewer than two contexts, or too short for anything to be far.
+        UsageError: The contexts are too short for anything to be far.
     """
     far = {
         (i, j): part
@@ -98,77 +124,85 @@ def calibrate(
         if part.mixer == "window" and part.memory is not None and part.memory.kind == "far"
     }
     least = 2 * max((p.window_tokens + p.sink_tokens for p in far.values()), default=0)
-    if len(contexts) < 2 or contexts.shape[1] < least:
+    if searched.shape[1] < least:
         raise UsageError(
-            f"calibration needs two contexts of at least {least} tokens, "
-            f"got {len(contexts)} of {contexts.shape[1]}",
-            hint="give more text, or raise far.calibration_tokens",
+            f"calibration needs contexts of at least {least} tokens, got {searched.shape[1]}",
+            hint="choose a smaller window_tokens, or set far.calibration_tokens=0",
         )
     tensors: dict[str, Tensor] = {}
     fits: list[HeadFit] = []
+    rows = [*searched, *checked]
     with torch.inference_mode():
-        inputs = [
-            original.model.embed_tokens(c[None].to(original.embedding.device)) for c in contexts
-        ]
+        xs = [original.model.embed_tokens(c[None].to(original.embedding.device)) for c in rows]
         for index, layer in enumerate(original.layers):
-            normed = [layer.input_layernorm(x) for x in inputs]
+            normed = [layer.input_layernorm(x) for x in xs]
             for (i, j), part in far.items():
                 if i == index:
-                    fit = _GroupFit(original, config, part, log2_half_life)
-                    mixer, found = fit.run(index, normed)
+                    fit = _GroupFit(original, config, part, half_life_tokens)
+                    mixer, found = fit.run(index, normed[: len(searched)], normed[len(searched) :])
                     prefix = f"model.layers.{i}.self_attn.mixers.{j}."
                     tensors |= {prefix + n: p.data for n, p in mixer.named_parameters()}
                     fits += found
-            for n, x in enumerate(inputs):
+            for n, x in enumerate(xs):
                 state = layer.self_attn.init_state(1, x)
-                inputs[n] = layer(x, _spans(original, x.shape[1], x.shape[1])[0], state)[0]
+                (span,) = _spans(original, x.shape[1], x.shape[1], x.dtype)
+                xs[n] = layer(x, span, state)[0]
             if progress:
                 progress(index + 1, len(original.layers))
     return tensors, fits
 
 
-def _spans(decoder: Decoder, num_tokens: int, chunk_tokens: int) -> list[Span]:
-    state = decoder.init_state()
-    spans = []
+def _spans(
+    decoder: Decoder, num_tokens: int, chunk_tokens: int, dtype: torch.dtype
+) -> Iterator[Span]:
+    """One sequence from its beginning, chunk by chunk."""
     for begin in range(0, num_tokens, chunk_tokens):
-        spans.append(decoder.span(state, min(chunk_tokens, num_tokens - begin)))
-        state.tokens_seen = state.tokens_seen + spans[-1].num_tokens
-    return spans
+        size = min(chunk_tokens, num_tokens - begin)
+        start, device = torch.tensor([begin]), decoder.embedding.device
+        yield Span(start, torch.tensor([size]), size, decoder.frequencies, dtype, device)
 
 
 class _GroupFit:
     """Fits one mixer: the KV groups of a layer that share a window and a far memory."""
 
     def __init__(
-        self, original: Decoder, config: ModelConfig, part: WindowMixer, log2_half_life: float
+        self, original: Decoder, config: ModelConfig, part: WindowMixer, half_life_tokens: float
     ) -> None:
         self.original, self.part = original, part
         self.groups, self.rep = list(part.groups), config.heads_per_group
         mixer = build_mixer(config, part)
         assert isinstance(mixer, FarSoftmax)
         self.mixer = mixer.to(original.embedding.device)
-        self.mixer.log2_half_life.data.fill_(log2_half_life)
+        self.mixer.log2_half_life.data.fill_(math.log2(half_life_tokens))
         self.mixer.beta.data.zero_()
+        self.heads = [g * self.rep + r for g in self.groups for r in range(self.rep)]
 
-    def run(self, index: int, normed: list[Tensor]) -> tuple[FarSoftmax, list[HeadFit]]:
-        """The fitted mixer and one entry a head."""
-        attention = self.original.layers[index].self_attn
-        heads = [g * self.rep + r for g in self.groups for r in range(self.rep)]
-        qkv = []
-        for x in normed:
-            q, k, v = attention.project(x)
-            qkv.append((q[:, :, heads], k[:, :, self.groups], v[:, :, self.groups]))
-        half = (len(qkv) + 1) // 2
-        self._cluster(qkv[:half])
-        curves = [self._curves(*one) for one in qkv]
-        searched, checked = sum(curves[1:half], curves[0]), sum(curves[half + 1 :], curves[half])
+    def run(
+        self, index: int, searched: list[Tensor], checked: list[Tensor]
+    ) -> tuple[FarSoftmax, list[HeadFit]]:
+        """The fitted mixer and one entry a head, from the layer's normed inputs (1, T, D)."""
+        known = [self._project(index, x) for x in searched]
+        self._cluster(known)
+        curve = sum(self._curves(*qkv) for qkv in known)
+        control = sum(self._curves(*self._project(index, x)) for x in checked)
+        assert isinstance(curve, Tensor)
+        assert isinstance(control, Tensor)
         fits = []
-        for h, head in enumerate(heads):
-            fit = _choose(searched[h], checked[h], index, head)
+        for h, head in enumerate(self.heads):
+            fit = _choose(curve[h], control[h], index, head)
             self.mixer.query_weight.data[h] *= fit.gain
             self.mixer.beta.data[h] = fit.beta
             fits.append(fit)
         return self.mixer, fits
+
+    def _project(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the mixer's groups, float32."""
+        q, k, v = self.original.layers[index].self_attn.project(x)
+        return (
+            q[:, :, self.heads].float(),
+            k[:, :, self.groups].float(),
+            v[:, :, self.groups].float(),
+        )
 
     def _cluster(self, qkv: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Prototypes of each group, as the mixer's weights."""
@@ -197,7 +231,7 @@ class _GroupFit:
         (H, gains, 1 + betas, 3); the first beta is shut.
         """
         T, H = q.shape[1:3]
-        whole = _spans(self.original, T, T)[0]
+        (whole,) = _spans(self.original, T, T, q.dtype)
         target = attend(
             whole.rotate(q), whole.rotate(k).transpose(1, 2), v.transpose(1, 2), causal=True
         ).float()
@@ -205,7 +239,7 @@ class _GroupFit:
         window, memories = state.window, [state.memory.memory] * len(GAINS)
         total = torch.zeros(H, len(GAINS), 1 + len(BETAS), 3)
         weight = self.mixer.query_weight.data.clone()
-        for span in _spans(self.original, T, PREFILL_CHUNK_TOKENS):
+        for span in _spans(self.original, T, PREFILL_CHUNK_TOKENS, q.dtype):
             assert span.offset is not None
             part = slice(span.offset, span.end)
             q1, k1, v1 = q[:, part], k[:, part], v[:, part]

@@ -58,7 +58,8 @@ def _memories(report: dict[str, Any]) -> str:
     if fit is None:
         return f"{text} and hold their starting values."
     return (
-        f"{text}; memories were fitted to {fit['tokens']:,} tokens: the mean squared error of a "
+        f"{text}; memories were fitted to {fit['text_tokens']:,} tokens of text "
+        f"and {fit['recall_tokens']:,} of copied random tokens: the mean squared error of a "
         f"head went from {fit['error_shut_frac']:.4f} of its output's square to "
         f"{fit['error_frac']:.4f}, and {fit['shut']} of {fit['heads']} heads stayed shut."
     )

@@ -18,7 +18,7 @@ from respike import __version__
 from respike.checkpoint import file_sha256, fingerprint
 from respike.checkpoint.families import mixer_of
 from respike.checkpoint.folder import INDEX
-from respike.conversion.calibrate import calibrate, fit_summary
+from respike.conversion.calibrate import calibrate, fit_summary, with_recall
 from respike.conversion.card import model_card
 from respike.conversion.initial import initial_tensor
 from respike.conversion.plan import Plan
@@ -147,11 +147,23 @@ def _calibrated(
         return {}, {}
     if text is None:
         raise UsageError(f"recipe {plan.recipe.name!r} calibrates its memories and needs a text")
-    original = load_decoder(plan.source, dtype="f32")
+    if len(text) < 2:
+        raise UsageError(
+            f"calibration needs two contexts of text, got {len(text)}",
+            hint="give more text, or raise far.calibration_tokens",
+        )
+    tokenizer = load_tokenizer(plan.source)
+    special = set(tokenizer.special_ids)
+    tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
+    searched, checked = with_recall(text, tokens)
     half_life = plan.recipe.far.half_life_lengths * plan.config.max_position_embeddings
-    fitted, heads = calibrate(original, plan.config, text, math.log2(half_life), progress)
-    digest = hashlib.sha256(text.numpy().tobytes()).hexdigest()
-    facts = {"tokens": text.numel(), "text_sha256": digest}
+    original = load_decoder(plan.source)
+    fitted, heads = calibrate(original, plan.config, searched, checked, half_life, progress)
+    facts = {
+        "text_tokens": text.numel(),
+        "text_sha256": hashlib.sha256(text.numpy().tobytes()).hexdigest(),
+        "recall_tokens": searched.numel() + checked.numel() - text.numel(),
+    }
     return fitted, {"calibration": facts | fit_summary(heads)}
 
 

@@ -6,12 +6,12 @@ from respike.evaluation.distance import (
     negative_log_likelihood,
     position_buckets,
 )
-from respike.evaluation.recall import TASKS, Score, Task, Vocabulary, recall
+from respike.evaluation.recall import Score, recall
 from respike.evaluation.stats import mean_interval, wilson
+from respike.evaluation.tasks import Task, Vocabulary, make_trials
 from respike.evaluation.text import builtin_text, contexts, read_text
 
 __all__ = [
-    "TASKS",
     "Distances",
     "Reference",
     "Score",
@@ -19,6 +19,7 @@ __all__ = [
     "Vocabulary",
     "builtin_text",
     "contexts",
+    "make_trials",
     "mean_interval",
     "negative_log_likelihood",
     "position_buckets",

@@ -1,16 +1,11 @@
-"""Recall: can the model find something it has read, at a known distance? Three families of tasks.
-
-copy         Random tokens, then the same again. Score: tokens of the repeat predicted right.
-passkey      A five-digit number hidden in filler, asked for at the end. Score: all digits right.
-multi-query  Word pairs, then some keys again, shuffled. Score: values predicted right.
+"""Recall: can the model find something it has read, at a known distance? See `tasks` for what.
 
 Every task is made of the model's own vocabulary and scored by its most likely next token, with the
 right answer fed back (so that one slip is one slip). The chance level is that of a guess among the
-answers a reader without memory could know of: 1 / vocabulary, 10^-5, 1 / pairs.
+answers a reader could know of without knowing which is asked for: 1 / vocabulary for copy, 10^-5
+for passkey, else 1 over the number of values in the text.
 """
 
-import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,48 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from respike.errors import UsageError
+from respike.evaluation.distance import HEAD_TOKENS
 from respike.evaluation.stats import mean_interval, wilson
+from respike.evaluation.tasks import FAMILIES, Task, Trial, Vocabulary, make_trials
 from respike.models.decoder import Decoder
-from respike.tokenizer import Tokenizer
 
-TASKS = ("copy", "passkey", "multi-query")
 BATCH_TOKENS = 8192
 """Tokens of trials that run side by side."""
-WORD = re.compile(" [a-z]{3,}")
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Token ids and the indices of those that count as answers."""
-
-    tokens: list[int]
-    answers: list[int]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One setting of a family.
-
-    Attributes:
-        family: Of `TASKS`.
-        size: copy: lag in tokens. passkey: length in tokens. multi-query: number of pairs.
-        depth_frac: passkey: where the number stands, 0 the beginning, 1 the end.
-    """
-
-    family: str
-    size: int
-    depth_frac: float = 0.5
-
-    @property
-    def name(self) -> str:
-        """Such as ``copy lag 512``."""
-        unit = {"copy": "lag", "passkey": "length", "multi-query": "pairs"}[self.family]
-        depth = f" depth {self.depth_frac:g}" if self.family == "passkey" else ""
-        return f"{self.family} {unit} {self.size}{depth}"
 
 
 @dataclass(frozen=True)
@@ -90,81 +50,21 @@ class Score:
         }
 
 
-class Vocabulary:
-    """What tasks are made of: all tokens but the special ones, and those that are plain words.
+def truncated(trial: Trial, last_tokens: int) -> list[Trial]:
+    """The trial in pieces in which no answer has more than ``last_tokens`` tokens before it.
 
-    A word is one token of a space and at least three lower-case ASCII letters; in a vocabulary with
-    hardly any (a toy), every token serves as one.
+    Each piece is read as a text of its own, from position 0. A piece for every answer would take as
+    many passes as there are answers, so answers within ``last_tokens / 4`` share one: each sees
+    3/4 ``last_tokens`` to ``last_tokens`` tokens, or all there are before it if they are fewer.
     """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        special = set(tokenizer.special_ids)
-        self.tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
-        words = [t for t in self.tokens if WORD.fullmatch(tokenizer.decode([t]))]
-        self.words = words if len(words) >= 16 else self.tokens
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids of plain text."""
-        return self.tokenizer.encode(text)
-
-
-def copy_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
-    """``size`` random tokens twice; the first of the repeat cannot be known and does not count.
-
-    Any token but the special ones, not words: words invite a model to go on as text would, and
-    SmolLM2-135M then copies 14 % where it copies half of random tokens.
-    """
-    tokens = rng.choices(vocabulary.tokens, k=task.size)
-    return Trial(tokens + tokens, list(range(task.size + 1, 2 * task.size)))
-
-
-def passkey_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
-    """Filler, the sentence with the number at its depth, filler, the question."""
-    key = f"{rng.randrange(10**5):05d}"
-    needle = vocabulary.ids(f"The pass key is {key}. Remember it. {key} is the pass key. ")
-    question = vocabulary.ids("What is the pass key? The pass key is")
-    answer = vocabulary.ids(f" {key}")
-    filler = vocabulary.ids(FILLER)
-    room = task.size - len(needle) - len(question) - len(answer)
-    if room < 0:
-        raise UsageError(f"passkey needs a length of at least {task.size - room} tokens")
-    filler = (filler * (room // len(filler) + 1))[:room]
-    before = round(task.depth_frac * room)
-    tokens = filler[:before] + needle + filler[before:] + question + answer
-    return Trial(tokens, list(range(len(tokens) - len(answer), len(tokens))))
-
-
-def multi_query_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
-    """``size`` lines ``key = value``, then up to 16 of the keys again in another order."""
-    if 2 * task.size > len(vocabulary.words):
-        raise UsageError(f"multi-query: {task.size} pairs need {2 * task.size} words")
-    drawn = rng.sample(vocabulary.words, 2 * task.size)
-    keys, values = drawn[: task.size], drawn[task.size :]
-    equals, newline = vocabulary.ids(" ="), vocabulary.ids("\n")
-    tokens: list[int] = []
-    answers = []
-    for key, value in zip(keys, values, strict=True):
-        tokens += [key, *equals, value, *newline]
-    for index in rng.sample(range(task.size), min(task.size, 16)):
-        tokens += [keys[index], *equals, values[index], *newline]
-        answers.append(len(tokens) - 1 - len(newline))
-    return Trial(tokens, answers)
-
-
-TRIALS: dict[str, Callable[[Vocabulary, Task, random.Random], Trial]] = {
-    "copy": copy_trial,
-    "passkey": passkey_trial,
-    "multi-query": multi_query_trial,
-}
-
-
-def make_trials(vocabulary: Vocabulary, task: Task, trials: int, seed: int = 0) -> list[Trial]:
-    """The same trials for every model with this vocabulary: they depend on task and seed only."""
-    return [
-        TRIALS[task.family](vocabulary, task, random.Random(f"{seed}/{task.name}/{i}"))
-        for i in range(trials)
-    ]
+    pieces, answers = [], sorted(trial.answers)
+    while answers:
+        together = [a for a in answers if a - answers[0] <= last_tokens // 4]
+        answers = answers[len(together) :]
+        end = together[-1]
+        begin = max(0, end - last_tokens)
+        pieces.append(Trial(trial.tokens[begin : end + 1], [a - begin for a in together]))
+    return pieces
 
 
 def recall(
@@ -174,6 +74,7 @@ def recall(
     *,
     trials: int,
     seed: int = 0,
+    last_tokens: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Run one task.
@@ -184,22 +85,29 @@ def recall(
         task: What to do.
         trials: Independent repetitions.
         seed: Changes the words and numbers.
+        last_tokens: Predict every answer from at most this many tokens, see `truncated`.
         progress: Called with (trials done, trials).
     """
+    kind = FAMILIES[task.family]
     made = make_trials(vocabulary, task, trials, seed)
-    right, nats = [], []
-    size = max(1, BATCH_TOKENS // max(len(t.tokens) for t in made))
+    pieces = [[trial] if last_tokens is None else truncated(trial, last_tokens) for trial in made]
+    flat = [(number, piece) for number, some in enumerate(pieces) for piece in some]
+    size = max(1, BATCH_TOKENS // max(len(piece.tokens) for _, piece in flat))
+    hits: list[list[Tensor]] = [[] for _ in made]
+    nats = []
     with torch.inference_mode():
-        for begin in range(0, trials, size):
-            for hits, losses in _answers(decoder, made[begin : begin + size]):
-                right.append(hits)
+        for begin in range(0, len(flat), size):
+            batch = flat[begin : begin + size]
+            found = _answers(decoder, [piece for _, piece in batch])
+            for (number, _), (correct, losses) in zip(batch, found, strict=True):
+                hits[number].append(correct)
                 nats.append(losses)
             if progress:
-                progress(len(right), trials)
-    whole = task.family == "passkey"
-    per_trial = torch.stack([h.all().float() if whole else h.float().mean() for h in right])
-    chance = {"copy": 1 / len(vocabulary.tokens), "passkey": 1e-5, "multi-query": 1 / task.size}
-    return Score(task, per_trial, float(torch.cat(nats).mean()), chance[task.family])
+                progress(flat[begin + size][0] if begin + size < len(flat) else trials, trials)
+    right = [torch.cat(some) for some in hits]
+    per_trial = torch.stack([h.all().float() if kind.whole else h.float().mean() for h in right])
+    chance = kind.chance_frac(vocabulary, task)
+    return Score(task, per_trial, float(torch.cat(nats).mean()), chance)
 
 
 def _answers(decoder: Decoder, trials: Sequence[Trial]) -> list[tuple[Tensor, Tensor]]:
@@ -211,9 +119,12 @@ def _answers(decoder: Decoder, trials: Sequence[Trial]) -> list[tuple[Tensor, Te
     hidden, _ = decoder.hidden(tokens)
     results = []
     for row, trial in enumerate(trials):
-        index = torch.tensor(trial.answers, device=tokens.device)
-        logits = decoder.head(hidden[row : row + 1, index - 1])[0].float()
-        target = tokens[row, index]
-        loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        results.append(((logits.argmax(-1) == target).cpu(), loss.cpu()))
+        hits, losses = [], []
+        # Logits of a long trial's answers, all at once, would be gigabytes.
+        for index in torch.split(torch.tensor(trial.answers, device=tokens.device), HEAD_TOKENS):
+            logits = decoder.head(hidden[row : row + 1, index - 1])[0].float()
+            target = tokens[row, index]
+            losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+            hits.append(logits.argmax(-1) == target)
+        results.append((torch.cat(hits).cpu(), torch.cat(losses).cpu()))
     return results

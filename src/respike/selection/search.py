@@ -22,7 +22,7 @@ from torch import Tensor
 
 from respike.config import ModelConfig
 from respike.errors import UsageError
-from respike.evaluation.recall import Task, Trial, Vocabulary, make_trials
+from respike.evaluation.tasks import Task, Trial, Vocabulary, make_trials
 from respike.layers.mixer import Mixer
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span

@@ -1,0 +1,362 @@
+"""Recall tasks: families, their settings, and how a trial is made from a model's own vocabulary.
+
+copy         Random tokens, then the same again. Score: tokens of the repeat predicted right.
+passkey      A five-digit number hidden in filler, asked for at the end. Score: all digits right.
+needles      Four such numbers, each with a name; one is asked for by its name. Score: likewise.
+variables    Chains in filler: a name has a number, another name has that name's, and so on; the
+             last name of one chain is asked for. Score: all digits of its number right.
+multi-query  Word pairs, then some keys again, shuffled. Score: values predicted right.
+
+To add a family: a function that makes a trial, and an entry in `FAMILIES`.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from respike.errors import UsageError
+from respike.tokenizer import Tokenizer
+
+NEEDLES = 4
+"""Numbers in a needles trial."""
+CHAINS = 2
+"""Chains in the filler of a variables trial; the first is asked for."""
+EXAMPLES = 2
+"""Solved chains that a variables trial begins with."""
+MAX_HOPS = 8
+ASKED_PAIRS = 16
+"""Keys that a multi-query trial asks for, at most."""
+WORD = re.compile(" [a-z]{3,}")
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+SENTENCES = tuple(f" {sentence}." for sentence in FILLER.strip(". ").split(". "))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Token ids and the indices of those that count as answers."""
+
+    tokens: list[int]
+    answers: list[int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One setting of a family.
+
+    Attributes:
+        family: A key of `FAMILIES`.
+        size: What `Family.unit` says, in tokens or pairs.
+        depth_frac: passkey, needles: where the number stands, 0 the beginning, 1 the end.
+        hops: variables: names between the number and what is asked for, the last one included.
+    """
+
+    family: str
+    size: int
+    depth_frac: float = 0.5
+    hops: int = 2
+
+    @property
+    def name(self) -> str:
+        """Such as ``copy lag 512``; trials are drawn from it, so it stays as it is."""
+        kind = FAMILIES[self.family]
+        third = f" {kind.third} {self._third:g}" if kind.third else ""
+        return f"{self.family} {kind.unit} {self.size}{third}"
+
+    @property
+    def setting(self) -> str:
+        """Such as ``copy:512``; `parse_task` reads it."""
+        third = f":{self._third:g}" if FAMILIES[self.family].third else ""
+        return f"{self.family}:{self.size}{third}"
+
+    @property
+    def _third(self) -> float:
+        return float(self.hops) if FAMILIES[self.family].third == "hops" else self.depth_frac
+
+
+class Vocabulary:
+    """What tasks are made of: all tokens but the special ones, and those that are plain words.
+
+    A word is one token of a space and at least three lower-case ASCII letters; in a vocabulary with
+    hardly any (a toy), every token serves as one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        special = set(tokenizer.special_ids)
+        self.tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
+        words = [t for t in self.tokens if WORD.fullmatch(tokenizer.decode([t]))]
+        self.words = words if len(words) >= 16 else self.tokens
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of plain text that stands inside other text: never a BOS."""
+        return self.tokenizer.encode(text, bos=False)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of task.
+
+    Attributes:
+        make: A trial; depends on its arguments only.
+        unit: What `Task.size` counts: ``lag``, ``length`` or ``pairs``.
+        tokens: Length of a trial.
+        chance_frac: Score of a guess.
+        third: What a setting's third field is, if it has one.
+        whole: A trial is right when all its answer tokens are, and wrong otherwise.
+    """
+
+    make: Callable[[Vocabulary, Task, random.Random], Trial]
+    unit: str
+    tokens: Callable[[Vocabulary, Task], int]
+    chance_frac: Callable[[Vocabulary, Task], float]
+    third: Literal["depth", "hops"] | None = None
+    whole: bool = False
+
+
+def copy_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
+    """``size`` random tokens twice; the first of the repeat cannot be known and does not count.
+
+    Any token but the special ones, not words: words invite a model to go on as text would, and
+    SmolLM2-135M then copies 14 % where it copies half of random tokens.
+    """
+    tokens = rng.choices(vocabulary.tokens, k=task.size)
+    return Trial(tokens + tokens, list(range(task.size + 1, 2 * task.size)))
+
+
+def passkey_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
+    """Filler, the sentence with the number at its depth, filler, the question."""
+    key = _number(rng.randrange(10**5))
+    needle = vocabulary.ids(f"The pass key is {key}. Remember it. {key} is the pass key. ")
+    question = vocabulary.ids("What is the pass key? The pass key is")
+    answer = vocabulary.ids(f" {key}")
+    filler = vocabulary.ids(FILLER)
+    room = _room(task, needle, question, answer)
+    filler = (filler * (room // len(filler) + 1))[:room]
+    before = round(task.depth_frac * room)
+    tokens = filler[:before] + needle + filler[before:] + question + answer
+    return Trial(tokens, list(range(len(tokens) - len(answer), len(tokens))))
+
+
+def needles_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
+    """Four named numbers in filler: the one asked for at its depth, the others spread out.
+
+    Lines ``name=number``, because a task must be one the original can do, and SmolLM2-135M does
+    better with those than with "The pass key of the kite is 48213." or spaces around the sign.
+    """
+    names = rng.sample(vocabulary.words, NEEDLES)
+    keys = [_number(n) for n in rng.sample(range(10**5), NEEDLES)]
+    depths = [task.depth_frac, *_spread(NEEDLES - 1, rng)]
+    # The number in a piece of its own: its tokens must be those of the answer.
+    pieces = [
+        (depth, _words(vocabulary, "\n", name, "=", key, "\n"))
+        for depth, name, key in zip(depths, names, keys, strict=True)
+    ]
+    question = _words(vocabulary, "\n", names[0], "=")
+    return _ask(vocabulary, task, pieces, question, keys[0])
+
+
+def variables_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
+    """Two worked examples, then two chains in filler; hop h stands in the h-th part of the text.
+
+    So the number asked for is in the first part, and each name of its chain one part later. The
+    examples have names and numbers of their own: they show what is wanted, and nothing else.
+    """
+    links, chains = task.hops + 1, EXAMPLES + CHAINS
+    if chains * links > len(vocabulary.words):
+        raise UsageError(f"variables: {task.hops} hops need {chains * links} words")
+    drawn = rng.sample(vocabulary.words, chains * links)
+    keys = [_number(n) for n in rng.sample(range(10**5), chains)]
+    examples: list[int] = []
+    pieces = [(0.0, examples)]
+    for chain, key in enumerate(keys):
+        names = drawn[chain * links : (chain + 1) * links]
+        lines = _chain(vocabulary, names, key)
+        if chain < EXAMPLES:
+            question = _value_of(vocabulary, names[-1])
+            for part in (*lines, question, vocabulary.ids(f" {key}\n")):
+                examples += part
+        else:
+            pieces += zip(_spread(links, rng), lines, strict=True)
+    asked = _value_of(vocabulary, drawn[(EXAMPLES + 1) * links - 1])
+    return _ask(vocabulary, task, pieces, asked, f" {keys[EXAMPLES]}")
+
+
+def _chain(vocabulary: Vocabulary, names: list[int], key: str) -> list[list[int]]:
+    """Lines that give the first name a number and every other name the one before it."""
+    others = [_words(vocabulary, " VAR", name) for name in names[:-1]]
+    values = [vocabulary.ids(f" {key}"), *others]
+    return [
+        [*_words(vocabulary, "\n VAR", name, " ="), *value, *vocabulary.ids("\n")]
+        for name, value in zip(names, values, strict=True)
+    ]
+
+
+def _value_of(vocabulary: Vocabulary, name: int) -> list[int]:
+    return _words(vocabulary, "\n The value of VAR", name, " is")
+
+
+def multi_query_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
+    """``size`` lines ``key = value``, then up to 16 of the keys again in another order."""
+    if 2 * task.size > len(vocabulary.words):
+        raise UsageError(f"multi-query: {task.size} pairs need {2 * task.size} words")
+    drawn = rng.sample(vocabulary.words, 2 * task.size)
+    keys, values = drawn[: task.size], drawn[task.size :]
+    equals, newline = vocabulary.ids(" ="), vocabulary.ids("\n")
+    tokens: list[int] = []
+    answers = []
+    for key, value in zip(keys, values, strict=True):
+        tokens += [key, *equals, value, *newline]
+    for index in rng.sample(range(task.size), min(task.size, ASKED_PAIRS)):
+        tokens += [keys[index], *equals, values[index], *newline]
+        answers.append(len(tokens) - 1 - len(newline))
+    return Trial(tokens, answers)
+
+
+def _number(value: int) -> str:
+    return f"{value:05d}"
+
+
+def _spread(count: int, rng: random.Random) -> list[float]:
+    """One random depth in each of ``count`` equal parts of the text."""
+    return [(part + rng.random()) / count for part in range(count)]
+
+
+def _words(vocabulary: Vocabulary, *parts: str | int) -> list[int]:
+    """Token ids of text in which some words are given as tokens."""
+    tokens: list[int] = []
+    for part in parts:
+        tokens += vocabulary.ids(part) if isinstance(part, str) else [part]
+    return tokens
+
+
+def _room(task: Task, *fixed: list[int]) -> int:
+    """Tokens of filler that a trial of ``size`` tokens has room for."""
+    least = sum(map(len, fixed))
+    if task.size < least:
+        raise UsageError(f"{task.family} needs a length of at least {least} tokens")
+    return task.size - least
+
+
+def _ask(
+    vocabulary: Vocabulary,
+    task: Task,
+    pieces: list[tuple[float, list[int]]],
+    question: list[int],
+    answer: str,
+) -> Trial:
+    """``size`` tokens: the pieces at their depths in filler, the question, the answer.
+
+    A piece stands between two sentences, the nearest place to its depth. What does not fit of the
+    filler is cut from its beginning, so that the question follows a whole sentence.
+    """
+    expected = vocabulary.ids(answer)
+    room = _room(task, question, expected, *(piece for _, piece in pieces))
+    sentences = [vocabulary.ids(sentence) for sentence in SENTENCES]
+    filler: list[list[int]] = []
+    missing = room
+    while missing > 0:
+        filler.insert(0, sentences[-1 - len(filler) % len(sentences)][-missing:])
+        missing -= len(filler[0])
+    waiting = sorted(pieces, key=lambda piece: piece[0])
+    tokens: list[int] = []
+    read = 0
+    for sentence in filler:
+        while waiting and waiting[0][0] * room < read + len(sentence) / 2:
+            tokens += waiting.pop(0)[1]
+        tokens += sentence
+        read += len(sentence)
+    for _, piece in waiting:
+        tokens += piece
+    tokens += question + expected
+    return Trial(tokens, list(range(len(tokens) - len(expected), len(tokens))))
+
+
+def _multi_query_tokens(vocabulary: Vocabulary, task: Task) -> int:
+    line = 2 + len(vocabulary.ids(" =")) + len(vocabulary.ids("\n"))
+    return line * (task.size + min(task.size, ASKED_PAIRS))
+
+
+FAMILIES = {
+    "copy": Family(
+        copy_trial,
+        "lag",
+        tokens=lambda _, task: 2 * task.size,
+        chance_frac=lambda vocabulary, _: 1 / len(vocabulary.tokens),
+    ),
+    "passkey": Family(
+        passkey_trial,
+        "length",
+        tokens=lambda _, task: task.size,
+        chance_frac=lambda *_: 1e-5,
+        third="depth",
+        whole=True,
+    ),
+    "needles": Family(
+        needles_trial,
+        "length",
+        tokens=lambda _, task: task.size,
+        chance_frac=lambda *_: 1 / NEEDLES,
+        third="depth",
+        whole=True,
+    ),
+    "variables": Family(
+        variables_trial,
+        "length",
+        tokens=lambda _, task: task.size,
+        chance_frac=lambda *_: 1 / CHAINS,
+        third="hops",
+        whole=True,
+    ),
+    "multi-query": Family(
+        multi_query_trial,
+        "pairs",
+        tokens=_multi_query_tokens,
+        chance_frac=lambda _, task: 1 / task.size,
+    ),
+}
+
+
+def parse_task(setting: str) -> Task:
+    """The task that ``FAMILY:SIZE[:DEPTH or HOPS]`` names.
+
+    Raises:
+        UsageError: It names none.
+    """
+    family, *numbers = setting.split(":")
+    kind = FAMILIES.get(family)
+    try:
+        if kind is None or not 1 <= len(numbers) <= (2 if kind.third else 1):
+            raise ValueError
+        task = Task(family, int(numbers[0]))
+        if len(numbers) == 2 and kind.third == "hops":
+            task = Task(family, task.size, hops=int(numbers[1]))
+        elif len(numbers) == 2:
+            task = Task(family, task.size, float(numbers[1]))
+        if task.size < 2 or not 0 <= task.depth_frac <= 1 or not 1 <= task.hops <= MAX_HOPS:
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"recall task {setting!r}: expected {_settings()}, with a size of at least 2, a depth "
+            f"of 0 to 1, 1 to {MAX_HOPS} hops"
+        ) from None
+    return task
+
+
+def _settings() -> str:
+    forms = [
+        f"{name}:{kind.unit.upper()}" + (f"[:{kind.third.upper()}]" if kind.third else "")
+        for name, kind in FAMILIES.items()
+    ]
+    return f"{', '.join(forms[:-1])} or {forms[-1]}"
+
+
+def make_trials(vocabulary: Vocabulary, task: Task, trials: int, seed: int = 0) -> list[Trial]:
+    """The same trials for every model with this vocabulary: they depend on task and seed only."""
+    return [
+        FAMILIES[task.family].make(vocabulary, task, random.Random(f"{seed}/{task.name}/{i}"))
+        for i in range(trials)
+    ]
