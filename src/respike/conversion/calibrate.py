@@ -26,7 +26,6 @@ from respike.errors import UsageError
 from respike.layers.far import FarSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder, build_mixer
-from respike.ops.attention import attend
 from respike.ops.rotary import rotary_tables
 
 FAR_DISTANCES = 16
@@ -135,21 +134,33 @@ def calibrate(
     with torch.inference_mode():
         xs = [original.model.embed_tokens(c[None].to(original.embedding.device)) for c in rows]
         for index, layer in enumerate(original.layers):
-            normed = [layer.input_layernorm(x) for x in xs]
+            heads = []
+            for n, x in enumerate(xs):
+                attention, normed = layer.self_attn, layer.input_layernorm(x)
+                (span,) = _spans(original, x.shape[1], x.shape[1], x.dtype)
+                mixed, _ = attention.mix(normed, span, attention.init_state(1, x))
+                heads.append(_Heads(*attention.project(normed), mixed))
+                xs[n] = layer.add_mixed(x, attention.o_proj(mixed.flatten(2)))
             for (i, j), part in far.items():
                 if i == index:
                     fit = _GroupFit(original, config, part, half_life_tokens)
-                    mixer, found = fit.run(index, normed[: len(searched)], normed[len(searched) :])
+                    mixer, found = fit.run(index, heads[: len(searched)], heads[len(searched) :])
                     prefix = f"model.layers.{i}.self_attn.mixers.{j}."
                     tensors |= {prefix + n: p.data for n, p in mixer.named_parameters()}
                     fits += found
-            for n, x in enumerate(xs):
-                state = layer.self_attn.init_state(1, x)
-                (span,) = _spans(original, x.shape[1], x.shape[1], x.dtype)
-                xs[n] = layer(x, span, state)[0]
             if progress:
                 progress(index + 1, len(original.layers))
     return tensors, fits
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Of one layer on one context: q (1, T, H, K), k, v (1, T, G, K), not rotated, and output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
 
 
 def _spans(
@@ -178,15 +189,13 @@ class _GroupFit:
         self.heads = [g * self.rep + r for g in self.groups for r in range(self.rep)]
 
     def run(
-        self, index: int, searched: list[Tensor], checked: list[Tensor]
+        self, index: int, searched: list[_Heads], checked: list[_Heads]
     ) -> tuple[FarSoftmax, list[HeadFit]]:
-        """The fitted mixer and one entry a head, from the layer's normed inputs (1, T, D)."""
-        known = [self._project(index, x) for x in searched]
+        """The fitted mixer and one entry a head."""
+        known = [self._mine(x) for x in searched]
         self._cluster(known)
-        curve = sum(self._curves(*qkv) for qkv in known)
-        control = sum(self._curves(*self._project(index, x)) for x in checked)
-        assert isinstance(curve, Tensor)
-        assert isinstance(control, Tensor)
+        curve = torch.stack([self._curves(x) for x in known]).sum(0)
+        control = torch.stack([self._curves(self._mine(x)) for x in checked]).sum(0)
         fits = []
         for h, head in enumerate(self.heads):
             fit = _choose(curve[h], control[h], index, head)
@@ -195,16 +204,16 @@ class _GroupFit:
             fits.append(fit)
         return self.mixer, fits
 
-    def _project(self, index: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the mixer's groups, float32."""
-        q, k, v = self.original.layers[index].self_attn.project(x)
-        return (
-            q[:, :, self.heads].float(),
-            k[:, :, self.groups].float(),
-            v[:, :, self.groups].float(),
+    def _mine(self, x: _Heads) -> _Heads:
+        """The heads and groups that this mixer serves, float32."""
+        return _Heads(
+            x.q[:, :, self.heads].float(),
+            x.k[:, :, self.groups].float(),
+            x.v[:, :, self.groups].float(),
+            x.out[:, :, self.heads].float(),
         )
 
-    def _cluster(self, qkv: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _cluster(self, known: list[_Heads]) -> None:
         """Prototypes of each group, as the mixer's weights."""
         window = self.part.window_tokens
         distances = torch.linspace(window, 4 * window, FAR_DISTANCES).round().long()
@@ -213,9 +222,9 @@ class _GroupFit:
         scale = self.mixer.key_weight.shape[-1] ** -0.5
         for n in range(len(self.groups)):
             mine = slice(n * self.rep, (n + 1) * self.rep)
-            queries = torch.cat([q[0, :, mine].flatten(0, 1) for q, _, _ in qkv]).float()
+            queries = torch.cat([x.q[0, :, mine].flatten(0, 1) for x in known])
             queries = _turn(queries, cos, sin) * scale
-            keys = torch.cat([k[0, self.part.sink_tokens :, n] for _, k, _ in qkv]).float()
+            keys = torch.cat([x.k[0, self.part.sink_tokens :, n] for x in known])
             metric = queries.T @ queries / len(queries)
             metric.diagonal().add_(1e-4 * metric.diagonal().mean())
             root = torch.linalg.cholesky(metric)
@@ -225,16 +234,13 @@ class _GroupFit:
             prototypes = torch.linalg.solve_triangular(root, centres, upper=False, left=False)
             self.mixer.query_weight.data[mine] = _turn(prototypes, cos, -sin) * scale
 
-    def _curves(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _curves(self, x: _Heads) -> Tensor:
         """Of one context: mean squared error, share and output square for every gain and beta.
 
         (H, gains, 1 + betas, 3); the first beta is shut.
         """
+        q, k, v, target = x.q, x.k, x.v, x.out
         T, H = q.shape[1:3]
-        (whole,) = _spans(self.original, T, T, q.dtype)
-        target = attend(
-            whole.rotate(q), whole.rotate(k).transpose(1, 2), v.transpose(1, 2), causal=True
-        ).float()
         state = self.mixer.init_state(1, len(self.groups), q.shape[-1], q)
         window, memories = state.window, [state.memory.memory] * len(GAINS)
         total = torch.zeros(H, len(GAINS), 1 + len(BETAS), 3)
@@ -245,7 +251,7 @@ class _GroupFit:
             q1, k1, v1 = q[:, part], k[:, part], v[:, part]
             leaving = window.leaving(span.rotate(k1).transpose(1, 2), v1.transpose(1, 2), span)
             seen, window = self.mixer.window.near(q1, k1, v1, span, window)
-            near, near_mass = seen.attend().float(), seen.log_mass()
+            near, near_mass = seen.attend_with_mass()
             miss = target[:, part] - near
             for n, gain in enumerate(GAINS):
                 self.mixer.query_weight.data = weight * gain

@@ -86,13 +86,19 @@ class Attention(nn.Module):
         self, x: Tensor, span: Span, state: tuple[MixerState, ...]
     ) -> tuple[Tensor, tuple[MixerState, ...]]:
         """(B, T, D) and the states before the span -> (B, T, D) and the states after it."""
+        mixed, state = self.mix(x, span, state)
+        return self.o_proj(mixed.flatten(2)), state
+
+    def mix(
+        self, x: Tensor, span: Span, state: tuple[MixerState, ...]
+    ) -> tuple[Tensor, tuple[MixerState, ...]]:
+        """As `forward`, before the output projection: (B, T, H, K)."""
         B, T, _ = x.shape
-        G, K = self.num_groups, self.head_dim
         q, k, v = self.project(x)
-        if self.groups == [list(range(G))]:
+        if self.groups == [list(range(self.num_groups))]:
             out, new = self.mixers[0](x, q, k, v, span, state[0])
-            return self.o_proj(out.reshape(B, T, -1)), (new,)
-        q = q.view(B, T, G, -1, K)
+            return out, (new,)
+        q = q.view(B, T, self.num_groups, -1, self.head_dim)
         outputs, after, order = [], [], []
         for (groups, mixer), before in zip(self.arrangement(), state, strict=True):
             out, new = mixer(
@@ -101,5 +107,6 @@ class Attention(nn.Module):
             outputs.append(out.reshape(B, T, len(groups), -1))
             after.append(new)
             order += groups
-        back = [order.index(g) for g in range(G)]
-        return self.o_proj(torch.cat(outputs, 2)[:, :, back].reshape(B, T, -1)), tuple(after)
+        back = [order.index(g) for g in range(self.num_groups)]
+        out = torch.cat(outputs, 2)[:, :, back]
+        return out.reshape(B, T, self.num_heads, self.head_dim), tuple(after)

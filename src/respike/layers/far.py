@@ -71,7 +71,7 @@ class FarSoftmax(Mixer):
         leaving = state.window.leaving(span.rotate(k).transpose(1, 2), v.transpose(1, 2), span)
         near, window = self.window.near(q, k, v, span, state.window, self.off)
         far, far_mass, memory = self.recall(q, leaving, span, state.memory.memory)
-        out, share = share_denominator(near.attend(), near.log_mass(), far, far_mass)
+        out, share = share_denominator(*near.attend_with_mass(), far, far_mass)
         if self.watch:
             self.share = share.detach()
         return out, PairState(window, MemoryState(memory))

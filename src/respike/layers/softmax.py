@@ -10,6 +10,7 @@ queries are rotated twice for this: cached keys, and so the state, do not depend
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from respike.errors import UnsupportedError
 from respike.layers.mixer import Mixer
 from respike.layers.span import Span
 from respike.layers.state import KVState, WindowState
-from respike.ops.attention import attend, log_mass
+from respike.ops.attention import attend, attend_with_mass
 
 
 class FullSoftmax(Mixer):
@@ -71,17 +72,18 @@ class Near:
 
     def attend(self) -> Tensor:
         """Softmax attention (B, T, H, V)."""
-        channels, width = self.q.shape[-1], self.v.shape[-1]
-        if channels == width:
-            return attend(self.q, self.k, self.v, self.bias, causal=self.causal)
-        v = pad(self.v, (0, channels - width))
-        out = attend(self.q, self.k, v, self.bias, causal=self.causal, scale=width**-0.5)
-        return out[..., :width]
+        return attend(self.q, self.k, self._values(), **self._options())[..., : self.v.shape[-1]]
 
-    def log_mass(self) -> Tensor:
-        """Logarithm of the softmax's denominator (B, T, H), float32."""
-        scale = self.v.shape[-1] ** -0.5
-        return log_mass(self.q, self.k, self.bias, causal=self.causal, scale=scale)
+    def attend_with_mass(self) -> tuple[Tensor, Tensor]:
+        """The same, and the logarithm of the softmax's denominator (B, T, H), float32."""
+        out, mass = attend_with_mass(self.q, self.k, self._values(), **self._options())
+        return out[..., : self.v.shape[-1]], mass
+
+    def _values(self) -> Tensor:
+        return pad(self.v, (0, self.q.shape[-1] - self.v.shape[-1]))
+
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "causal": self.causal, "scale": self.v.shape[-1] ** -0.5}
 
 
 class WindowSoftmax(Mixer):

@@ -128,8 +128,12 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, tuple[MixerState, ...]]:
         """(B, T, D) and the layer's state before the span -> the same after it."""
         mixed, state = self.self_attn(self.input_layernorm(x), span, state)
+        return self.add_mixed(x, mixed), state
+
+    def add_mixed(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the attention: its output joins the residual, then the MLP's does."""
         x = x + mixed
-        return x + self.mlp(self.post_attention_layernorm(x)), state
+        return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
 
 
 class Trunk(nn.Module):

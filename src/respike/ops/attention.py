@@ -100,6 +100,36 @@ def attend(
     return out.transpose(1, 2)
 
 
+def attend_with_mass(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S V"],
+    bias: Float[Tensor, "B 1 T S"] | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
+    """`attend`, bit for bit, and the logarithm of its softmax's denominator, float32.
+
+    The latter is what another branch needs to share that denominator. Arguments as for `attend`.
+    """
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if q.device.type != "cpu" or differentiable or k.shape[-1] != v.shape[-1]:
+        out = attend(q, k, v, bias, causal=causal, scale=scale)
+        return out, log_mass(q, k, bias, causal=causal, scale=scale)
+    B, T, H, K = q.shape
+    rows = q.reshape(B, k.shape[1], -1, K) if T == 1 else q.transpose(1, 2)
+    heads_per_group = rows.shape[1] // k.shape[1]
+    # What torch's attention is made of on processors; only here does it give the mass away.
+    out, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, k.repeat_interleave(heads_per_group, 1), v.repeat_interleave(heads_per_group, 1),
+        is_causal=causal, attn_mask=bias, scale=scale,
+    )  # fmt: skip
+    if T == 1:
+        return out.reshape(B, 1, H, -1), mass.reshape(B, 1, H)
+    return out.transpose(1, 2), mass.transpose(1, 2)
+
+
 def log_mass(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B G S K"],
@@ -108,10 +138,10 @@ def log_mass(
     causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "B T H"]:
-    """Logarithm of the denominator of `attend`'s softmax; same arguments.
+    """Logarithm of the denominator of `attend`'s softmax, written out; same arguments.
 
-    It is what another branch needs to share that denominator. In float32, as the fused kernels
-    are inside: scores rounded to the dtype of ``q`` would be wrong by more than `attend` is.
+    In float32, as the fused kernels are inside: scores rounded to the dtype of ``q`` would be
+    wrong by more than `attend` is.
     """
     B, T, H, K = q.shape
     rows = q.view(B, T, k.shape[1], -1, K).permute(0, 2, 3, 1, 4)  # B G H/G T K
