@@ -1,15 +1,39 @@
 """Counting without weights: against known models, against formulas, against the weights."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
-from respike.config import ModelConfig
+from respike.checkpoint.families import expected_tensors, mixer_tensors
+from respike.config import AnyMemory, ModelConfig
+from respike.models.decoder import build_mixer
 from respike.recipe import apply_recipe, load_recipe
-from tiny import full, model_config, random_decoder, window
+from tiny import (
+    DELTA,
+    DELTA_TO_2,
+    FAR,
+    GLA,
+    GLA_AS_IS,
+    MEMORIES,
+    TIED,
+    full,
+    linear,
+    model_config,
+    random_decoder,
+    window,
+)
 
-FULL = {0: full(0), 1: full(0), 2: full(0, 1), 3: full(0, 1, 2), 8: full(*range(8))}
+FULL = {
+    0: full(0),
+    1: full(0),
+    2: full(0, 1),
+    3: full(0, 1, 2),
+    4: full(*range(4)),
+    8: full(*range(8)),
+}
 
 
 def known(  # noqa: PLR0913 - one argument for each dimension
@@ -110,3 +134,72 @@ def test_growth_is_the_difference_one_token_makes(
     more = state_bytes(config, tokens + 1, width) - state_bytes(config, tokens, width)
     assert more == growth_bytes_per_token(config, width)
     assert (more == 0) == (not config.softmax_groups())
+
+
+# ---- memories --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [FAR, GLA, GLA_AS_IS, TIED, DELTA, DELTA_TO_2], ids=str)
+@pytest.mark.parametrize("groups", [(0, 1, 2), (1,), (2, 0)], ids=str)
+@pytest.mark.parametrize("alone", [False, True], ids=["beside a window", "alone"])
+def test_a_mixers_parameters_are_those_it_is_said_to_have(
+    alone: bool, groups: tuple[int, ...], memory: AnyMemory
+) -> None:
+    if alone and memory == FAR:
+        return
+    part = linear(*groups, memory=memory) if alone else window(*groups, memory=memory)
+    config = model_config(num_attention_heads=6)
+    mixer = build_mixer(config, part)
+    mine = {name: tuple(p.shape) for name, p in mixer.state_dict().items()}
+    assert dict(mixer_tensors(config, part)) == mine
+
+
+def test_parameters_with_memories_are_those_of_the_decoder() -> None:
+    config = model_config(MEMORIES)
+    named = {n: tuple(p.shape) for n, p in random_decoder(config).named_parameters()}
+    assert dict(expected_tensors(config)) == named
+    assert num_parameters(config) == sum(math.prod(shape) for shape in named.values())
+
+
+@pytest.mark.parametrize(
+    ("memory", "values"),
+    [(FAR, 5 * (8 + 1)), (GLA, 8 * 8), (TIED, 8 * 8), (DELTA, 8 * 8)],
+    ids=["far", "gla", "tied", "delta"],
+)
+@pytest.mark.parametrize("width", [2, 4])
+def test_a_memory_counts_four_bytes_a_number_whatever_the_dtype(
+    memory: AnyMemory, values: int, width: int
+) -> None:
+    beside = model_config(((window(0, 2, memory=memory), full(1)),))
+    for tokens in (0, 1, 10**6):
+        cached = 2 * 8 * (2 * (7 + 3) + tokens) * width
+        assert state_bytes(beside, tokens, width) == cached + 2 * 4 * values
+    assert growth_bytes_per_token(beside, width) == 2 * 8 * width
+    if memory.kind != "far":
+        alone = model_config(((linear(0, 1, 2, memory=memory),),) * 2)
+        assert state_bytes(alone, 10**6, width) == 2 * 3 * 4 * values
+        assert growth_bytes_per_token(alone, width) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("constant", 30 * 3 * (2 * 64 * 260 * 2 + 64 * 65 * 4)),
+        ("spikingbrain-7b", 15 * 3 * 64 * 64 * 4 + 15 * 3 * 2 * 64 * 4096 * 2),
+    ],
+)
+def test_the_constant_recipes_hold_as_much_at_every_length(name: str, expected: int) -> None:
+    config = apply_recipe(load_recipe(name), SMOLLM2_135M)
+    assert growth_bytes_per_token(config) == 0
+    for tokens in (1, *REPORT_LENGTHS):
+        assert state_bytes(config, tokens) == expected
+
+
+def test_spikingbrain_7b_adds_the_parameters_the_official_model_has() -> None:
+    """66,176 for each of 14 layers: two factors of the gate, its bias, the norm."""
+    source = known(family="qwen2", V=152_064, D=3_584, F=18_944, L=28, H=28, G=4, K=128, tied=False)
+    config = apply_recipe(load_recipe("spikingbrain-7b"), source)
+    assert num_parameters(config) - num_parameters(source) == 926_464
+    assert num_parameters(config) == 7_616_542_976
+    kinds = [layer.mixers[0].mixer for layer in config.layers]
+    assert kinds == ["linear", "window"] * 14

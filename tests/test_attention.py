@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mixers import CUTS, B, G, K, in_spans, normal, window_in_words
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
-from respike.layers.span import Span
 from respike.layers.state import WindowState
 from respike.ops.attention import attend, attention_bias, attention_definition, visible
-from respike.ops.rotary import rotary_frequencies
 from tolerance import assert_close
 
-B, H, G, K = 2, 6, 3, 10
-FREQUENCIES = rotary_frequencies(K, 10_000.0)
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+H = 6
 
 
 def inputs(T: int, S: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,65 +135,14 @@ def test_what_is_not_seen_does_not_matter_at_all(form: Callable[..., Tensor]) ->
     assert torch.equal(form(q, k, v, seen), before)
 
 
-# ---- the window mixer, written from its words ------------------------------------------------
-
-
-def turned(x: Array, position: int) -> Array:
-    """One head's vector (K,) rotated to ``position``, float64."""
-    angle = position * FREQUENCIES.numpy()
-    first, second = x[: K // 2], x[K // 2 :]
-    return np.concatenate(
-        [
-            first * np.cos(angle) - second * np.sin(angle),
-            second * np.cos(angle) + first * np.sin(angle),
-        ]
-    )
-
-
-def window_in_words(
-    q: Array, k: Array, v: Array, *, window: int, sinks: int, reach: int
-) -> tuple[Array, int]:
-    """One sequence, token by token: (T, H, K) from unrotated q (T, H, K) and k, v (T, G, K).
-
-    Also returns how many (query, sink) pairs were seen at a shortened distance.
-    """
-    T, H, _ = q.shape
-    out, shortened = np.zeros(q.shape), 0
-    for p, h in itertools.product(range(T), range(H)):
-        group = h // (H // k.shape[1])
-        scores, values = [], []
-        for j in range(p + 1):
-            if j >= sinks and j <= p - window:
-                continue  # neither a sink nor one of the last `window` tokens
-            query_position = min(p, reach - 1) if j < sinks else p
-            shortened += query_position != p
-            query, key = turned(q[p, h], query_position), turned(k[j, group], j)
-            scores.append(query @ key / math.sqrt(K))
-            values.append(v[j, group])
-        weights = np.exp(np.array(scores) - max(scores))
-        out[p, h] = (weights / weights.sum()) @ np.array(values)
-    return out, shortened
+# ---- the window mixer ------------------------------------------------------------------------
 
 
 def run(
-    mixer: FullSoftmax | WindowSoftmax,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cuts: list[int],
+    mixer: FullSoftmax | WindowSoftmax, q: Tensor, k: Tensor, v: Tensor, cuts: list[int]
 ) -> Tensor:
     """The mixer over spans that end at ``cuts`` and at the end."""
-    T = q.shape[1]
-    state = mixer.init_state(len(q), k.shape[2], K, q)
-    outputs, begin = [], 0
-    for end in [*sorted({c for c in cuts if 0 < c < T}), T]:
-        start, valid = torch.full((len(q),), begin), torch.full((len(q),), end - begin)
-        span = Span(start, valid, end - begin, FREQUENCIES, q.dtype, q.device)
-        part = slice(begin, end)
-        out, state = mixer(q, q[:, part], k[:, part], v[:, part], span, state)  # type: ignore[assignment]
-        outputs.append(out)
-        begin = end
-    return torch.cat(outputs, 1)
+    return in_spans(mixer, (q, q, k, v), cuts)[0]
 
 
 def expected_window(q: Tensor, k: Tensor, v: Tensor, **rule: int) -> tuple[Tensor, int]:
@@ -209,9 +150,6 @@ def expected_window(q: Tensor, k: Tensor, v: Tensor, **rule: int) -> tuple[Tenso
         window_in_words(*(x[b].double().numpy() for x in (q, k, v)), **rule) for b in range(len(q))
     ]
     return torch.from_numpy(np.stack([out for out, _ in rows])).float(), sum(n for _, n in rows)
-
-
-CUTS = {"one span": [], "steps": list(range(40)), "spans of 1 to 13": [1, 3, 6, 7, 20, 21]}
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)

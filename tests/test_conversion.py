@@ -1,6 +1,7 @@
 """Conversion: what is written, that it is the same every time, and that nothing else is touched."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from respike.conversion import convert, execute, plan
 from respike.errors import CheckpointError, RecipeError, RespikeError, UsageError
 from respike.loading import Model, load
 from respike.recipe import Recipe, load_recipe
-from tiny import random_tokens, save_tiny, write_gguf
+from tiny import CONTEXT, random_tokens, save_tiny, write_gguf
 
+SHUT = "far.calibration_tokens=0"
 MIXED = ("softmax_groups={1: [2], 3: [0, 1]}", "window_tokens=11", "sink_tokens=2")
 FILES = {
     "README.md",
@@ -144,6 +146,142 @@ def test_the_mixers_of_the_recipe_are_those_of_the_loaded_model(
     assert config.softmax_groups() == ((1, 2), (3, 0), (3, 1))
     windows = [part for _, part in config.mixers() if part.mixer == "window"]
     assert {(w.window_tokens, w.sink_tokens) for w in windows} == {(11, 2)}
+
+
+# ---- memories --------------------------------------------------------------------------------
+
+
+def with_memory(name: str, *overrides: str) -> Recipe:
+    return mixed(f"memory={name}", "weights=f32", *overrides)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["far", "gla", "tied", "delta"])
+def test_what_a_memory_adds_is_planned_as_new_and_nothing_else(source: Path, name: str) -> None:
+    made = plan(source, with_memory(name))
+    assert {t.action for t in made.tensors if t.name not in made.new} == {"copy"}
+    assert set(made.new) | set(open_checkpoint(source).stored_as) == {t.name for t in made.tensors}
+    assert all(".self_attn.mixers." in new for new in made.new)
+    added = sum(math.prod(shape) for shape in made.new.values())
+    assert added == made.summary()["new_parameters"] > 0
+    # Layers 0 and 2 are windows of all groups; 1 and 3 have a softmax group first.
+    assert {tuple(n.split(".")[2:6:3]) for n in made.new} == {
+        ("0", "0"), ("1", "1"), ("2", "0"), ("3", "1"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16"])
+def test_a_shut_far_memory_is_the_window_bit_for_bit(
+    source: Path, tmp_path: Path, weights: str
+) -> None:
+    for name in ("far", "none"):
+        recipe = mixed(f"memory={name}", f"weights={weights}")
+        convert(plan(source, recipe), tmp_path / name)
+    assert torch.equal(logits(load(tmp_path / "far")), logits(load(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("name", ["far", "gla", "tied", "delta"])
+def test_a_mixer_that_stays_keeps_its_tensors_and_one_that_changes_does_not(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    convert(plan(source, with_memory(name)), tmp_path / "first")
+    trained = changed_copy(
+        tmp_path / "first", tmp_path / "trained",
+        lambda t: t.update({n: x + 0.25 for n, x in t.items() if ".mixers." in n}),
+    )  # fmt: skip
+    before = tensors(trained)
+    for recipe in (identity("weights=f32"), with_memory(name)):
+        made = plan(trained, recipe)
+        assert not made.new
+        convert(made, tmp_path / "again", force=True)
+        after = tensors(tmp_path / "again")
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[n], before[n]) for n in before)
+    # Layer 2 alone gets another window, and so begins anew.
+    changed = with_memory(
+        name, "layers=[{at: [2], mixer: window, window_tokens: 5}, {at: rest, mixer: window}]"
+    )
+    made = plan(trained, changed)
+    convert(made, tmp_path / "other")
+    after, fresh = tensors(tmp_path / "other"), tensors(tmp_path / "first")
+    assert set(made.new) == {n for n in before if n.startswith("model.layers.2.self_attn.mixers.")}
+    for n in before:
+        assert torch.equal(after[n], (fresh if n in made.new else before)[n]), n
+
+
+def test_a_mixer_that_goes_takes_its_tensors_with_it(source: Path, tmp_path: Path) -> None:
+    convert(plan(source, with_memory("far")), tmp_path / "far")
+    made = plan(tmp_path / "far", with_memory("gla"))
+    gone = {t.name for t in made.tensors if t.action == "drop"}
+    assert gone == {n for n in tensors(tmp_path / "far") if ".mixers." in n}
+    assert {t.reason for t in made.tensors if t.action == "drop"} == {"its mixer is gone"}
+    convert(made, tmp_path / "again")
+    convert(plan(source, with_memory("gla")), tmp_path / "direct")
+    again, direct = tensors(tmp_path / "again"), tensors(tmp_path / "direct")
+    assert again.keys() == direct.keys()
+    assert all(torch.equal(again[n], direct[n]) for n in again)
+
+
+@pytest.mark.parametrize("tokens", [0.5, 7.0, 4096.0, 1e6])
+def test_the_first_decays_have_the_half_life_asked_for(
+    source: Path, tmp_path: Path, tokens: float
+) -> None:
+    half_lives = f"gla.half_life_tokens={tokens}", f"delta.half_life_tokens={tokens}"
+    layers = (
+        "layers=[{at: even, mixer: linear, memory: gla}, {at: odd, mixer: linear, memory: delta}]"
+    )
+    recipe = load_recipe("window", ("weights=f32", "gla.gate_normalizer=9.0", layers, *half_lives))
+    convert(plan(source, recipe), tmp_path / "out")
+    found = {}
+    for name, x in tensors(tmp_path / "out").items():
+        found.setdefault(name.split(".mixers.0.")[-1], x.double())
+    x = torch.randn(5, found["memory.a_proj.weight"].shape[1], dtype=torch.float64)
+    gate = x @ found["memory.gate_down.weight"].T @ found["memory.gate_up.weight"].T
+    alpha = (gate + found["memory.gate_up.bias"]).sigmoid() ** (1 / 9)
+    step = (x @ found["memory.a_proj.weight"].T + found["memory.dt_bias"]).exp().log1p()
+    for decay in (alpha, (-found["memory.A_log"].exp() * step).exp()):
+        half = math.log(0.5) / decay.log()
+        assert torch.allclose(half, torch.full_like(half, tokens), rtol=1e-5), half
+    assert (found["norm.weight"] == 1).all()
+    assert found["memory.gate_down.weight"].std() > 0
+
+
+def test_a_far_memory_begins_shut_and_lasts_four_trained_lengths(
+    source: Path, tmp_path: Path
+) -> None:
+    convert(plan(source, with_memory("far")), tmp_path / "out")
+    for name, x in tensors(tmp_path / "out").items():
+        if name.endswith(".beta"):
+            assert (x == -math.inf).all()
+        if name.endswith(".log2_half_life"):
+            assert (2**x == 4 * CONTEXT).all()
+        if name.endswith(("key_weight", "query_weight")):
+            assert len(x.flatten().unique()) == x.numel()
+
+
+@pytest.mark.parametrize("name", ["far", "gla", "tied", "delta"])
+def test_a_memory_begins_the_same_every_time(source: Path, tmp_path: Path, name: str) -> None:
+    convert(plan(source, with_memory(name)), tmp_path / "first")
+    torch.manual_seed(77)
+    torch.randn(3)
+    convert(plan(source, with_memory(name)), tmp_path / "second")
+    assert bytes_of(tmp_path / "first") == bytes_of(tmp_path / "second")
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("recipe", ["constant", "spikingbrain-7b"])
+def test_the_constant_recipes_give_models_that_run(
+    source: Path, tmp_path: Path, recipe: str, weights: str
+) -> None:
+    made = plan(source, load_recipe(recipe, (f"weights={weights}", "window_tokens=9", SHUT)))
+    report = convert(made, tmp_path / "out")
+    assert report["growth_bytes_per_token_bf16"] == 0
+    out = logits(load(tmp_path / "out"))
+    assert out.isfinite().all()
+    assert out.std() > 0.1
 
 
 # ---- accounting ------------------------------------------------------------------------------

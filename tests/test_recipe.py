@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from respike.config import FullMixer, LayerConfig, Mixer, ModelConfig, WindowMixer
+from respike.config import (
+    AnyMemory,
+    DeltaMemory,
+    FarMemory,
+    FullMixer,
+    GlaMemory,
+    LayerConfig,
+    Mixer,
+    ModelConfig,
+    TiedMemory,
+    WindowMixer,
+)
 from respike.errors import RecipeError
 from respike.recipe import (
     Recipe,
@@ -35,7 +46,7 @@ def rule(at: Any, mixer: str = "window", **fields: Any) -> dict[str, Any]:
 
 
 def kinds(config: ModelConfig) -> str:
-    """One letter a layer: f full, w window, m both."""
+    """One letter a layer: f full, w window, l linear, m full and window."""
     found = ["".join(sorted({p.mixer[0] for p in layer.mixers})) for layer in config.layers]
     return "".join("m" if kind == "fw" else kind for kind in found)
 
@@ -204,6 +215,116 @@ def test_the_result_is_a_valid_config() -> None:
     for name in ("even", "identity", "window"):
         config = apply_recipe(load_recipe(name), SOURCE)
         assert ModelConfig.model_validate(config.model_dump()) == config
+
+
+# ---- memories --------------------------------------------------------------------------------
+
+OF_DEFAULTS = {
+    "far": FarMemory(features=64),
+    "gla": GlaMemory(feature="relu", gate_rank=16, gate_normalizer=16.0),
+    "tied": TiedMemory(),
+    "delta": DeltaMemory(negative_eigenvalues=False),
+    "none": None,
+}
+
+
+def memories(config: ModelConfig) -> list[AnyMemory | None]:
+    return [None if part.mixer == "full" else part.memory for _, part in config.mixers()]
+
+
+@pytest.mark.parametrize("name", OF_DEFAULTS)
+def test_an_override_gives_every_window_a_memory(name: str) -> None:
+    config = apply_recipe(load_recipe("window", (f"memory={name}",)), SOURCE)
+    assert memories(config) == [OF_DEFAULTS[name]] * DEPTH
+    assert kinds(config) == "w" * DEPTH
+    assert ModelConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("name", ["gla", "tied", "delta"])
+def test_a_linear_rule_is_that_memory_alone(name: str) -> None:
+    rules = rule("even", "linear", memory=name), rule("rest", "linear")
+    config = apply_recipe(recipe(*rules, memory="tied"), SOURCE)
+    assert kinds(config) == "l" * DEPTH
+    wanted = [OF_DEFAULTS[name] if i % 2 == 0 else TiedMemory() for i in range(DEPTH)]
+    assert memories(config) == wanted
+    assert ModelConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_rules_memory_goes_before_the_recipes() -> None:
+    rules = rule([0], memory="none"), rule([1], memory="tied"), rule([2], "full"), rule("rest")
+    config = apply_recipe(recipe(*rules, memory="far", far={"features": 9}), SOURCE)
+    assert memories(config) == [None, TiedMemory(), None, *[FarMemory(features=9)] * (DEPTH - 3)]
+
+
+def test_options_reach_their_memories() -> None:
+    config = apply_recipe(
+        recipe(
+            rule([0], "linear", memory="gla"),
+            rule("rest", memory="delta"),
+            gla={"feature": "identity", "gate_rank": 3, "gate_normalizer": 2.5},
+            delta={"negative_eigenvalues": True},
+        ),
+        SOURCE,
+    )
+    gla = GlaMemory(feature="identity", gate_rank=3, gate_normalizer=2.5)
+    assert memories(config)[:2] == [gla, DeltaMemory(negative_eigenvalues=True)]
+
+
+@pytest.mark.parametrize("mixer", ["window", "linear"])
+def test_softmax_groups_stay_full_beside_a_memory(mixer: str) -> None:
+    made = recipe(rule("all", mixer, memory="gla"), softmax_groups={2: [1], 5: [0, 1, 2]})
+    config = apply_recipe(made, SOURCE)
+    assert config.softmax_groups() == ((2, 1), (5, 0), (5, 1), (5, 2))
+    assert config.layers[2].mixers[1].groups == (0, 2)
+
+
+def test_constant_and_spikingbrain_are_what_their_text_says() -> None:
+    config = apply_recipe(load_recipe("constant"), SOURCE)
+    assert kinds(config) == "w" * DEPTH
+    assert {m.kind for m in memories(config) if m} == {"far"}
+    assert None not in memories(config)
+    config = apply_recipe(load_recipe("spikingbrain-7b"), SOURCE)
+    assert kinds(config) == "lwlwlwl"
+    assert memories(config)[:2] == [OF_DEFAULTS["gla"], None]
+    windows = [part for _, part in config.mixers() if part.mixer == "window"]
+    assert {(w.window_tokens, w.sink_tokens) for w in windows} == {(4096, 0)}
+
+
+@pytest.mark.parametrize("name", ["none", "far"])
+def test_a_linear_rule_without_a_memory_that_can_stand_alone_is_refused(name: str) -> None:
+    words = "layer 0 is linear", repr(name), "gla, tied, delta"
+    error = does_not_fit(recipe(rule("all", "linear"), memory=name), *words)
+    assert "window" in str(error.hint)
+    does_not_fit(recipe(rule("all", "linear", memory=name), memory="gla"), *words)
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "hint"),
+    [
+        ("memory=gl", "memory: 'gl' is not one of none, far, gla", "did you mean `gla`?"),
+        ("layers.0.memory=taid", "layers.0.memory: 'taid'", "did you mean `tied`?"),
+        ("memory=7", "memory: '7' is not one of", None),
+        ("layers.0.mixer=lineal", "layers.0.mixer: 'lineal'", "did you mean `linear`?"),
+        ("gla.feature=rel", "gla.feature: 'rel' is not one of relu, identity", "`relu`"),
+        ("gla.featur=relu", "gla.featur: unknown key", "did you mean `feature`?"),
+        ("far.featurs=3", "far.featurs: unknown key", "did you mean `features`?"),
+        ("delta.negative=true", "delta.negative: unknown key", None),
+        ("far.features=0", "far.features", None),
+        ("far.features=1000000", "far.features", None),
+        ("far.half_life_lengths=0", "far.half_life_lengths", None),
+        ("gla.half_life_tokens=.nan", "gla.half_life_tokens", None),
+        ("gla.half_life_tokens=1e-300", "gla.half_life_tokens", None),
+        ("delta.half_life_tokens=.inf", "delta.half_life_tokens", None),
+        ("gla.gate_normalizer=0.0", "gla.gate_normalizer", None),
+        ("gla.gate_normalizer=1.0e-320", "gla.gate_normalizer", None),
+        ("gla.gate_rank=0", "gla.gate_rank", None),
+        ("gla=relu", "gla: ", None),
+        ("far.calibration_tokens=-1", "far.calibration_tokens", None),
+    ],
+)
+def test_a_wrong_memory_option_is_refused(override: str, words: str, hint: str | None) -> None:
+    error = refused("window", words, overrides=(override,))
+    assert (hint or "") in str(error.hint)
 
 
 # ---- recipes that do not fit -----------------------------------------------------------------
@@ -497,8 +618,12 @@ places = (
     | st.lists(st.integers(-9, 9), max_size=4)
 )
 rules = st.fixed_dictionaries(
-    {"at": places, "mixer": st.sampled_from(["keep", "full", "window"])},
-    optional={"window_tokens": st.integers(1, 999), "sink_tokens": st.integers(0, 99)},
+    {"at": places, "mixer": st.sampled_from(["keep", "full", "window", "linear"])},
+    optional={
+        "window_tokens": st.integers(1, 999),
+        "sink_tokens": st.integers(0, 99),
+        "memory": st.sampled_from(sorted(OF_DEFAULTS)),
+    },
 )
 
 

@@ -20,7 +20,21 @@ import torch
 from torch import Tensor
 
 from respike.checkpoint.families import expected_tensors
-from respike.config import FullMixer, LayerConfig, Mixer, ModelConfig, RopeConfig, WindowMixer
+from respike.config import (
+    AnyMemory,
+    DeltaMemory,
+    FarMemory,
+    FullMixer,
+    GlaMemory,
+    LayerConfig,
+    LinearMemory,
+    LinearMixer,
+    Mixer,
+    ModelConfig,
+    RopeConfig,
+    TiedMemory,
+    WindowMixer,
+)
 from respike.models.decoder import Decoder
 
 V, D, F, L, H, K = 293, 48, 72, 4, 6, 8
@@ -50,10 +64,24 @@ def full(*groups: int) -> FullMixer:
     return FullMixer(groups=groups)
 
 
-def window(*groups: int, tokens: int = 7, sinks: int = 3, reach: int = CONTEXT) -> WindowMixer:
+def window(
+    *groups: int,
+    tokens: int = 7,
+    sinks: int = 3,
+    reach: int = CONTEXT,
+    memory: AnyMemory | None = None,
+) -> WindowMixer:
     return WindowMixer(
-        groups=groups, window_tokens=tokens, sink_tokens=sinks, sink_reach_tokens=reach
+        groups=groups,
+        window_tokens=tokens,
+        sink_tokens=sinks,
+        sink_reach_tokens=reach,
+        memory=memory,
     )
+
+
+def linear(*groups: int, memory: LinearMemory) -> LinearMixer:
+    return LinearMixer(groups=groups, memory=memory)
 
 
 MIXED: tuple[tuple[Mixer, ...], ...] = (
@@ -63,6 +91,18 @@ MIXED: tuple[tuple[Mixer, ...], ...] = (
     (window(0, 1, 2, reach=16),),
 )
 """Every way to mix: one mixer, two kinds, two of a kind, groups out of order, sinks past reach."""
+
+FAR, TIED = FarMemory(features=5), TiedMemory()
+GLA = GlaMemory(feature="relu", gate_rank=4, gate_normalizer=16.0)
+GLA_AS_IS = GlaMemory(feature="identity", gate_rank=7, gate_normalizer=2.0)
+DELTA, DELTA_TO_2 = (DeltaMemory(negative_eigenvalues=to_2) for to_2 in (False, True))
+MEMORIES: tuple[tuple[Mixer, ...], ...] = (
+    (window(0, 1, 2, reach=16, memory=FAR),),
+    (linear(1, memory=GLA), window(2, memory=DELTA), window(0, sinks=2, memory=TIED)),
+    (linear(1, memory=TIED), window(0, 2, tokens=5, sinks=0, memory=FAR)),
+    (linear(2, memory=DELTA_TO_2), window(1, reach=16, memory=GLA_AS_IS), full(0)),
+)
+"""Every memory, alone or beside a window, of all groups and of some."""
 
 
 def model_config(layers: tuple[tuple[Mixer, ...], ...] = MIXED, **changes: Any) -> ModelConfig:
@@ -104,9 +144,13 @@ def random_decoder(
     return decoder.requires_grad_(False).eval()
 
 
+AROUND = {"norm.weight": 1.0, "log2_half_life": 4.0, "gate_up.bias": 2.0, "dt_bias": -3.0}
+"""Where random weights lie if not around zero: memories are to last longer than a window."""
+
+
 def random_weight(name: str, shape: tuple[int, ...], r: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=r)
-    return 1 + 0.2 * noise if name.endswith("norm.weight") else 0.2 * noise
+    return next((at for end, at in AROUND.items() if name.endswith(end)), 0.0) + 0.2 * noise
 
 
 def random_tokens(*shape: int, seed: int = 0) -> Tensor:

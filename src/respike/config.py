@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 FORMAT_VERSION: Literal[1] = 1
 """Version of ``config.json`` in a converted folder."""
 
-MIXERS = ("full", "window", "linear")
-"""Names a recipe may give to a mixer."""
 MEMORIES = ("far", "gla", "tied", "delta")
 """Names a recipe may give to a memory."""
 
@@ -25,7 +23,7 @@ SinkTokens = Annotated[int, Field(ge=0, le=1 << 16)]
 ReachTokens = Annotated[int, Field(gt=0, le=1 << 32)]
 FeatureCount = Annotated[int, Field(gt=0, le=1 << 12)]
 GateRank = Annotated[int, Field(gt=0, le=1 << 12)]
-GateNormalizer = Annotated[float, Field(gt=0, le=1 << 10)]
+GateNormalizer = Annotated[float, Field(ge=2**-10, le=1 << 10)]
 
 
 class Frozen(BaseModel):

@@ -4,6 +4,7 @@ The rules are read top to bottom and the first that matches a layer decides its 
 KV groups in ``softmax_groups`` keep full softmax whatever their layer's rule says.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,6 @@ from pydantic import Field, ValidationError
 
 from respike.config import (
     MEMORIES,
-    MIXERS,
     AnyMemory,
     DeltaMemory,
     FarMemory,
@@ -38,11 +38,9 @@ from respike.config import (
 from respike.errors import RecipeError, did_you_mean
 
 MAX_RECIPE_BYTES = 1 << 20
-RULE_MIXERS = ("keep", *MIXERS)
-RULE_MEMORIES = ("none", *MEMORIES)
 Place = Literal["all", "rest", "even", "odd"]
 MemoryName = Literal["none", "far", "gla", "tied", "delta"]
-HalfLife = Annotated[float, Field(gt=0, le=1 << 32)]
+HalfLife = Annotated[float, Field(ge=2**-10, le=1 << 32)]
 
 
 class Evenly(Frozen):
@@ -246,22 +244,18 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
             f"{where}: {path}: unknown key; expected one of {', '.join(known)}",
             hint=did_you_mean(str(loc[-1]), known),
         )
-    if loc and loc[-1] == "mixer":
-        return RecipeError(
-            f"{where}: {path}: {word!r} is not one of {', '.join(RULE_MIXERS)}",
-            hint=did_you_mean(word, RULE_MIXERS),
-        )
-    if loc and loc[-1] == "memory":
-        return RecipeError(
-            f"{where}: {path}: {word!r} is not one of {', '.join(RULE_MEMORIES)}",
-            hint=did_you_mean(word, RULE_MEMORIES),
-        )
     if loc and loc[-1] == "at":
         places = get_args(Place)
         return RecipeError(
             f"{where}: {path}: {word!r} is not one of {', '.join(places)}, "
             "a list of layers, or {evenly: N}",
             hint=did_you_mean(word, places),
+        )
+    names = re.findall("'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
+    if names:
+        return RecipeError(
+            f"{where}: {path}: {word!r} is not one of {', '.join(names)}",
+            hint=did_you_mean(word, names),
         )
     return RecipeError(f"{where}: {path}: {first['msg']}, got {word!r}")
 

@@ -39,11 +39,16 @@ def initial_tensor(
     if name == "memory.gate_up.bias":
         # sigmoid(bias) ** (1 / normalizer) == 2 ** (-1 / half life)
         halvings = recipe.gla.gate_normalizer / recipe.gla.half_life_tokens
-        return torch.full(shape, -math.log(math.expm1(halvings * math.log(2))))
+        return torch.full(shape, -_inverse_softplus(halvings * math.log(2)))
     if name == "memory.dt_bias":
         # softplus(bias) == ln 2 / half life, with A_log zero
-        return torch.full(shape, math.log(math.expm1(math.log(2) / recipe.delta.half_life_tokens)))
+        return torch.full(shape, _inverse_softplus(math.log(2) / recipe.delta.half_life_tokens))
     return torch.zeros(shape)
+
+
+def _inverse_softplus(y: float) -> float:
+    """``log(exp(y) - 1)``, for y too large for ``exp`` too."""
+    return y + math.log(-math.expm1(-y))
 
 
 def _random(seed: str, shape: tuple[int, ...]) -> Tensor:

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         """As `forward`, before the output projection: (B, T, H, K)."""
         B, T, _ = x.shape
         q, k, v = self.project(x)
-        if len(self.mixers) == 1:
+        if self.groups == [list(range(self.num_groups))]:
             out, new = self.mixers[0](x, q, k, v, span, state[0])
             return out, (new,)
         q = q.view(B, T, self.num_groups, -1, self.head_dim)

@@ -66,10 +66,10 @@ class FarSoftmax(Mixer):
         """See `Mixer.forward`."""
         del x
         if "memory" in self.off or bool((self.beta == -torch.inf).all()):
-            near, window = self.window.near(q, k, v, span, state.window)
+            near, window = self.window.near(q, k, v, span, state.window, self.off)
             return near.attend(), PairState(window, state.memory)
         leaving = state.window.leaving(span.rotate(k).transpose(1, 2), v.transpose(1, 2), span)
-        near, window = self.window.near(q, k, v, span, state.window)
+        near, window = self.window.near(q, k, v, span, state.window, self.off)
         far, far_mass, memory = self.recall(q, leaving, span, state.memory.memory)
         out, share = share_denominator(*near.attend_with_mass(), far, far_mass)
         if self.watch:
@@ -95,15 +95,16 @@ class FarSoftmax(Mixer):
 
     def log_query(self, q: Tensor) -> Tensor:
         """How much queries (B, T, H, K), not rotated, like each prototype: (B, T, H, F)."""
-        return torch.einsum("bthk,hfk->bthf", q, self.query_weight).float() + self.beta[:, None]
+        likes = torch.einsum("bthk,hfk->bthf", q.float(), self.query_weight.float())
+        return likes + self.beta.float()[:, None]
 
     def key_features(self, k: Tensor, real: Tensor) -> Tensor:
         """How much keys (B, T, G, K), not rotated, belong to each prototype: (B, T, G, F).
 
         Zeros where ``real`` (B, T) is false.
         """
-        scores = torch.einsum("btgk,gfk->btgf", k, self.key_weight).float() + self.key_bias
-        return scores.softmax(-1) * real[:, :, None, None]
+        scores = torch.einsum("btgk,gfk->btgf", k.float(), self.key_weight.float())
+        return (scores + self.key_bias.float()).softmax(-1) * real[:, :, None, None]
 
     def _log_decay(self, span: Span) -> Tensor:
         """(B, T, G, 1); padding does not age the memory."""

@@ -15,6 +15,7 @@ from respike.layers.span import Span
 from respike.layers.state import MemoryState, PairState
 from respike.ops.delta import delta, unit_silu
 from respike.ops.gla import gla, tied_gate
+from respike.ops.norm import rms_norm
 
 
 class Memory(nn.Module):
@@ -128,6 +129,11 @@ def _real(span: Span, *inputs: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def _normed(read: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
+    """What was read, normed before it is rounded to ``dtype``: a sum may be out of its range."""
+    return rms_norm(read, norm.weight.float(), norm.eps).to(dtype)
+
+
 class Linear(Mixer):
     """A memory alone, its read-out normed for each head.
 
@@ -152,7 +158,7 @@ class Linear(Mixer):
     ) -> tuple[Tensor, MemoryState]:
         """See `Mixer.forward`."""
         read, memory = self.memory(x, q, k, v, span, state.memory)
-        out = self.norm(read.to(v.dtype))
+        out = _normed(read, self.norm, v.dtype)
         return (torch.zeros_like(out) if "memory" in self.off else out), MemoryState(memory)
 
 
@@ -189,7 +195,7 @@ class WindowBesideMemory(Mixer):
         """See `Mixer.forward`."""
         near, window = self.window(x, q, k, v, span, state.window)
         read, memory = self.memory(x, q, k, v, span, state.memory.memory)
-        near, far = self.window_norm(near), self.memory_norm(read.to(v.dtype))
+        near, far = self.window_norm(near), _normed(read, self.memory_norm, v.dtype)
         after = PairState(window, MemoryState(memory))
         if "window" in self.off:
             return far, after

@@ -113,17 +113,26 @@ class WindowSoftmax(Mixer):
     ) -> tuple[Tensor, WindowState]:
         """See `Mixer.forward`."""
         del x
-        near, state = self.near(q, k, v, span, state)
+        near, state = self.near(q, k, v, span, state, self.off)
         return near.attend(), state
 
     def near(
-        self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: WindowState
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        span: Span,
+        state: WindowState,
+        off: frozenset[str] = frozenset(),
     ) -> tuple[Near, WindowState]:
-        """What the queries see, and the next state; arguments as for `forward`."""
+        """What the queries see, and the next state; arguments as for `forward`.
+
+        ``off`` is that of the mixer that asks, which may be one that holds this one.
+        """
         q_sink = span.rotate(q, self.sink_reach_tokens) if self._beyond_reach(span) else None
         q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
         # Switched off, the window still holds the query's own token: something must be seen.
-        window = 1 if "window" in self.off else self.window_tokens
+        window = 1 if "window" in off else self.window_tokens
         if span.fresh and span.num_tokens <= window and q_sink is None:
             state.append(k, v, span)
             return Near(q, k, v, None, causal=True), state

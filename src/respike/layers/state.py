@@ -213,10 +213,13 @@ class WindowState:
 
 
 class MemoryState:
-    """A linear memory, (B, G, K, V) in float32 whatever the model's dtype. Constant memory."""
+    """A linear memory, (B, G, K, V) in float32 whatever the model's dtype. Constant memory.
+
+    As a cache it carries no gradient from call to call.
+    """
 
     def __init__(self, memory: Tensor) -> None:
-        self.memory = memory
+        self.memory = memory.detach()
 
     @classmethod
     def empty(cls, batch: int, groups: int, keys: int, values: int, like: Tensor) -> "MemoryState":

@@ -1,7 +1,7 @@
 """The decoder's state: one state a mixer, and how many tokens each sequence has seen.
 
 A state file is safetensors, format "respike-state" version 1: tensors named
-``layers.{layer}.{mixer}.{k|v}`` and ``tokens_seen``, and the fingerprint of its model.
+``layers.{layer}.{mixer}.{k|v|memory}`` and ``tokens_seen``, and the fingerprint of its model.
 """
 
 import os

@@ -138,10 +138,15 @@ def log_mass(
     causal: bool = False,
     scale: float | None = None,
 ) -> Float[Tensor, "B T H"]:
-    """Logarithm of the denominator of `attend`'s softmax, written out; same arguments."""
+    """Logarithm of the denominator of `attend`'s softmax, written out; same arguments.
+
+    In float32, as the fused kernels are inside: scores rounded to the dtype of ``q`` would be
+    wrong by more than `attend` is.
+    """
     B, T, H, K = q.shape
     rows = q.view(B, T, k.shape[1], -1, K).permute(0, 2, 3, 1, 4)  # B G H/G T K
-    scores = (rows.flatten(2, 3) @ k.transpose(2, 3)).view(*rows.shape[:4], -1).float()
+    scores = rows.flatten(2, 3).float() @ k.transpose(2, 3).float()
+    scores = scores.view(*rows.shape[:4], -1)
     scores = scores * (K**-0.5 if scale is None else scale)
     if causal:
         bias = torch.full((T, T), -torch.inf, device=q.device).triu(1)
