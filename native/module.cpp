@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include "kernels.hpp"
+#include "pool.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -26,6 +27,21 @@ void rms_norm(int level, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t r
                     buffer<T>(out), rows, cols, eps);
 }
 
+template <class T>
+void packed_linear(int level, int threads, int kind, uintptr_t x, uintptr_t data, uintptr_t scales,
+                   uintptr_t bias, uintptr_t out, int64_t rows, int64_t inputs, int64_t outputs,
+                   int64_t group) {
+  const respike::PackedWeights weights{static_cast<respike::Kind>(kind),
+                                       buffer<const std::uint8_t>(data),
+                                       buffer<const std::uint16_t>(scales),
+                                       buffer<const float>(bias),
+                                       inputs,
+                                       outputs,
+                                       group};
+  respike::packed_linear(respike::checked_level(level), threads, buffer<const T>(x), weights,
+                         buffer<T>(out), rows);
+}
+
 // Binds NAME_f32 and NAME_bf16; the GIL is released while they run.
 template <class F32, class BF16, class... Extra>
 void def_both(nb::module_& m, const std::string& name, F32 f32, BF16 b16, const Extra&... extra) {
@@ -41,8 +57,12 @@ NB_MODULE(_native, m) {
   m.def("cpu_features", &respike::cpu_features, "Feature name to whether this processor has it.");
   m.def(
       "cpu_level", [] { return std::string(respike::level_name(respike::best_level())); },
-      "The highest level this processor can run: portable, avx2 or avx512.");
+      "The highest level this processor can run: portable, avx2, avx512 or avx512bf16.");
 
   def_both(m, "rms_norm", &rms_norm<float>, &rms_norm<respike::bf16>, "level"_a, "x"_a, "weight"_a,
            "out"_a, "rows"_a, "cols"_a, "eps"_a);
+  def_both(m, "packed_linear", &packed_linear<float>, &packed_linear<respike::bf16>, "level"_a,
+           "threads"_a, "kind"_a, "x"_a, "data"_a, "scales"_a, "bias"_a, "out"_a, "rows"_a,
+           "inputs"_a, "outputs"_a, "group"_a);
+  m.def("pool_workers", &respike::pool_workers, "Threads of the kernels' pool, the caller aside.");
 }
