@@ -1,6 +1,7 @@
 // Every kernel the module binds. Buffers are contiguous and never overlap unless said.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "bf16.hpp"
@@ -13,6 +14,26 @@ namespace respike {
 template <class T>
 void rms_norm(Level level, const T* x, const T* weight, T* out, std::int64_t rows,
               std::int64_t cols, float eps);
+
+// sum = round(x + residual); out = the RMSNorm of sum.
+template <class T>
+void add_rms_norm(Level level, int threads, const T* x, const T* residual, const T* weight, T* sum,
+                  T* out, std::int64_t rows, std::int64_t cols, float eps);
+
+// out (rows, cols) = round(silu(gate)) * up; rows of gate and up are strides apart.
+template <class T>
+void swiglu(Level level, int threads, const T* gate, std::int64_t gate_stride, const T* up,
+            std::int64_t up_stride, T* out, std::int64_t rows, std::int64_t cols);
+
+// Turns pairs (i, half + i) of each head by the angle whose cosine and sine are cos, sin
+// (tokens, half). Tokens of x (heads, 2 * half each) are `stride` apart; out may be x.
+template <class T>
+void rotate(Level level, int threads, const T* x, std::int64_t stride, const float* cos,
+            const float* sin, T* out, std::int64_t out_stride, std::int64_t tokens,
+            std::int64_t heads, std::int64_t half);
+
+// Asks the system to back [start, start + bytes) with huge pages; false if it will not.
+bool advise_huge_pages(void* start, std::size_t bytes);
 
 // A packed matrix, see packed.hpp.
 struct PackedWeights {

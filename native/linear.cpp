@@ -17,9 +17,10 @@ using std::int64_t;
 
 namespace {
 
-constexpr int64_t few = 8;             // rows of x up to which weights are used as they stream in
+constexpr int64_t few = 8;             // rows of x for which streaming beats a panel (measured)
 constexpr int64_t block_rows = 240;    // rows of x that share a panel: sums stay in the L2 cache
 constexpr int64_t panel_depth = 256;   // inputs in a panel; a multiple of every group size
+constexpr int64_t chunk_inputs = 32;   // inputs in hand while rows of x pass; divides every group
 constexpr int64_t serial_work = 1 << 16;   // products; fewer are not worth waking a thread
 
 }  // namespace
@@ -34,7 +35,7 @@ namespace {
 
 // What one level does with one kind of weights; sums (rows, 64) and a panel are scratch.
 struct Kernels {
-  void (*few_rows)(const Tile&, const Rows<float>&, float* sums);
+  void (*few_rows)(const Tile&, const Rows<float>&, float* sums, float* panel);
   void (*many_rows)(const Tile&, const Rows<float>&, float* sums, float* panel);
   void (*many_pairs)(const Tile&, const Rows<bf16>&, float* sums, float* panel);  // null: not here
 };
@@ -163,10 +164,7 @@ void packed_linear(Level level, int threads, const T* x, const PackedWeights& w,
   }
   const Rows<float> all{as_float(x, rows * w.inputs), rows, w.inputs};
   if (rows > few) return each_block(w, all, out, finish, threads, kernels.many_rows);
-  each_block(w, all, out, finish, threads,
-             [&](const Tile& tile, const Rows<float>& few_of_x, float* sums, float*) {
-               kernels.few_rows(tile, few_of_x, sums);
-             });
+  each_block(w, all, out, finish, threads, kernels.few_rows);
 }
 
 template void packed_linear(Level, int, const float*, const PackedWeights&, float*, int64_t);

@@ -44,6 +44,8 @@ def packed_linear(
         raise ValueError(f"x has {x.shape[-1]} columns, the weight {packed.in_features} inputs")
     if bias is not None and (bias.shape != (out_features,) or bias.dtype != torch.float32):
         raise ValueError(f"bias is not {out_features} float32 numbers")
+    if packed.scales is not None and packed.scales.dtype != torch.float16:
+        raise ValueError(f"scales are {packed.scales.dtype}, not float16")
     buffers = [t for t in (packed.data, packed.scales, bias) if t is not None]
     if any(t.device != x.device for t in buffers):
         raise ValueError(f"x is on {x.device}, the packed weight on {packed.data.device}")

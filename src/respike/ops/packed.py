@@ -13,20 +13,23 @@ or half cache lines. So a matrix-vector product reads memory in order and needs 
 lanes, and an input that is zero can skip its row in every tile.
 
 Integers are symmetric, so an input of zero adds nothing. Scales are float16 for the bytes (int4
-with groups of 32: 4.5 bits a weight, against 5 with float32), and because it is what GGUF's Q8_0 and
-Q4_0 store: their blocks fit in unchanged. The integers are chosen for the scale as it is stored, so
-its rounding costs next to nothing. int4 scales are searched: the one of least squared error among
-`INT4_STEPS` fractions of the largest magnitude, of either sign, because the range is -8..7.
+with groups of 32: 4.5 bits a weight, against 5 with float32), and because it is what GGUF's Q8_0
+and Q4_0 store, whose blocks fit in unchanged. The integers are chosen for the scale as it is
+stored, so its rounding costs next to nothing. int4 scales are searched: the one of least squared
+error among the `INT4_STEPS`, of either sign, because the range is -8..7.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from respike.errors import UnsupportedError
+from respike.ops import backends
 
 TILE = 64
 """Outputs in a tile."""
@@ -39,6 +42,8 @@ GROUP_SIZES = (32, 64, 128)
 
 INT4_STEPS = tuple(6.5 + 0.25 * i for i in range(13))
 """The largest magnitude of a group is this many steps, for each candidate scale of int4."""
+
+_HUGE_PAGE = 1 << 21
 
 _FLOAT = {"f32": torch.float32, "bf16": torch.bfloat16}
 
@@ -77,12 +82,17 @@ def pack(
         UnsupportedError: Unknown kind or group size, or weights that float16 scales cannot hold.
     """
     if kind not in KINDS:
-        raise UnsupportedError(f"packed weights of kind {kind!r}", hint=f"one of {', '.join(KINDS)}")
+        raise UnsupportedError(
+            f"packed weights of kind {kind!r}", hint=f"one of {', '.join(KINDS)}"
+        )
     if group_size not in GROUP_SIZES:
         raise UnsupportedError(
-            f"scale groups of {group_size} inputs", hint=f"one of {', '.join(map(str, GROUP_SIZES))}"
+            f"scale groups of {group_size} inputs",
+            hint=f"one of {', '.join(map(str, GROUP_SIZES))}",
         )
     out_features, in_features = weight.shape
+    if not weight.numel():
+        raise UnsupportedError(f"packing an empty weight of shape {tuple(weight.shape)}")
     if kind in _FLOAT:
         data, scales = _to_tiles(weight.to(_FLOAT[kind])), None
     else:
@@ -101,6 +111,48 @@ def unpack(packed: PackedWeight) -> Float[Tensor, "O I"]:
         return weight
     scales = from_tiles(packed.scales)[: packed.out_features].float()
     return weight * scales.repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
+
+
+def packed_columns(packed: PackedWeight, index: Int[Tensor, "*n"]) -> Float[Tensor, "*n I"]:
+    """Rows ``index`` of the weight (O, I), float32: embeddings that share a packed head."""
+    tile, column = index // TILE, index % TILE
+    if packed.kind == "int4":
+        byte = packed.data[tile, :, column % (TILE // 2)]
+        high = (column >= TILE // 2)[..., None]
+        nibble = torch.where(high, byte >> 4, byte & 15).view(torch.int8)
+        values = (nibble - 2 * (nibble & 8)).float()
+    else:
+        values = packed.data[tile, :, column].float()
+    if packed.scales is None:
+        return values
+    scales = packed.scales[tile, :, column].float()
+    return values * scales.repeat_interleave(packed.group_size, -1)[..., : packed.in_features]
+
+
+def place_together(weights: Sequence[PackedWeight]) -> list[PackedWeight]:
+    """Copies of ``weights``, one behind the other in memory, under huge pages where there are any.
+
+    A model reads its weights in the same order for every token; few and large pages save the
+    processor the address translation (measured: 15 to 25 % of the speed).
+    """
+    if not weights:
+        return []
+    parts = [t for w in weights for t in (w.data, w.scales) if t is not None]
+    starts = list(accumulate((-(-t.nbytes // 64) * 64 for t in parts), initial=0))
+    memory = torch.empty(starts[-1] + _HUGE_PAGE, dtype=torch.uint8, device=parts[0].device)
+    memory = memory[-memory.data_ptr() % _HUGE_PAGE :]
+    ready = backends.kernels()
+    if ready is not None and memory.device.type == "cpu":  # before the first write: as it is mapped
+        ready.module.advise_huge_pages(memory.data_ptr(), starts[-1])
+    placed = []
+    for part, start in zip(parts, starts, strict=False):
+        copy = memory[start : start + part.nbytes].view(part.dtype).view(part.shape)
+        placed.append(copy.copy_(part))
+    rest = iter(placed)
+    return [
+        replace(w, data=next(rest), scales=None if w.scales is None else next(rest))
+        for w in weights
+    ]
 
 
 def quantise(
