@@ -35,6 +35,9 @@ void rotate(Level level, int threads, const T* x, std::int64_t stride, const flo
 // Asks the system to back [start, start + bytes) with huge pages; false if it will not.
 bool advise_huge_pages(void* start, std::size_t bytes);
 
+// Reads memory in order, for measuring how fast that is; the exclusive or of all words.
+std::uint64_t read_all(const std::uint64_t* start, std::int64_t words);
+
 // A packed matrix, see packed.hpp.
 struct PackedWeights {
   Kind kind;

@@ -101,5 +101,12 @@ NB_MODULE(_native, m) {
         return respike::advise_huge_pages(buffer<void>(start), bytes);
       },
       "start"_a, "bytes"_a, "Asks for huge pages under a buffer; whether the system agreed.");
+  m.def(
+      "read_all",
+      [](uintptr_t start, int64_t words) {
+        return respike::read_all(buffer<const std::uint64_t>(start), words);
+      },
+      nb::call_guard<nb::gil_scoped_release>(), "start"_a, "words"_a,
+      "Exclusive or of 64-bit words: how fast can memory be read?");
   m.def("pool_workers", &respike::pool_workers, "Threads of the kernels' pool, the caller aside.");
 }
