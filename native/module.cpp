@@ -28,7 +28,7 @@ void rms_norm(int level, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t r
 }
 
 template <class T>
-void packed_linear(int level, int threads, int kind, uintptr_t x, uintptr_t data, uintptr_t scales,
+void packed_linear(int level, int threads, int kind, uintptr_t data, uintptr_t scales, uintptr_t x,
                    uintptr_t bias, uintptr_t out, int64_t rows, int64_t inputs, int64_t outputs,
                    int64_t group) {
   const respike::PackedWeights weights{static_cast<respike::Kind>(kind),
@@ -85,7 +85,7 @@ NB_MODULE(_native, m) {
   def_both(m, "rms_norm", &rms_norm<float>, &rms_norm<respike::bf16>, "level"_a, "x"_a, "weight"_a,
            "out"_a, "rows"_a, "cols"_a, "eps"_a);
   def_both(m, "packed_linear", &packed_linear<float>, &packed_linear<respike::bf16>, "level"_a,
-           "threads"_a, "kind"_a, "x"_a, "data"_a, "scales"_a, "bias"_a, "out"_a, "rows"_a,
+           "threads"_a, "kind"_a, "data"_a, "scales"_a, "x"_a, "bias"_a, "out"_a, "rows"_a,
            "inputs"_a, "outputs"_a, "group"_a);
   def_both(m, "add_rms_norm", &add_rms_norm<float>, &add_rms_norm<respike::bf16>, "level"_a,
            "threads"_a, "x"_a, "residual"_a, "weight"_a, "sum"_a, "out"_a, "rows"_a, "cols"_a,

@@ -35,5 +35,7 @@ def at_level(level: int) -> Iterator[None]:
         patch.setenv("RESPIKE_BACKEND", "native")
         patch.setenv("RESPIKE_CPU", backends.LEVELS[level])
         backends.kernels.cache_clear()
-        yield
-    backends.kernels.cache_clear()
+        try:
+            yield
+        finally:
+            backends.kernels.cache_clear()

@@ -1,5 +1,7 @@
 """Packed linear layers: every kind and level against the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,7 +98,7 @@ def test_nothing_is_written_or_read_outside_unaligned_buffers(
         at["scales"] = 0
     suffix = "f32" if dtype == torch.float32 else "bf16"
     kernel = getattr(extension(), f"packed_linear_{suffix}")
-    buffers = (at["x"], at["data"], at["scales"], at["bias"], at["out"])
+    buffers = (at["data"], at["scales"], at["x"], at["bias"], at["out"])
     kernel(level, 1, KINDS.index(kind), *buffers, rows, inputs, outputs, 32)
     out = guarded["out"]
     assert_close(out[33:-33].view(rows, outputs), expected)
@@ -167,14 +169,22 @@ def test_what_does_not_fit_is_refused() -> None:
     unchecked = getattr(packed_linear, "__wrapped__", packed_linear)
     with pytest.raises(ValueError, match="x has 3 columns, the weight 4 inputs"):
         unchecked(x[:, :3], packed, bias)
-    with pytest.raises(ValueError, match="bias is not 6"):
-        unchecked(x, packed, bias[:3])
     with pytest.raises(ValueError, match="x is on meta"):
         unchecked(x.to("meta"), packed, bias)
+
+
+@native
+def test_buffers_that_a_kernel_would_misread_are_refused() -> None:
+    packed, bias = layer("int8", 6, 4)
+    x = torch.randn(2, 4)
+    unchecked = getattr(packed_linear, "__wrapped__", packed_linear)
     assert packed.scales is not None
-    cast = PackedWeight("int8", packed.data, packed.scales.float(), 4, 6, 32)
-    with pytest.raises(ValueError, match="scales are"):
-        unchecked(x, cast, bias)
+    for bad in (bias[:3], bias.double(), bias.repeat(2)[::2]):
+        with at_level(0), pytest.raises(ValueError, match="bias is not 6 float32"):
+            unchecked(x, packed, bad)
+    for bad in (packed.scales.float(), torch.stack([packed.scales] * 2, -1)[..., 0]):
+        with at_level(0), pytest.raises(ValueError, match="a buffer is"):
+            unchecked(x, replace(packed, scales=bad), bias)
 
 
 def test_gradients_reach_the_input() -> None:
@@ -203,9 +213,19 @@ def test_the_layer_stands_in_for_a_linear_one(kind: str, bias: bool) -> None:
 def test_casting_a_model_does_not_cast_packed_weights(kind: str) -> None:
     layer = PackedLinear.from_linear(nn.Linear(33, 70), kind)
     before = [b.clone() for b in layer.buffers()]
+    assert layer.packed.data is layer.data
     for after in (layer.bfloat16(), layer.double(), layer.to("cpu", torch.float16)):
         assert all(torch.equal(a, b) for a, b in zip(after.buffers(), before, strict=True))
     assert layer(torch.randn(2, 33)).dtype == torch.float32
+
+
+def test_a_loaded_state_replaces_the_weight() -> None:
+    layer, other = (PackedLinear.from_linear(nn.Linear(33, 70), "int8") for _ in range(2))
+    x = torch.randn(2, 33)
+    expected = other(x)
+    assert not torch.equal(layer(x), expected)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(layer(x), expected)
 
 
 def test_gathering_keeps_results_and_order() -> None:

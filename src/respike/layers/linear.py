@@ -1,6 +1,7 @@
 """A linear layer whose weight is packed for reading; for running, not for training."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +38,21 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.register_buffer("data", packed.data)
         self.register_buffer("scales", packed.scales)
+        self._packed = packed
 
     @property
     def packed(self) -> PackedWeight:
         """The weight, sharing memory with this layer."""
-        sizes = self.in_features, self.out_features, self.group_size
-        return PackedWeight(self.kind, self.data, self.scales, *sizes)
+        buffers = self._buffers
+        data, scales = buffers["data"], buffers["scales"]
+        if data is not self._packed.data or scales is not self._packed.scales:  # moved or loaded
+            assert data is not None
+            self._packed = replace(self._packed, data=data, scales=scales)
+        return self._packed
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return packed_linear(x, self.packed, self.bias)
+        return packed_linear(x, self.packed, self._buffers["bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves to another device, never casts: what each bit means is fixed by the layout."""

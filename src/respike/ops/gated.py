@@ -44,22 +44,24 @@ def swiglu(
     if out.numel() == 0:
         return out
     cols = gate.shape[-1]
-    gate, up = _rows(gate), _rows(up)
+    (gate, gate_stride), (up, up_stride) = _rows(gate, cols), _rows(up, cols)
     getattr(kernels.module, _KERNEL[gate.dtype])(
         kernels.level,
         torch.get_num_threads(),
         gate.data_ptr(),
-        gate.stride(0),
+        gate_stride,
         up.data_ptr(),
-        up.stride(0),
+        up_stride,
         out.data_ptr(),
-        len(gate),
+        out.numel() // cols,
         cols,
     )
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(*rows, F) -> (rows, F), each row contiguous; copied only if it must be."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def _rows(x: Tensor, cols: int) -> tuple[Tensor, int]:
+    """Each row of x contiguous, copied only if it must be; and how far apart they are."""
+    if x.is_contiguous():
+        return x, cols
+    rows = x.reshape(-1, cols)
+    return (rows, rows.stride(0)) if rows.stride(1) == 1 else (rows.contiguous(), cols)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from respike.ops import backends
-from respike.ops.packed import KINDS, PackedWeight, unpack
+from respike.ops.packed import PackedWeight, unpack
 
 _KERNEL = {torch.float32: "packed_linear_f32", torch.bfloat16: "packed_linear_bf16"}
 
@@ -39,34 +39,35 @@ def packed_linear(
     Raises:
         ValueError: ``x``, ``packed`` and ``bias`` do not fit together.
     """
-    rows, out_features = x.shape[:-1], packed.out_features
-    if x.shape[-1] != packed.in_features:
-        raise ValueError(f"x has {x.shape[-1]} columns, the weight {packed.in_features} inputs")
-    if bias is not None and (bias.shape != (out_features,) or bias.dtype != torch.float32):
-        raise ValueError(f"bias is not {out_features} float32 numbers")
-    if packed.scales is not None and packed.scales.dtype != torch.float16:
-        raise ValueError(f"scales are {packed.scales.dtype}, not float16")
-    buffers = [t for t in (packed.data, packed.scales, bias) if t is not None]
-    if any(t.device != x.device for t in buffers):
+    in_features, out_features = packed.in_features, packed.out_features
+    shape = x.shape
+    if shape[-1] != in_features:
+        raise ValueError(f"x has {shape[-1]} columns, the weight {in_features} inputs")
+    if packed.data.device != x.device:
         raise ValueError(f"x is on {x.device}, the packed weight on {packed.data.device}")
     kernels = backends.choose("packed_linear", x)
     if kernels is None:
         return packed_linear_definition(x, packed, bias)
-    assert all(t.is_contiguous() for t in buffers)
+    bias_address = 0 if bias is None else _bias_address(bias, x, out_features)
     x = x.contiguous()
-    out = x.new_empty(*rows, out_features)
+    out = x.new_empty(*shape[:-1], out_features)
     getattr(kernels.module, _KERNEL[x.dtype])(
         kernels.level,
         torch.get_num_threads(),
-        KINDS.index(packed.kind),
+        *packed.for_kernels,
         x.data_ptr(),
-        packed.data.data_ptr(),
-        0 if packed.scales is None else packed.scales.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        bias_address,
         out.data_ptr(),
-        rows.numel(),
-        packed.in_features,
+        x.numel() // in_features,
+        in_features,
         out_features,
         packed.group_size,
     )
     return out
+
+
+def _bias_address(bias: Tensor, x: Tensor, out_features: int) -> int:
+    fits = bias.shape == (out_features,) and bias.dtype == torch.float32
+    if not fits or not bias.is_contiguous() or bias.device != x.device:
+        raise ValueError(f"bias is not {out_features} float32 numbers on {x.device}")
+    return bias.data_ptr()

@@ -21,6 +21,7 @@ error among the `INT4_STEPS`, of either sign, because the range is -8..7.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -46,6 +47,7 @@ INT4_STEPS = tuple(6.5 + 0.25 * i for i in range(13))
 _HUGE_PAGE = 1 << 21
 
 _FLOAT = {"f32": torch.float32, "bf16": torch.bfloat16}
+_STORED = _FLOAT | {"int8": torch.int8, "int4": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ class PackedWeight:
         """Bytes read for one product: integers, scales and padding."""
         scales = 0 if self.scales is None else self.scales.nbytes
         return self.data.nbytes + scales
+
+    @cached_property
+    def for_kernels(self) -> tuple[int, int, int]:
+        """Number of the kind, address of the data, address of the scales (0: none).
+
+        Raises:
+            ValueError: The buffers are not as the layout says.
+        """
+        for buffer, dtype in ((self.data, _STORED[self.kind]), (self.scales, torch.float16)):
+            if buffer is not None and (buffer.dtype != dtype or not buffer.is_contiguous()):
+                raise ValueError(f"a buffer is {buffer.dtype}, not {dtype} in one piece")
+        scales = 0 if self.scales is None else self.scales.data_ptr()
+        return KINDS.index(self.kind), self.data.data_ptr(), scales
 
 
 def pack(

@@ -81,10 +81,11 @@ def rotate(
     Raises:
         ValueError: The tables do not fit ``x``.
     """
-    if backends.choose("rotate", x) is None:
+    kernels = backends.choose("rotate", x)
+    if kernels is None:
         return rotate_definition(x, cos, sin)
     out = x.new_empty(x.shape)
-    _rotate(_token_rows(x), cos, sin, out)
+    _rotate(kernels, _token_rows(x), cos, sin, out)
     return out
 
 
@@ -96,22 +97,24 @@ def rotate_(
     Raises:
         ValueError: The tables do not fit ``x``.
     """
-    rows = _token_rows(x)
-    if backends.choose("rotate", x) is None or rows.data_ptr() != x.data_ptr():
+    kernels, rows = backends.choose("rotate", x), _token_rows(x)
+    if kernels is None or rows is not x:
         x.copy_(rotate_definition(x, cos, sin))
     else:
-        _rotate(rows, cos, sin, rows)
+        _rotate(kernels, x, cos, sin, x)
 
 
 def _token_rows(x: Tensor) -> Tensor:
     """(B, T, H, K) if each token's heads lie together and tokens evenly apart; else a copy."""
+    if x.is_contiguous():
+        return x
     B, T, H, K = x.shape
     together = (x.stride(3) == 1 or K == 1) and (x.stride(2) == K or H == 1)
     even = B == 1 or T == 1 or x.stride(0) == T * x.stride(1)
     return x if together and even else x.contiguous()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+def _rotate(kernels: backends.Kernels, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """The kernel, on tensors that `_token_rows` let pass."""
     B, T, H, K = x.shape
     tables = cos.contiguous(), sin.contiguous()
@@ -120,8 +123,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         if not fits or table.device != x.device:
             raise ValueError(f"a table is {table.dtype} {tuple(table.shape)}, x {tuple(x.shape)}")
     stride, out_stride = (t.stride(0) if T == 1 else t.stride(1) for t in (x, out))
-    kernels = backends.kernels()
-    assert kernels is not None
     getattr(kernels.module, _KERNEL[x.dtype])(
         kernels.level,
         torch.get_num_threads(),
