@@ -20,8 +20,22 @@ namespace {
 constexpr int64_t few = 8;             // rows of x for which streaming beats a panel (measured)
 constexpr int64_t block_rows = 240;    // rows of x that share a panel: sums stay in the L2 cache
 constexpr int64_t panel_depth = 256;   // inputs in a panel; a multiple of every group size
+constexpr int64_t serial_work = 1 << 16;  // products; fewer are not worth waking a thread
 constexpr int64_t chunk_inputs = 32;   // inputs in hand while rows of x pass; divides every group
-constexpr int64_t serial_work = 1 << 16;   // products; fewer are not worth waking a thread
+constexpr int64_t ahead_inputs = 96;   // from the end of a chunk to what is prefetched (measured)
+
+// Asks for the weights of `count` inputs that are needed soon. Tiles follow each other, so past the
+// end of one the next begins; past the end of all, asking does nothing.
+template <class Kind>
+void prefetch([[maybe_unused]] const Tile& tile, [[maybe_unused]] int64_t from,
+              [[maybe_unused]] int64_t count) {
+#if defined(__GNUC__)
+  const std::uint8_t* first = tile.rows + from * Kind::row_bytes;
+  for (int64_t i = 0; i < count * Kind::row_bytes; i += 64) {
+    __builtin_prefetch(first + i, 0, 2);
+  }
+#endif
+}
 
 }  // namespace
 }  // namespace respike

@@ -96,6 +96,7 @@ RESPIKE_AVX512BF16 void many_pairs(const Tile& tile, const Rows<bf16>& rows, flo
   for (int64_t from = 0; from < tile.inputs; from += panel_depth) {
     const int64_t to = std::min(from + panel_depth, tile.inputs);
     fill_pairs<Kind>(tile, from, to, panel);
+    prefetch<Kind>(tile, to, panel_depth);
     const std::uint16_t* scales =
         Kind::scaled ? tile.scales + from / tile.group * tile_width : nullptr;
     multiply_all_pairs<Kind>(panel, (to - from + 1) / 2, group, scales, rows, from, sums);
