@@ -53,7 +53,9 @@ RESPIKE_AVX512BF16 void multiply_pairs(const float* panel, int64_t pairs, int64_
       }
       for (int m = 0; m < ROWS; ++m) {
         const __m512bh value = same_pair(x + m * stride + 2 * i);
-        for (int j = 0; j < vectors; ++j) part[m][j] = _mm512_dpbf16_ps(part[m][j], weight[j], value);
+        for (int j = 0; j < vectors; ++j) {
+          part[m][j] = _mm512_dpbf16_ps(part[m][j], weight[j], value);
+        }
       }
     }
     for (int j = 0; j < vectors; ++j) {
@@ -73,17 +75,18 @@ RESPIKE_AVX512BF16 void multiply_all_pairs(const float* panel, int64_t pairs, in
                                            const std::uint16_t* scales,
                                            const Rows<bf16>& rows, int64_t from, float* sums) {
   const bool first = from == 0;
+  const int64_t stride = rows.stride;
   const bf16* x = rows.x + from;
   int64_t m = 0;
-  for (; m + 6 <= rows.count; m += 6, x += 6 * rows.stride, sums += 6 * tile_width) {
-    multiply_pairs<Kind, 6>(panel, pairs, group, scales, x, rows.stride, first, sums);
+  for (; m + 6 <= rows.count; m += 6, x += 6 * stride, sums += 6 * tile_width) {
+    multiply_pairs<Kind, 6>(panel, pairs, group, scales, x, stride, first, sums);
   }
   switch (rows.count - m) {
-    case 1: return multiply_pairs<Kind, 1>(panel, pairs, group, scales, x, rows.stride, first, sums);
-    case 2: return multiply_pairs<Kind, 2>(panel, pairs, group, scales, x, rows.stride, first, sums);
-    case 3: return multiply_pairs<Kind, 3>(panel, pairs, group, scales, x, rows.stride, first, sums);
-    case 4: return multiply_pairs<Kind, 4>(panel, pairs, group, scales, x, rows.stride, first, sums);
-    case 5: return multiply_pairs<Kind, 5>(panel, pairs, group, scales, x, rows.stride, first, sums);
+    case 1: return multiply_pairs<Kind, 1>(panel, pairs, group, scales, x, stride, first, sums);
+    case 2: return multiply_pairs<Kind, 2>(panel, pairs, group, scales, x, stride, first, sums);
+    case 3: return multiply_pairs<Kind, 3>(panel, pairs, group, scales, x, stride, first, sums);
+    case 4: return multiply_pairs<Kind, 4>(panel, pairs, group, scales, x, stride, first, sums);
+    case 5: return multiply_pairs<Kind, 5>(panel, pairs, group, scales, x, stride, first, sums);
     default: return;
   }
 }

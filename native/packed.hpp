@@ -2,7 +2,7 @@
 //
 // The matrix is cut into tiles of 64 outputs. A tile is one row of 64 weights for each input, in
 // order; rows of int4 hold outputs c and c + 32 in the low and high half of byte c. The integer
-// kinds have one float16 scale for each output and `group` inputs: 64 of them a group, tile by tile.
+// kinds have one float16 scale for each output and `group` inputs: 64 a group, tile by tile.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +41,7 @@ struct Tile {
   const std::uint16_t* scales;  // float16; null for kinds without
   const float* bias;            // of this tile's outputs; null: none
   std::int64_t inputs;
-  std::int64_t group;   // inputs that share a scale
+  std::int64_t group;    // inputs that share a scale
   std::int64_t outputs;  // 1 to 64; the others are padding
 };
 

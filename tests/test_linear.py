@@ -48,6 +48,20 @@ def test_every_level_matches_the_definition(level: int, kind: str, dtype: torch.
 @native
 @each_level
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_rows_beyond_a_block(level: int, kind: str, dtype: torch.dtype) -> None:
+    packed, bias = layer(kind, 70, 45)
+    for rows in (239, 241, 485):
+        x = torch.randn(rows, 45).to(dtype)
+        with at_level(level):
+            got = packed_linear(x, packed, bias)
+        assert_close(got, packed_linear_definition(x, packed, bias))
+
+
+@native
+@each_level
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [3, 65])
 def test_bf16_is_rounded_once_and_products_are_exact(level: int, kind: str, rows: int) -> None:
     packed, _ = layer(kind, 128, 577)
