@@ -2,7 +2,23 @@
 
 #include <stdexcept>
 
+#if RESPIKE_X86
+#include <cpuid.h>
+#endif
+
 namespace respike {
+namespace {
+
+#if RESPIKE_X86
+// Asked of the processor itself: older compilers do not know the name. AVX2's own check covers the
+// operating system's part.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
+}  // namespace
 
 std::map<std::string, bool> cpu_features() {
 #if RESPIKE_X86
@@ -10,6 +26,7 @@ std::map<std::string, bool> cpu_features() {
   std::map<std::string, bool> features = {
       {"avx2", __builtin_cpu_supports("avx2")},
       {"fma", __builtin_cpu_supports("fma")},
+      {"f16c", has_f16c()},
       {"avx512f", __builtin_cpu_supports("avx512f")},
       {"avx512bw", __builtin_cpu_supports("avx512bw")},
       {"avx512dq", __builtin_cpu_supports("avx512dq")},
@@ -39,9 +56,9 @@ Level detect_level() {
     }
     return true;
   };
-  if (!all({"avx2", "fma"})) return Level::portable;
+  if (!all({"avx2", "fma", "f16c"})) return Level::portable;
   if (!all({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) return Level::avx2;
-  return Level::avx512;
+  return all({"avx512bf16"}) ? Level::avx512bf16 : Level::avx512;
 }
 
 }  // namespace
@@ -53,6 +70,7 @@ Level best_level() {
 
 const char* level_name(Level level) {
   switch (level) {
+    case Level::avx512bf16: return "avx512bf16";
     case Level::avx512: return "avx512";
     case Level::avx2: return "avx2";
     case Level::portable: break;

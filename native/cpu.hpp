@@ -15,16 +15,19 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 // A function so marked may only be called after checked_level() has allowed its level.
-#define RESPIKE_AVX2 __attribute__((target("avx2,fma")))
-#define RESPIKE_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#define RESPIKE_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define RESPIKE_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define RESPIKE_AVX512BF16 \
+  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #else
 #define RESPIKE_X86 0
 #endif
 
 namespace respike {
 
-// Ascending: a processor that has one has all before it.
-enum class Level { portable = 0, avx2 = 1, avx512 = 2 };
+// Ascending: a processor that has one has all before it. Kernels compare with >=, so that a level
+// (the next one would be AMX) needs a kernel only where it is faster.
+enum class Level { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
 // Feature name to whether this processor and its operating system support it.
 // Features the compiler cannot ask about are left out.

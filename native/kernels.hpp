@@ -1,10 +1,12 @@
 // Every kernel the module binds. Buffers are contiguous and never overlap unless said.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "bf16.hpp"
 #include "cpu.hpp"
+#include "packed.hpp"
 
 namespace respike {
 
@@ -12,5 +14,44 @@ namespace respike {
 template <class T>
 void rms_norm(Level level, const T* x, const T* weight, T* out, std::int64_t rows,
               std::int64_t cols, float eps);
+
+// sum = round(x + residual); out = the RMSNorm of sum.
+template <class T>
+void add_rms_norm(Level level, int threads, const T* x, const T* residual, const T* weight, T* sum,
+                  T* out, std::int64_t rows, std::int64_t cols, float eps);
+
+// out (rows, cols) = round(silu(gate)) * up; rows of gate and up are strides apart.
+template <class T>
+void swiglu(Level level, int threads, const T* gate, std::int64_t gate_stride, const T* up,
+            std::int64_t up_stride, T* out, std::int64_t rows, std::int64_t cols);
+
+// Turns pairs (i, half + i) of each head by the angle whose cosine and sine are cos, sin
+// (tokens, half). Tokens of x (heads, 2 * half each) are `stride` apart; out may be x.
+template <class T>
+void rotate(Level level, int threads, const T* x, std::int64_t stride, const float* cos,
+            const float* sin, T* out, std::int64_t out_stride, std::int64_t tokens,
+            std::int64_t heads, std::int64_t half);
+
+// Asks the system to back [start, start + bytes) with huge pages; false if it will not.
+bool advise_huge_pages(void* start, std::size_t bytes);
+
+// Reads memory in order, for measuring how fast that is; the exclusive or of all words.
+std::uint64_t read_all(const std::uint64_t* start, std::int64_t words);
+
+// A packed matrix, see packed.hpp.
+struct PackedWeights {
+  Kind kind;
+  const std::uint8_t* data;
+  const std::uint16_t* scales;  // null for kinds without
+  const float* bias;            // null: none
+  std::int64_t inputs;
+  std::int64_t outputs;
+  std::int64_t group;  // 32, 64 or 128 inputs
+};
+
+// out (rows, outputs) = round(x (rows, inputs) @ weights + bias); sums in float32.
+template <class T>
+void packed_linear(Level level, int threads, const T* x, const PackedWeights& weights, T* out,
+                   std::int64_t rows);
 
 }  // namespace respike

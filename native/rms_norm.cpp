@@ -101,8 +101,8 @@ using RowKernel = void (*)(const T*, const T*, T*, int64_t, float);
 template <class T>
 RowKernel<T> row_kernel([[maybe_unused]] Level level) {
 #if RESPIKE_X86
-  if (level == Level::avx512) return row_avx512<T>;
-  if (level == Level::avx2) return row_avx2<T>;
+  if (level >= Level::avx512) return row_avx512<T>;
+  if (level >= Level::avx2) return row_avx2<T>;
 #endif
   return row_portable<T>;
 }

@@ -7,13 +7,10 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 
+from kernels import native
 from respike.errors import BackendError
 from respike.ops import backends
 from respike.ops.norm import rms_norm
-
-native = pytest.mark.skipif(
-    not backends.native_status().available, reason=backends.native_status().reason
-)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,4 @@
-import importlib
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import pytest
 import torch
@@ -8,27 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import at_level, each_level, extension, native
 from respike.ops import backends
-from respike.ops.norm import rms_norm, rms_norm_definition
+from respike.ops.norm import (
+    add_rms_norm,
+    add_rms_norm_definition,
+    rms_norm,
+    rms_norm_definition,
+)
 from tolerance import assert_close
 
 EPS = 1e-5
 DTYPES = (torch.float32, torch.bfloat16)
-
-native = pytest.mark.skipif(
-    not backends.native_status().available, reason=backends.native_status().reason
-)
-
-
-def extension() -> ModuleType:
-    return importlib.import_module(backends.MODULE)
-
-
-def levels() -> list[int]:
-    """Numbers of the levels this processor can run, whatever RESPIKE_CPU says."""
-    if not backends.native_status().available:
-        return []
-    return list(range(backends.LEVELS.index(extension().cpu_level()) + 1))
 
 
 def kernel_for(dtype: torch.dtype) -> Callable[..., None]:
@@ -53,7 +42,7 @@ def inputs(*shape: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tens
 
 
 @native
-@pytest.mark.parametrize("level", levels(), ids=lambda i: backends.LEVELS[i])
+@each_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(rows=st.integers(1, 5), cols=st.integers(1, 300), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
@@ -65,7 +54,7 @@ def test_every_level_matches_the_definition(
 
 
 @native
-@pytest.mark.parametrize("level", levels(), ids=lambda i: backends.LEVELS[i])
+@each_level
 def test_bf16_is_rounded_where_the_definition_rounds(level: int) -> None:
     x, weight = inputs(64, 577, dtype=torch.bfloat16)
     expected = rms_norm_definition(x, weight, EPS)
@@ -78,7 +67,7 @@ def test_bf16_is_rounded_where_the_definition_rounds(level: int) -> None:
 
 
 @native
-@pytest.mark.parametrize("level", levels(), ids=lambda i: backends.LEVELS[i])
+@each_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_written_or_read_outside_the_buffers(level: int, dtype: torch.dtype) -> None:
     kernel = kernel_for(dtype)
@@ -172,3 +161,28 @@ def test_a_weight_of_another_width_is_refused() -> None:
     unchecked = getattr(rms_norm, "__wrapped__", rms_norm)  # past the shape checks of the tests
     with pytest.raises(ValueError, match="x has 12 columns"):
         unchecked(x, weight[:6], EPS)
+
+
+@native
+@each_level
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 31), (5, 1, 64), (1, 40, 577)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_addition_and_norm_in_one_match_the_definition(
+    level: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x, weight = inputs(*shape, dtype=dtype)
+    residual, _ = inputs(*shape, dtype=dtype, seed=1)
+    expected, total = add_rms_norm_definition(x, residual, weight, EPS)
+    assert torch.equal(total, x + residual)
+    with at_level(level):
+        got, got_total = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(got_total, total)
+    assert_close(got, expected)
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    x, weight = inputs(4, 12, dtype=torch.float32)
+    unchecked = getattr(add_rms_norm, "__wrapped__", add_rms_norm)
+    with pytest.raises(ValueError, match="do not fit together"):
+        unchecked(x, x[:3], weight, EPS)

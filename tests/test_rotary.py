@@ -9,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import at_level, each_level, native
 from respike.config import RopeConfig
 from respike.models.decoder import frequencies
-from respike.ops.rotary import rotary_frequencies, rotary_tables, rotate
+from respike.ops.rotary import (
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+    rotate_,
+    rotate_definition,
+)
 from tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 from tolerance import assert_close
 
@@ -123,3 +130,44 @@ def test_factors_divide_their_own_frequency() -> None:
         rotary_frequencies(8, 10_000.0),
         torch.float32,
     )
+
+
+def each_layout(x: Tensor) -> list[Tensor]:
+    """The values of x (B, T, H, K) lying in memory in several ways."""
+    B, T, H, K = x.shape
+    part = torch.cat((x.flatten(2), x.flatten(2)), -1)[..., : H * K].view(B, T, H, K)
+    heads_first = x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    every_other = torch.stack((x, x), -1)[..., 0]
+    return [x.clone(), part, heads_first, every_other]
+
+
+@native
+@each_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 9, 64), (2, 3, 2, 6), (3, 1, 1, 34), (1, 40, 3, 32), (2, 0, 3, 8)], ids=str
+)
+@pytest.mark.usefixtures("poison")
+def test_every_level_matches_the_definition(
+    level: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    B, T, _, K = shape
+    x = torch.randn(shape).to(dtype)
+    tables = rotary_tables(torch.randint(0, 1 << 20, (B, T)), rotary_frequencies(K, 10_000.0))
+    expected = rotate_definition(x, *tables)
+    for layout in each_layout(x):
+        with at_level(level):
+            assert_close(rotate(layout, *tables), expected)
+            assert torch.equal(layout, x)
+            rotate_(layout, *tables)
+        assert_close(layout.contiguous(), expected)
+
+
+@native
+def test_tables_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(2, 3, 4, 8)
+    cos, sin = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    unchecked = getattr(rotate, "__wrapped__", rotate)
+    for bad in (cos[:1], cos[..., :3], cos.double()):
+        with at_level(0), pytest.raises(ValueError, match="a table is"):
+            unchecked(x, bad, sin)

@@ -4,8 +4,8 @@ Every op has a ``torch`` form. Some have a ``native`` one too: a C++ kernel in `
 compiled at install, with a variant per instruction set (its level). Two environment variables,
 read once, choose between them::
 
-    RESPIKE_BACKEND=auto|torch|native    auto: native wherever it can; native: native or an error
-    RESPIKE_CPU=portable|avx2|avx512     highest level to use; default: the highest there is
+    RESPIKE_BACKEND=auto|torch|native              auto: native where it can; native: or an error
+    RESPIKE_CPU=portable|avx2|avx512|avx512bf16    highest level to use; default: the highest
 
 `respike doctor` prints `table`.
 """
@@ -24,11 +24,12 @@ from respike.errors import BackendError, did_you_mean
 
 MODULE = "respike._native"
 BACKENDS = ("auto", "torch", "native")
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets of the native kernels, ascending; a level's index is its number in C++."""
 
 NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
-    "rms_norm": (torch.float32, torch.bfloat16),
+    op: (torch.float32, torch.bfloat16)
+    for op in ("rms_norm", "add_rms_norm", "swiglu", "rotate", "packed_linear")
 }
 """Ops that have a native kernel, and the dtypes it takes."""
 

@@ -1,4 +1,4 @@
-"""RMSNorm over the last dimension.
+"""RMSNorm over the last dimension, alone and after the addition that comes before it.
 
 Letters: D model width (or head dim); any leading dimensions.
 Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467. Rounding order
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from respike.ops import backends
 
-_KERNEL = {torch.float32: "rms_norm_f32", torch.bfloat16: "rms_norm_bf16"}
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def rms_norm_definition(
@@ -55,6 +55,56 @@ def rms_norm(
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     rows = x.numel() // cols if cols else 0
-    kernel = getattr(kernels.module, _KERNEL[x.dtype])
+    kernel = getattr(kernels.module, f"rms_norm_{_SUFFIX[x.dtype]}")
     kernel(kernels.level, x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, cols, eps)
     return out
+
+
+def add_rms_norm_definition(
+    x: Float[Tensor, "*rows D"],
+    residual: Float[Tensor, "*rows D"],
+    weight: Float[Tensor, " D"],
+    eps: float,
+) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
+    """The residual stream after a layer's output ``x``, normalised for the next: the definition.
+
+    Args:
+        x: What a layer adds.
+        residual: The stream before it.
+        weight: As for `rms_norm_definition`.
+        eps: As for `rms_norm_definition`.
+
+    Returns:
+        The norm of the sum, and the sum.
+    """
+    total = x + residual
+    return rms_norm_definition(total, weight, eps), total
+
+
+def add_rms_norm(
+    x: Float[Tensor, "*rows D"],
+    residual: Float[Tensor, "*rows D"],
+    weight: Float[Tensor, " D"],
+    eps: float,
+) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]]:
+    """Addition and RMSNorm in one pass, by the fastest implementation that can run here.
+
+    Same arguments and results as `add_rms_norm_definition`.
+
+    Raises:
+        ValueError: Shapes differ.
+    """
+    cols = x.shape[-1]
+    if weight.shape != (cols,) or residual.shape != x.shape:
+        shapes = f"{tuple(x.shape)}, {tuple(residual.shape)}, {tuple(weight.shape)}"
+        raise ValueError(f"x, residual and weight do not fit together: {shapes}")
+    kernels = backends.choose("add_rms_norm", x, residual, weight)
+    if kernels is None:
+        return add_rms_norm_definition(x, residual, weight, eps)
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    pointers = [t.data_ptr() for t in (x, residual, weight, total, out)]
+    rows = x.numel() // cols if cols else 0
+    kernel = getattr(kernels.module, f"add_rms_norm_{_SUFFIX[x.dtype]}")
+    kernel(kernels.level, torch.get_num_threads(), *pointers, rows, cols, eps)
+    return out, total

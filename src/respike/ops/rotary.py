@@ -14,6 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from respike.ops import backends
+
+_KERNEL = {torch.float32: "rotate_f32", torch.bfloat16: "rotate_bf16"}
+
 
 def rotary_frequencies(head_dim: int, theta: float) -> Float[Tensor, " R"]:
     """Unscaled angular frequencies ``theta ** (-2 i / head_dim)``, radians per token, float64."""
@@ -50,10 +54,84 @@ def rotary_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(
+def rotate_definition(
     x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T R"], sin: Float[Tensor, "B T R"]
 ) -> Float[Tensor, "B T H K"]:
-    """Turn each pair of channels by its angle; computed in float32, returned in the dtype of x."""
+    """Turn each pair of channels by its angle: the definition.
+
+    Computed in float32, returned in the dtype of ``x``.
+
+    Args:
+        x: Queries or keys.
+        cos: Of every angle, float32.
+        sin: Of every angle, float32.
+    """
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def rotate(
+    x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T R"], sin: Float[Tensor, "B T R"]
+) -> Float[Tensor, "B T H K"]:
+    """Turn each pair of channels by its angle, by the fastest implementation that can run here.
+
+    Same arguments and results as `rotate_definition`.
+
+    Raises:
+        ValueError: The tables do not fit ``x``.
+    """
+    kernels = backends.choose("rotate", x)
+    if kernels is None:
+        return rotate_definition(x, cos, sin)
+    out = x.new_empty(x.shape)
+    _rotate(kernels, _token_rows(x), cos, sin, out)
+    return out
+
+
+def rotate_(
+    x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T R"], sin: Float[Tensor, "B T R"]
+) -> None:
+    """`rotate` in place: for queries and keys that nobody needs unrotated.
+
+    Raises:
+        ValueError: The tables do not fit ``x``.
+    """
+    kernels, rows = backends.choose("rotate", x), _token_rows(x)
+    if kernels is None or rows is not x:
+        x.copy_(rotate_definition(x, cos, sin))
+    else:
+        _rotate(kernels, x, cos, sin, x)
+
+
+def _token_rows(x: Tensor) -> Tensor:
+    """(B, T, H, K) if each token's heads lie together and tokens evenly apart; else a copy."""
+    if x.is_contiguous():
+        return x
+    B, T, H, K = x.shape
+    together = (x.stride(3) == 1 or K == 1) and (x.stride(2) == K or H == 1)
+    even = B == 1 or T == 1 or x.stride(0) == T * x.stride(1)
+    return x if together and even else x.contiguous()
+
+
+def _rotate(kernels: backends.Kernels, x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """The kernel, on tensors that `_token_rows` let pass."""
+    B, T, H, K = x.shape
+    tables = cos.contiguous(), sin.contiguous()
+    for table in tables:
+        fits = table.shape == (B, T, K // 2) and table.dtype == torch.float32
+        if not fits or table.device != x.device:
+            raise ValueError(f"a table is {table.dtype} {tuple(table.shape)}, x {tuple(x.shape)}")
+    stride, out_stride = (t.stride(0) if T == 1 else t.stride(1) for t in (x, out))
+    getattr(kernels.module, _KERNEL[x.dtype])(
+        kernels.level,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        stride,
+        *(t.data_ptr() for t in tables),
+        out.data_ptr(),
+        out_stride,
+        B * T,
+        H,
+        K // 2,
+    )

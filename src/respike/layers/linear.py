@@ -1,0 +1,78 @@
+"""A linear layer whose weight is packed for reading; for running, not for training."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from respike.ops.linear import packed_linear
+from respike.ops.packed import PackedWeight, pack, place_together
+
+
+class PackedLinear(nn.Module):
+    """`respike.ops.linear.packed_linear` with its weight.
+
+    Args:
+        packed: The weight.
+        bias: One number for each output, kept in float32; None has none.
+    """
+
+    data: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.set_packed(packed)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, kind: str, group_size: int = 32) -> "PackedLinear":
+        """The same layer with its weight rounded to ``kind``, see `respike.ops.packed.pack`."""
+        return cls(pack(linear.weight.detach(), kind, group_size), linear.bias)
+
+    def set_packed(self, packed: PackedWeight) -> None:
+        """Exchange the weight."""
+        self.kind, self.group_size = packed.kind, packed.group_size
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.register_buffer("data", packed.data)
+        self.register_buffer("scales", packed.scales)
+        self._packed = packed
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight, sharing memory with this layer."""
+        buffers = self._buffers
+        data, scales = buffers["data"], buffers["scales"]
+        if data is not self._packed.data or scales is not self._packed.scales:  # moved or loaded
+            assert data is not None
+            self._packed = replace(self._packed, data=data, scales=scales)
+        return self._packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return packed_linear(x, self.packed, self._buffers["bias"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Moves to another device, never casts: what each bit means is fixed by the layout."""
+        super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print` shows in the parentheses."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, kind={self.kind}, bias={self.bias is not None}"
+
+
+@torch.no_grad()
+def gather_packed(root: nn.Module) -> int:
+    """Put all packed weights below ``root`` side by side in memory, in order; returns their bytes.
+
+    See `respike.ops.packed.place_together`. Their buffers share one storage from then on.
+    """
+    layers = [m for m in root.modules() if isinstance(m, PackedLinear)]
+    together = place_together([layer.packed for layer in layers])
+    for layer, packed in zip(layers, together, strict=True):
+        layer.set_packed(packed)
+    return sum(packed.nbytes for packed in together)

@@ -1,0 +1,67 @@
+"""The gate of the MLP, ``silu(gate) * up``, in one pass over memory.
+
+Letters: F width of the MLP; any leading dimensions.
+Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import silu
+
+from respike.ops import backends
+
+_KERNEL = {torch.float32: "swiglu_f32", torch.bfloat16: "swiglu_bf16"}
+
+
+def swiglu_definition(
+    gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]
+) -> Float[Tensor, "*rows F"]:
+    """``silu(gate) * up``, where ``silu(g) = g / (1 + exp(-g))``: the definition.
+
+    silu is computed in float32 and rounded to the dtype of ``gate`` before the product.
+    """
+    return silu(gate) * up
+
+
+def swiglu(
+    gate: Float[Tensor, "*rows F"], up: Float[Tensor, "*rows F"]
+) -> Float[Tensor, "*rows F"]:
+    """SwiGLU by the fastest implementation that can run here.
+
+    Same arguments and results as `swiglu_definition`. Halves of one tensor are read where they
+    are.
+
+    Raises:
+        ValueError: Shapes differ.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"gate has shape {tuple(gate.shape)}, up {tuple(up.shape)}")
+    kernels = backends.choose("swiglu", gate, up)
+    if kernels is None:
+        return swiglu_definition(gate, up)
+    out = gate.new_empty(gate.shape)
+    if out.numel() == 0:
+        return out
+    cols = gate.shape[-1]
+    (gate, gate_stride), (up, up_stride) = _rows(gate, cols), _rows(up, cols)
+    getattr(kernels.module, _KERNEL[gate.dtype])(
+        kernels.level,
+        torch.get_num_threads(),
+        gate.data_ptr(),
+        gate_stride,
+        up.data_ptr(),
+        up_stride,
+        out.data_ptr(),
+        out.numel() // cols,
+        cols,
+    )
+    return out
+
+
+def _rows(x: Tensor, cols: int) -> tuple[Tensor, int]:
+    """Each row of x contiguous, copied only if it must be; and how far apart they are."""
+    if x.is_contiguous():
+        return x, cols
+    rows = x.reshape(-1, cols)
+    return (rows, rows.stride(0)) if rows.stride(1) == 1 else (rows.contiguous(), cols)
