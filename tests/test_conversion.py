@@ -258,8 +258,13 @@ def test_a_far_memory_begins_shut_and_lasts_four_trained_lengths(
             assert (x == -math.inf).all()
         if name.endswith(".log2_half_life"):
             assert (2**x == 4 * CONTEXT).all()
-        if name.endswith(("key_weight", "query_weight")):
-            assert len(x.flatten().unique()) == x.numel()
+    found = tensors(tmp_path / "out")
+    keys = {name: x for name, x in found.items() if name.endswith("key_weight")}
+    every = torch.cat([x.flatten() for x in keys.values()])
+    assert len(every.unique()) == len(every), "layers or groups share prototypes"
+    for name, x in keys.items():
+        queries = found[name.replace("key_weight", "query_weight")]
+        assert torch.equal(queries, x.repeat_interleave(len(queries) // len(x), 0))
 
 
 @pytest.mark.parametrize("name", ["far", "gla", "tied", "delta"])

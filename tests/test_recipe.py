@@ -617,14 +617,19 @@ places = (
     | st.builds(lambda n: {"evenly": n}, st.integers(1, 99))
     | st.lists(st.integers(-9, 9), max_size=4)
 )
+windows = {"window_tokens": st.integers(1, 999), "sink_tokens": st.integers(0, 99)}
+rule_memories = {"memory": st.sampled_from(sorted(OF_DEFAULTS))}
 rules = st.fixed_dictionaries(
-    {"at": places, "mixer": st.sampled_from(["keep", "full", "window", "linear"])},
-    optional={
-        "window_tokens": st.integers(1, 999),
-        "sink_tokens": st.integers(0, 99),
-        "memory": st.sampled_from(sorted(OF_DEFAULTS)),
-    },
+    {"at": places, "mixer": st.sampled_from(["keep", "full"])}, optional=windows
+) | st.fixed_dictionaries(
+    {"at": places, "mixer": st.sampled_from(["window", "linear"])}, optional=windows | rule_memories
 )
+
+
+@pytest.mark.parametrize("mixer", ["keep", "full"])
+def test_a_memory_where_there_can_be_none_is_refused(mixer: str) -> None:
+    refused("identity", f"memory means nothing to mixer {mixer}",
+            overrides=(f"layers=[{{at: all, mixer: {mixer}, memory: far}}]",))  # fmt: skip
 
 
 @given(

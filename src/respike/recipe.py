@@ -12,7 +12,7 @@ from reprlib import Repr
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from respike.config import (
     MEMORIES,
@@ -62,6 +62,12 @@ class Rule(Frozen):
     """None: the recipe's."""
     sink_tokens: SinkTokens | None = None
     """None: the recipe's."""
+
+    @model_validator(mode="after")
+    def _memory_has_a_home(self) -> "Rule":
+        if self.memory is not None and self.mixer not in ("window", "linear"):
+            raise ValueError(f"memory means nothing to mixer {self.mixer}")
+        return self
 
 
 class FarOptions(Frozen):

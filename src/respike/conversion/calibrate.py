@@ -248,8 +248,9 @@ class _GroupFit:
         for span in _spans(self.original, T, PREFILL_CHUNK_TOKENS, q.dtype):
             assert span.offset is not None
             part = slice(span.offset, span.end)
-            q1, k1, v1 = q[:, part], k[:, part], v[:, part]
-            leaving = window.leaving(span.rotate(k1).transpose(1, 2), v1.transpose(1, 2), span)
+            q1, v1 = q[:, part], v[:, part].transpose(1, 2)
+            k1 = span.rotate(k[:, part]).transpose(1, 2)
+            leaving = window.leaving(k1, v1, span)
             seen, window = self.mixer.window.near(q1, k1, v1, span, window)
             near, near_mass = seen.attend_with_mass()
             miss = target[:, part] - near

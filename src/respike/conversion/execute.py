@@ -16,7 +16,6 @@ from torch import Tensor
 
 from respike import __version__
 from respike.checkpoint import file_sha256, fingerprint
-from respike.checkpoint.families import mixer_of
 from respike.checkpoint.folder import INDEX
 from respike.conversion.calibrate import calibrate, fit_summary, with_recall
 from respike.conversion.card import model_card
@@ -212,10 +211,7 @@ def _tensor(plan: Plan, name: str, fitted: Mapping[str, Tensor]) -> Tensor:
         return fitted[name].cpu()
     if name not in plan.new:
         return plan.source.read(name)
-    found = mixer_of(plan.config, name)
-    assert found is not None
-    within, part = found
-    return initial_tensor(within, plan.new[name], part, plan.config, plan.recipe)
+    return initial_tensor(name, plan.new[name], plan.config, plan.recipe)
 
 
 def _umask() -> int:

@@ -6,27 +6,33 @@ import math
 import torch
 from torch import Tensor
 
-from respike.config import Mixer, ModelConfig
+from respike.checkpoint.families import mixer_of
+from respike.config import ModelConfig
 from respike.recipe import Recipe
 
 
 def initial_tensor(
-    name: str, shape: tuple[int, ...], part: Mixer, config: ModelConfig, recipe: Recipe
+    full_name: str, shape: tuple[int, ...], config: ModelConfig, recipe: Recipe
 ) -> Tensor:
     """The start of one tensor that a mixer adds to its source, float32.
 
     Gates forget slowly and do not depend on the input yet; norms have weight one; a far memory is
-    shut. What must differ between units is random, from a seed of the tensor's name.
+    shut. What must differ between units is random, from a seed of where it stands.
 
     Args:
-        name: Of the tensor within its mixer, as `respike.checkpoint.families.mixer_tensors` has it.
+        full_name: Of a tensor for which `respike.checkpoint.families.mixer_of` knows the mixer.
         shape: Its shape.
-        part: The mixer.
         config: Of the converted model.
         recipe: Whose options say how long memories last.
     """
+    found = mixer_of(config, full_name)
+    assert found is not None
+    name, part = found
     if name in ("key_weight", "query_weight"):
-        return _random(f"{name}{part.groups}", shape) / math.sqrt(config.head_dim)
+        # Keys and queries of a group begin with the same prototypes.
+        where = full_name.removesuffix(name)
+        prototypes = _random(where, (len(part.groups), *shape[1:])) / math.sqrt(config.head_dim)
+        return prototypes.repeat_interleave(shape[0] // len(part.groups), 0)
     if name == "beta":
         return torch.full(shape, -torch.inf)
     if name == "log2_half_life":
@@ -35,7 +41,7 @@ def initial_tensor(
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if name == "memory.gate_down.weight":
-        return _random(name, shape) / math.sqrt(config.hidden_size)
+        return _random(full_name, shape) / math.sqrt(config.hidden_size)
     if name == "memory.gate_up.bias":
         # sigmoid(bias) ** (1 / normalizer) == 2 ** (-1 / half life)
         halvings = recipe.gla.gate_normalizer / recipe.gla.half_life_tokens

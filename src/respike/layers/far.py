@@ -65,10 +65,11 @@ class FarSoftmax(Mixer):
     ) -> tuple[Tensor, PairState]:
         """See `Mixer.forward`."""
         del x
+        k, v = span.rotate(k).transpose(1, 2), v.transpose(1, 2)
         if "memory" in self.off or bool((self.beta == -torch.inf).all()):
             near, window = self.window.near(q, k, v, span, state.window, self.off)
             return near.attend(), PairState(window, state.memory)
-        leaving = state.window.leaving(span.rotate(k).transpose(1, 2), v.transpose(1, 2), span)
+        leaving = state.window.leaving(k, v, span)
         near, window = self.window.near(q, k, v, span, state.window, self.off)
         far, far_mass, memory = self.recall(q, leaving, span, state.memory.memory)
         out, share = share_denominator(*near.attend_with_mass(), far, far_mass)

@@ -113,6 +113,7 @@ class WindowSoftmax(Mixer):
     ) -> tuple[Tensor, WindowState]:
         """See `Mixer.forward`."""
         del x
+        k, v = span.rotate(k).transpose(1, 2), v.transpose(1, 2)
         near, state = self.near(q, k, v, span, state, self.off)
         return near.attend(), state
 
@@ -125,12 +126,18 @@ class WindowSoftmax(Mixer):
         state: WindowState,
         off: frozenset[str] = frozenset(),
     ) -> tuple[Near, WindowState]:
-        """What the queries see, and the next state; arguments as for `forward`.
+        """What the queries see, and the next state.
 
-        ``off`` is that of the mixer that asks, which may be one that holds this one.
+        Args:
+            q: Queries (B, T, H, K), not rotated.
+            k: Keys (B, G, T, K), rotated, as the state holds them.
+            v: Values, likewise.
+            span: Where the tokens stand.
+            state: Before the span; consumed.
+            off: Of the mixer that asks, which may be one that holds this one.
         """
         q_sink = span.rotate(q, self.sink_reach_tokens) if self._beyond_reach(span) else None
-        q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
+        q = span.rotate(q)
         # Switched off, the window still holds the query's own token: something must be seen.
         window = 1 if "window" in off else self.window_tokens
         if span.fresh and span.num_tokens <= window and q_sink is None:

@@ -171,6 +171,12 @@ class WindowState:
         """
         sinks = self.sink_tokens
         window = self.k.shape[2] - sinks
+        if span.offset is not None and span.num_tokens == 1:
+            # The new token takes the place of the one that leaves: a copy, before it does.
+            place = sinks + (span.offset - sinks) % window
+            old_k, old_v = (x[:, :, [place]].transpose(1, 2) for x in (self.k, self.v))
+            some = span.offset - window >= sinks
+            return old_k, old_v, torch.full((len(k), 1), some, device=k.device)
         position = span.positions - window
         real = (position >= sinks) & (span.positions < (span.start + span.valid)[:, None])
         stored = position < span.start[:, None]
