@@ -31,13 +31,19 @@ Use = Literal["measure", "calibrate"]
 def builtin_text(use: Use = "measure") -> str:
     """The language reference that comes with Python: real prose on every machine.
 
-    Half of its topics are for measuring, the other half for calibrating: what a model was fitted
-    to is never what it is measured on.
+    Half of its topics are for measuring. Of the others, what they do not share with that half is
+    for calibrating: what a model was fitted to is never what it is measured on.
     """
     from pydoc_data.topics import topics
 
     names = sorted(topics, key=lambda n: (-len(topics[n]), n))
-    return "\n\n".join(topics[name] for name in names[use == "calibrate" :: 2])
+    halves = [
+        "\n\n".join(topics[name] for name in names[start::2]).split("\n\n") for start in (0, 1)
+    ]
+    if use == "measure":
+        return "\n\n".join(halves[0])
+    known = set(halves[0])
+    return "\n\n".join(paragraph for paragraph in halves[1] if paragraph not in known)
 
 
 def contexts(
