@@ -53,6 +53,66 @@ def frontier_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def memory_table(path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"{result['model']}, {result['text']}. Compute in {result['dtype']}, "
+        f"{result['machine']['processor']}, {result['date']}, commit {result['commit']}, "
+        f"{result['trials']} trials. Intervals are 95 % over contexts. In brackets: the same folder "
+        "with its memory cut.",
+        "",
+        "| conversion | KL beyond "
+        f"{result['beyond_tokens']} tokens | memory cut | "
+        + " | ".join(score["task"] for score in result["rows"][0]["recall"])
+        + " | state at 1k, 8k, 64k, 1M, MiB | measured |",
+        "|---|--:|--:|" + "--:|" * (len(result["rows"][0]["recall"]) + 2),
+    ]
+    for row in result["rows"]:
+        low, high = row["beyond"]["kl_nats_95"]
+        kl = f"{row['beyond']['kl_nats']:.4f} ({low:.4f} to {high:.4f})"
+        cut = row["cut"]
+        cells = [kl if row is not result["rows"][0] else "0"]
+        cells.append(f"{cut['beyond']['kl_nats']:.4f}" if cut else "-")
+        for number, score in enumerate(row["recall"]):
+            cell = f"{100 * score['accuracy_frac']:.0f} %"
+            if cut:
+                cell += f" ({100 * cut['recall'][number]['accuracy_frac']:.0f} %)"
+            cells.append(cell)
+        sizes = [f"{value / 2**20:,.1f}" for value in row["state_bytes"].values()]
+        cells.append(", ".join(sizes))
+        held = row["state_bytes_measured"].items()
+        cells.append(", ".join(f"{int(n):,}: {size / 2**20:,.1f}" for n, size in held))
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def chunked_table(path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    settings, rows = result["settings"], result["rows"]
+    columns = list(dict.fromkeys((row["op"], row["dtype"]) for row in rows))
+    lines = [
+        f"Microseconds per token of one layer, {settings['heads']} heads in {settings['groups']} "
+        f"groups, head dim {settings['key_dim']}, {result['machine']['threads']} threads, "
+        f"{result['machine']['processor']}, {result['date']}, commit {result['commit']}. Median "
+        f"[least, most] of {settings['repeats']} unless n is given; the ops take turns.",
+        "",
+        "| tokens | " + " | ".join(f"{op} {dtype}" for op, dtype in columns) + " |",
+        "|--:|" + "--:|" * len(columns),
+    ]
+    cells: dict[int, list[str]] = {}
+    for row in rows:
+        if "skipped" in row:
+            text = f"skipped: {row['skipped']}"
+        else:
+            part = row["microseconds_per_token"]
+            text = f"{part['median']:.1f} [{part['min']:.1f}, {part['max']:.1f}]"
+            if row["n"] != settings["repeats"]:
+                text = f"{part['median']:.1f} (n = {row['n']})"
+        cells.setdefault(row["tokens"], []).append(text)
+    lines += [f"| {tokens:,} | {' | '.join(texts)} |" for tokens, texts in cells.items()]
+    return "\n".join(lines)
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Replace what stands between ``<!-- marker -->`` and ``<!-- end -->``."""
     begin, end = f"<!-- {marker} -->", "<!-- end -->"
@@ -65,7 +125,12 @@ def fill(text: str, marker: str, content: str) -> str:
 def generated() -> dict[Path, str]:
     files = {ROOT / "docs/reference/cli.md": cli_reference()}
     readme, results = ROOT / "README.md", ROOT / "docs/results.md"
-    tables = {path.stem: frontier_table(path) for path in sorted(RESULTS.glob("frontier_*.json"))}
+    kinds = {"frontier": frontier_table, "memory": memory_table, "chunked": chunked_table}
+    tables = {
+        path.stem: make(path)
+        for kind, make in kinds.items()
+        for path in sorted(RESULTS.glob(f"{kind}_*.json"))
+    }
     for page in (readme, results):
         text = page.read_text(encoding="utf-8")
         for name, table in tables.items():
