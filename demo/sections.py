@@ -13,6 +13,12 @@ Results = dict[str, Any]
 GOOD_FRAC = 0.8
 """A recall task counts where the original itself finds at least this share."""
 
+TASKS = {
+    "copy": "random words, then the same words again",
+    "passkey": "a number hidden in filler, 0 the beginning and 1 the end",
+    "multi-query": "word pairs, then the keys again in another order",
+}
+
 
 def what_changed(results: Results) -> str:
     """The conversion in two sentences."""
@@ -115,10 +121,10 @@ def far_back(results: Results, _committed: Committed) -> str:
         "window",
         "lost by converting",
     )
+    families = {row["task"].split()[0] for row in results["recall"]}
     text = (
-        "copy: random words, then the same words again. passkey: a number hidden in filler, 0 the "
-        "beginning and 1 the end. multi-query: word pairs, then the keys again in another order. "
-        f"All models get the same {results['recall'][0]['trials']} trials of each. Tasks that "
+        " ".join(f"{name}: {what}." for name, what in TASKS.items() if name in families)
+        + f" All models get the same {results['recall'][0]['trials']} trials of each. Tasks that "
         f"reach back no further than the window of {window} tokens are controls: all should "
         "agree there."
     )
@@ -175,8 +181,9 @@ def worth(results: Results, _committed: Committed) -> str:
         + page.paragraph(note, "faint")
         + drawn
         + page.paragraph(
-            "What it cannot do: repeat word for word what it was shown. It keeps sums, not tokens; "
-            "verbatim recall is the work of the groups that keep softmax."
+            "What it cannot do: hold words. It keeps sums of values, not tokens; verbatim recall "
+            "is the work of the groups that keep softmax. Where a task fails with the memory cut, "
+            "those groups depend on what it adds."
         )
     )
 
@@ -201,10 +208,11 @@ def what_memory_is(results: Results) -> str:
     if not fitted:
         return f"{text} Every head is shut, so nothing is read from it."
     return (
-        f"{text} That is {fitted['text_tokens']:,} tokens of the half of Python's reference that "
-        f"nothing here is measured on, and {fitted['recall_tokens']:,} of random words to copy; "
-        f"{fitted['shut']} of {fitted['heads']} heads stayed shut, because a memory did not help "
-        "them. The squared error of a head's output, as a share of its square, is "
+        f"{text} That is {fitted['text_tokens']:,} tokens of the other half of the text that is "
+        "measured on here (text of another kind may gain less), and "
+        f"{fitted['recall_tokens']:,} of random words to copy. {fitted['shut'] or 'None'} of "
+        f"{fitted['heads']} heads stayed shut, as one does that a memory would not help. The "
+        "squared error of a head's output, as a share of its square, is "
         f"{fitted['error_shut_frac']:.3f} with all shut and {fitted['error_frac']:.3f} fitted, "
         "the mean over heads on the part that the fit did not see."
     )

@@ -303,6 +303,21 @@ def test_the_memory_is_shown_and_nothing_is_called_trained(results: dict, folder
     assert "65,536288.0 MiB4.6 MiB1.1 MiB293.7 MiB" in page.text
 
 
+def test_that_no_head_stayed_shut_is_said_in_words(results: dict, folder: Path) -> None:
+    results["convert"]["converted"]["calibration"]["shut"] = 0
+    assert "None of 216 heads stayed shut" in report.render(results, read_committed(folder))
+
+
+def test_only_the_tasks_of_the_run_are_explained(results: dict, folder: Path) -> None:
+    html = report.render(results, read_committed(folder))
+    assert "passkey: a number hidden in filler" in html
+    assert "multi-query: word pairs" in html
+    results["recall"] = results["recall"][:2]
+    html = report.render(results, read_committed(folder))
+    assert "passkey: a number hidden in filler" in html
+    assert "word pairs" not in html
+
+
 def test_a_memory_that_is_no_part_of_attention_has_no_share(results: dict, folder: Path) -> None:
     results["memory"] |= {"kinds": ["gla"], "features": [], "share": None}
     results["convert"]["converted"]["calibration"] = {}
