@@ -24,11 +24,12 @@ from respike.evaluation import (
     Reference,
     Task,
     Vocabulary,
+    calibration_contexts,
     contexts,
+    memory_shares,
     position_buckets,
     recall,
 )
-from respike.layers.far import FarSoftmax
 from respike.loading import Model, load
 from respike.models.ablation import without
 from respike.models.decoder import Decoder
@@ -36,7 +37,6 @@ from respike.recipe import load_recipe
 
 CONTEXT_TOKENS = 2048
 BEYOND_TOKENS = 256
-CALIBRATION_CONTEXT_TOKENS = 2048
 SHUT = "far.calibration_tokens=0"
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "window": ("window", ()),
@@ -58,10 +58,9 @@ def made(model: str, original: Model, name: str, work: Path) -> tuple[Path, dict
     out = work / name.replace(", ", "-").replace(" ", "-")
     todo = plan(model, load_recipe(recipe, overrides))
     if not (out / "report.json").exists():
-        text = contexts(
-            [], original.tokenizer, context_tokens=CALIBRATION_CONTEXT_TOKENS,
-            max_tokens=todo.recipe.far.calibration_tokens or CALIBRATION_CONTEXT_TOKENS,
-            use="calibrate",
+        text = calibration_contexts(
+            [], original.tokenizer, max_tokens=todo.recipe.far.calibration_tokens,
+            trained_tokens=todo.config.max_position_embeddings,
         )  # fmt: skip
         convert(todo, out, text=text)
     return out, json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -82,27 +81,6 @@ def measured_state(decoder: Decoder, tokens: torch.Tensor, lengths: list[int]) -
             ]
             sizes[str(length)] = sum(t.numel() * t.element_size() for t in held)
     return sizes
-
-
-def shares(decoder: Decoder, tokens: torch.Tensor) -> list[list[Any]]:
-    """[layer, KV groups, memory's mean share of each head beyond the window] of far mixers."""
-    watched = [
-        (index, groups, mixer)
-        for index, layer in enumerate(decoder.layers)
-        for groups, mixer in layer.self_attn.arrangement()
-        if isinstance(mixer, FarSoftmax)
-    ]
-    for _, _, mixer in watched:
-        mixer.watch = True
-    with torch.inference_mode():
-        decoder(tokens, chunk_tokens=tokens.shape[1], logits="none")
-    found = []
-    for index, groups, mixer in watched:
-        mixer.watch = False
-        if mixer.share is not None:
-            beyond = mixer.share[0, 2 * BEYOND_TOKENS :].mean(0)
-            found.append([index, groups, [round(x, 4) for x in beyond.tolist()]])
-    return found
 
 
 def row(
@@ -135,7 +113,10 @@ def row(
         "softmax_groups": len(model.config.softmax_groups()),
         "state_bytes": {str(n): state_bytes(model.config, n) for n in REPORT_LENGTHS},
         "state_bytes_measured": measured_state(model.decoder, many, lengths),
-        "share": shares(model.decoder, reference.contexts[:1]),
+        "share": [
+            [part.layer, part.groups, [round(x, 4) for x in part.head_fracs]]
+            for part in memory_shares(model.decoder, reference.contexts[:1], 2 * BEYOND_TOKENS)
+        ],
     }
 
 

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 # Stand-ins that no plot uses otherwise; `svg` puts the page's variables in their place.
 INK, GRID, ORIGINAL, CONVERTED, WINDOW, OTHER = (f"#0{n}0{n}0{n}" for n in range(1, 7))
@@ -236,6 +236,26 @@ def recall_plot(rows: Sequence[Mapping[str, Any]]) -> str:
             for row in rows
         )
         return svg(figure, "recall", f"Share found in each recall task. {said}.")
+
+
+def share_plot(share: Mapping[str, Any]) -> str:
+    """Memory's mean share of attention in each layer that has one."""
+    with plot(2.6) as (figure, axes):
+        places = [int(layer) for layer in share["layers"]]
+        values = list(share["layers"].values())
+        axes.bar(places, values, 0.7, color=CONVERTED)
+        axes.axhline(share["mean_frac"], color=INK, lw=1, ls=(0, (2, 1.5)), label="mean of heads")
+        axes.xaxis.grid(visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("memory's share of attention")
+        legend(figure, axes, 1)
+        most = max(range(len(values)), key=values.__getitem__)
+        alt = (
+            f"Memory's share of attention in {len(values)} layers: mean of heads "
+            f"{share['mean_frac']:.3f}, most in layer {places[most]}: {values[most]:.3f}."
+        )
+        return svg(figure, "share", alt)
 
 
 def two_lines(task: str) -> str:

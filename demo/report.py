@@ -16,7 +16,9 @@ from sections import (
     predictions,
     question,
     speed,
+    untrained,
     what_changed,
+    worth,
 )
 
 from respike.cli.show import human_bytes
@@ -52,7 +54,7 @@ def telling_task(results: Results) -> dict[str, Any]:
 
 
 def summary_lines(results: Results) -> list[str]:
-    """The five lines that stand at the top of the report and at the end of the terminal."""
+    """The lines that stand at the top of the report and at the end of the terminal."""
     beyond = {r: m["beyond"] for r, m in results["check"]["models"].items()}
     task = telling_task(results)
     found = {r: f"{s['accuracy_frac']:.2f}" for r, s in task["scores"].items()}
@@ -66,11 +68,23 @@ def summary_lines(results: Results) -> list[str]:
         f"{beyond['window']['kl_nats']:.3f} {page.interval(beyond['window']['kl_nats_95'], 3)}.",
         f"Recall, {task['task']} ({task['trials']} trials): original {found['original']}, "
         f"converted {found['converted']}, window alone {found['window']}.",
+        *memory_lines(results),
         f"State of one sequence at 1,048,576 tokens, computed: original "
         f"{human_bytes(million['original'])}, converted {human_bytes(million['converted'])} "
         f"({million['original'] / million['converted']:.1f}x less).",
         speed_line(results),
     ]
+
+
+def memory_lines(results: Results) -> list[str]:
+    """What the memory is worth, if there is one."""
+    if not results["memory"]:
+        return []
+    rows = results["memory"]["rows"]
+    said = "; ".join(
+        f"{r['measure']} {r['on']:.{r['digits']}f} against {r['cut']:.{r['digits']}f}" for r in rows
+    )
+    return [f"The memory on, against the same model with it cut: {said}."]
 
 
 def speed_line(results: Results) -> str:
@@ -156,8 +170,12 @@ def limits(results: Results, _committed: Committed) -> str:
         f"It lost {beyond['nats_added']:.4f} nats a token beyond the window "
         f"{page.interval(beyond['nats_added_95'], 4)} on this text.",
         f"Recall that fell: {'; '.join(worse)}." if worse else "No recall task fell here.",
-        "Nothing was trained. The groups that stream have no memory beyond window and sinks; "
-        "healing comes later.",
+        f"{untrained(results)} "
+        + (
+            "A memory blurs what it holds: it does not recall it word for word."
+            if results["memory"]
+            else "The groups that stream have no memory beyond window and sinks."
+        ),
         grows,
         f"The original was trained for {results['original']['trained_tokens']:,} tokens. Quality "
         f"was measured up to {check['context_tokens']:,}; times at longer contexts are times only.",
@@ -194,6 +212,7 @@ SECTIONS: list[tuple[str, str, Section]] = [
     ("layers", "What was converted", layers),
     ("predictions", "How far the predictions moved", predictions),
     ("recall", "What is still found far back", far_back),
+    ("worth", "The memory", worth),
     ("question", "The same question to each", question),
     ("memory", "State against context", memory),
     ("speed", "Time and memory against context", speed),

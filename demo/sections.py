@@ -13,14 +13,35 @@ Results = dict[str, Any]
 GOOD_FRAC = 0.8
 """A recall task counts where the original itself finds at least this share."""
 
+TASKS = {
+    "copy": "random words, then the same words again",
+    "passkey": "a number hidden in filler, 0 the beginning and 1 the end",
+    "multi-query": "word pairs, then the keys again in another order",
+}
+
 
 def what_changed(results: Results) -> str:
-    """The conversion in one sentence."""
-    made = results["convert"]["converted"]
+    """The conversion in two sentences."""
+    made, rest = results["convert"]["converted"], ""
+    if results["memory"]:
+        rest = ", and the rest through a memory of constant size"
     return (
         f"{made['softmax_groups']} of {made['kv_groups']} KV groups keep full softmax attention; "
         f"the others see the last {made['window_tokens']} tokens and the first "
-        f"{made['sink_tokens']}. The weights are the original's: nothing was trained."
+        f"{made['sink_tokens']}{rest}. {untrained(results)}"
+    )
+
+
+def untrained(results: Results) -> str:
+    """What became of the weights, in one sentence."""
+    if not results["memory"]:
+        return "The weights are the original's: nothing was trained."
+    fitted = results["convert"]["converted"]["calibration"]
+    if not fitted:
+        return "The weights are the original's; the memories are as they start, not fitted."
+    return (
+        "The weights are the original's; the memories were fitted to "
+        f"{fitted['text_tokens']:,} tokens of text, not trained."
     )
 
 
@@ -33,7 +54,8 @@ def layers(results: Results, _committed: Committed) -> str:
         f"{original['groups_per_layer']} KV groups, trained for {original['trained_tokens']:,} "
         f"tokens, licence {original['license']}."
     )
-    caption = "Layers across, KV groups down. Filled: keeps full softmax. Open: window and sinks."
+    caption = "Layers across, KV groups down. Filled: keeps full softmax. Open: window and sinks"
+    caption += ", with a memory where the table says so." if results["memory"] else "."
     rows = [(where, what) for where, what in made["layers"]]
     return (
         page.paragraph(shape)
@@ -99,10 +121,10 @@ def far_back(results: Results, _committed: Committed) -> str:
         "window",
         "lost by converting",
     )
+    families = {row["task"].split()[0] for row in results["recall"]}
     text = (
-        "copy: random words, then the same words again. passkey: a number hidden in filler, 0 the "
-        "beginning and 1 the end. multi-query: word pairs, then the keys again in another order. "
-        f"All models get the same {results['recall'][0]['trials']} trials of each. Tasks that "
+        " ".join(f"{name}: {what}." for name, what in TASKS.items() if name in families)
+        + f" All models get the same {results['recall'][0]['trials']} trials of each. Tasks that "
         f"reach back no further than the window of {window} tokens are controls: all should "
         "agree there."
     )
@@ -117,6 +139,82 @@ def far_back(results: Results, _committed: Committed) -> str:
         + page.figure(drawn, caption)
         + page.table("Share found", header, rows)
         + page.paragraph(few, "faint")
+    )
+
+
+def worth(results: Results, _committed: Committed) -> str:
+    """The memory: what it is, what it is worth, what it cannot do."""
+    found = results["memory"]
+    if not found:
+        text = "This model has no memory: what leaves a window is gone for the groups that stream."
+        return page.paragraph(text)
+    rows = [
+        (
+            row["measure"],
+            *(
+                f"{row[k]:.{row['digits']}f} {page.interval(row[k + '_95'], row['digits'])}"
+                for k in ("on", "cut")
+            ),
+            f"{row['worth']:+.{row['digits']}f} {page.interval(row['worth_95'], row['digits'])}",
+        )
+        for row in found["rows"]
+    ]
+    header = ("measure", "memory on", "memory cut", "the memory's worth")
+    note = (
+        "Cut: the very same folder with the memory switched off, on the same text and trials. KL "
+        "in nats a token, less is better; recall is the share found. Worth: by how much the memory "
+        "betters either, paired. Brackets are 95 % intervals; of "
+        f"{page.plural(results['recall'][0]['trials'], 'trial')} a task they are wide."
+    )
+    drawn = ""
+    if share := found["share"]:
+        caption = (
+            f"Mean over the {share['heads']} heads beside the softmax groups, shut ones included, "
+            f"for the queries from token {share['from_tokens']} on in one context of "
+            f"{share['context_tokens']:,} tokens; the largest of a head is "
+            f"{share['largest_frac']:.2f}."
+        )
+        drawn = page.figure(plots.share_plot(share), caption)
+    return (
+        page.paragraph(what_memory_is(results))
+        + page.table("The converted model with its memory, and with it cut", header, rows)
+        + page.paragraph(note, "faint")
+        + drawn
+        + page.paragraph(
+            "What it cannot do: hold words. It keeps sums of values, not tokens; verbatim recall "
+            "is the work of the groups that keep softmax. Where a task fails with the memory cut, "
+            "those groups depend on what it adds."
+        )
+    )
+
+
+def what_memory_is(results: Results) -> str:
+    """Its nature, and how it was fitted."""
+    found, made = results["memory"], results["convert"]["converted"]
+    kinds = ", ".join(found["kinds"])
+    where = f"In {found['groups']} of {made['kv_groups']} KV groups"
+    if kinds != "far":
+        return (
+            f"{where} a linear memory ({kinds}) of constant size takes in what is read. "
+            f"{untrained(results)}"
+        )
+    features = " or ".join(map(str, found["features"]))
+    text = (
+        f"{where} a token that leaves the window is added to a fixed number of prototypes of keys "
+        f"({features} a group), each with the sum of the values that belong to it; queries read "
+        f"them under the window's own softmax. {untrained(results)}"
+    )
+    fitted = made["calibration"]
+    if not fitted:
+        return f"{text} Every head is shut, so nothing is read from it."
+    return (
+        f"{text} That is {fitted['text_tokens']:,} tokens of the other half of the text that is "
+        "measured on here (text of another kind may gain less), and "
+        f"{fitted['recall_tokens']:,} of random words to copy. {fitted['shut'] or 'None'} of "
+        f"{fitted['heads']} heads stayed shut, as one does that a memory would not help. The "
+        "squared error of a head's output, as a share of its square, is "
+        f"{fitted['error_shut_frac']:.3f} with all shut and {fitted['error_frac']:.3f} fitted, "
+        "the mean over heads on the part that the fit did not see."
     )
 
 
@@ -141,7 +239,11 @@ def memory(results: Results, _committed: Committed) -> str:
     rows = [
         (f"{n:,}", *(human_bytes(values[i]) for values in state["bytes"].values()))
         for i, n in enumerate(state["tokens"])
-        if n in (1024, 8192, 65536, 1 << 20)
+        if str(n) in state["parts"]
+    ]
+    parts = [
+        (f"{int(n):,}", *map(human_bytes, (*part.values(), sum(part.values()))))
+        for n, part in state["parts"].items()
     ]
     drawn = plots.state_plot(state, results["context"]["rows"])
     growth = results["convert"]["converted"]["growth_bytes_per_token"]
@@ -155,6 +257,11 @@ def memory(results: Results, _committed: Committed) -> str:
         page.paragraph(text)
         + page.figure(drawn, caption)
         + page.table("State, computed, bf16", ("tokens", *state["bytes"]), rows)
+        + page.table(
+            "The converted model's state by part: keys and values in bf16, memories in f32",
+            ("tokens", "softmax groups", "windows and sinks", "memories", "together"),
+            parts,
+        )
     )
 
 

@@ -1,22 +1,25 @@
 """What the demo does, one small function a step; each fills a part of `Run.results`.
 
-To add a step: write the function and put it in `STEPS`. To show it: a section in `report.py`.
+To add a step: write the function and put it in `STEPS`; `stage.py` holds what all steps
+share. To show it: a section in `report.py`.
 """
 
 import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import context
+from stage import Run, Step, bar, indented, parse_task
+from worth import TRIALS, memory_commands, memory_worth
 
-from respike.account import growth_bytes_per_token, num_parameters, state_bytes
+from respike.account import (
+    REPORT_LENGTHS,
+    growth_bytes_per_token,
+    num_parameters,
+    state_bytes,
+    state_parts,
+)
 from respike.checkpoint import open_checkpoint
-from respike.cli.show import human_bytes, progress, table
+from respike.cli.show import human_bytes, table
 from respike.config import ModelConfig
 from respike.conversion import convert, plan
 from respike.conversion.plan import layer_table
@@ -27,6 +30,7 @@ from respike.evaluation import (
     Task,
     Vocabulary,
     builtin_text,
+    calibration_contexts,
     contexts,
     mean_interval,
     position_buckets,
@@ -34,74 +38,21 @@ from respike.evaluation import (
 )
 from respike.evaluation.recall import make_trials
 from respike.generation import stream
-from respike.loading import Model, load
+from respike.loading import load, load_tokenizer
 from respike.recipe import load_recipe
 
 ROLES = ("original", "converted", "window")
 CONTEXT_TOKENS, MAX_TOKENS = 2048, 8192
-RECALL = (
-    "copy:512", "passkey:1024:0.1", "passkey:1024:0.5", "passkey:1024:0.9", "multi-query:64",
-)  # fmt: skip
-TRIALS = 4
+RECALL = ("copy:512", "passkey:1024:0.25", "passkey:1024:0.9")
 STATE_LENGTHS = tuple(1 << n for n in range(8, 21))
-LIVE_LENGTHS = (1024, 4096, 8192)
+LIVE_LENGTHS = (1024, 2048, 8192)
+"""Two short ones tell whether the long one can be afforded."""
 LIVE_REPEATS = 2
 LIVE_MAX_SECONDS = 40.0
 """A timed run expected to take longer is skipped, so that slow machines finish too."""
 FACT = "The key to the archive is kept in the blue tin on the top shelf."
 QUESTION = "Where is the key to the archive kept?"
 ANSWER_TOKENS = 48
-
-
-@dataclass
-class Run:
-    """One run of the demo: what to do it with, and what came out so far."""
-
-    model: Path
-    recipe: str
-    out: Path
-    threads: int | None = None
-    dtype: str | None = None
-    results: dict[str, Any] = field(default_factory=dict)
-    models: dict[str, Model] = field(default_factory=dict)
-
-    def folder(self, recipe: str) -> Path:
-        """Where the conversion by a recipe goes."""
-        stem = self.model.stem.lower().removesuffix("-instruct")
-        return self.out / f"{stem}-{Path(recipe).stem}"
-
-    @property
-    def notes(self) -> Path:
-        """The question as it is asked."""
-        return self.out / "notes.txt"
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """Role -> model."""
-        converted, window = self.folder(self.recipe), self.folder("window-only")
-        return {"original": self.model, "converted": converted, "window": window}
-
-
-@dataclass(frozen=True)
-class Step:
-    """A title, the commands that would do the same, and the function that does it."""
-
-    title: str
-    commands: Callable[[Run], list[str]]
-    act: Callable[[Run], None]
-
-
-@contextmanager
-def bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, one plain line elsewhere."""
-    if not sys.stderr.isatty():
-        print(f"  {label} ...", flush=True)
-    with progress(f"  {label}") as step:
-        yield step
-
-
-def indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 # ---- inspect and convert ---------------------------------------------------------------------
@@ -147,8 +98,15 @@ def convert_both(run: Run) -> None:
     configs = {"original": open_checkpoint(run.model).config}
     for role, recipe in jobs.items():
         made = plan(run.model, recipe)
-        with bar(f"converting: {recipe.name}") as step:
-            report = convert(made, run.paths[role], force=True, progress=step)
+        text = None
+        if made.calibrates:
+            text = calibration_contexts(
+                [], load_tokenizer(made.source), max_tokens=recipe.far.calibration_tokens,
+                trained_tokens=made.config.max_position_embeddings,
+            )  # fmt: skip
+        verb = "calibrating and converting" if made.calibrates else "converting"
+        with bar(f"{verb}: {recipe.name}") as step:
+            report = convert(made, run.paths[role], force=True, text=text, progress=step)
         configs[role] = made.config
         done[role] = {
             "folder": str(run.paths[role]),
@@ -159,6 +117,7 @@ def convert_both(run: Run) -> None:
             "softmax_groups": report["softmax_groups"],
             "kv_groups": report["kv_groups"],
             "growth_bytes_per_token": growth_bytes_per_token(made.config),
+            "calibration": {k: v for k, v in report.get("calibration", {}).items() if k != "each"},
         }
         groups = f"{report['softmax_groups']} of {report['kv_groups']} KV groups keep softmax"
         print(f"  wrote {run.paths[role]}: {groups}")
@@ -170,6 +129,7 @@ def convert_both(run: Run) -> None:
     run.results["state"] = {
         "tokens": list(STATE_LENGTHS),
         "bytes": {r: [state_bytes(c, n) for n in STATE_LENGTHS] for r, c in configs.items()},
+        "parts": {str(n): state_parts(converted, n) for n in REPORT_LENGTHS},
     }
 
 
@@ -196,12 +156,14 @@ def compare_predictions(run: Run) -> None:
     original = run.models["original"]
     text = contexts([], original.tokenizer, context_tokens=CONTEXT_TOKENS, max_tokens=MAX_TOKENS)
     with bar("predictions, original") as step:
-        reference = Reference(original.decoder, text, step)
+        reference = run.reference = Reference(original.decoder, text, step)
     beyond = run.results["convert"]["converted"]["window_tokens"]
     rows: dict[str, Any] = {}
     for role in ROLES[1:]:
         with bar(f"predictions, {role}") as step:
             distances = reference.compare(run.models[role].decoder, step)
+        if role == "converted":
+            run.converted_distances = distances
         rows[role] = {
             "buckets": [distances.bucket(*e) for e in position_buckets(text.shape[1])],
             "beyond": distances.bucket(beyond, text.shape[1]),
@@ -219,20 +181,16 @@ def compare_predictions(run: Run) -> None:
     print(indented(table(header, lines)))
 
 
-def parse_task(setting: str) -> Task:
-    """Such as passkey:1024:0.5, as `respike eval --recall` takes it."""
-    family, size, *depth = setting.split(":")
-    return Task(family, int(size), float(depth[0])) if depth else Task(family, int(size))
-
-
 def compare_recall(run: Run) -> None:
     vocabulary = Vocabulary(run.models["original"].tokenizer)
     rows = []
-    for task in map(parse_task, RECALL):
+    for setting in RECALL:
+        task = parse_task(setting)
         scores: dict[str, Score] = {}
         for role, model in run.models.items():
             with bar(f"{task.name}, {role}") as step:
                 scores[role] = recall(model.decoder, vocabulary, task, trials=TRIALS, progress=step)
+        run.converted_scores[setting] = scores["converted"]
         rows.append(recall_row(task, scores, reach_tokens(task, vocabulary)))
     run.results["recall"] = rows
     lines = [
@@ -293,7 +251,7 @@ def ask_the_same(run: Run) -> None:
 
 
 def time_and_memory(run: Run) -> None:
-    run.models.clear()
+    run.forget()
     timed = {role: run.paths[role] for role in ROLES[:2]}
     with bar("prefill and decode, taking turns (tokens)") as step:
         report = context.measure(
@@ -353,21 +311,7 @@ STEPS = [
     Step("Convert it, and for comparison with a window alone", convert_commands, convert_both),
     Step("How far the predictions moved", check_commands, compare_predictions),
     Step("What is still found far back", recall_commands, compare_recall),
+    Step("What the memory is worth", memory_commands, memory_worth),
     Step("The same question to each", ask_commands, ask_the_same),
     Step("Time and memory against context", context_command, time_and_memory),
 ]
-
-
-def perform(run: Run, steps: list[Step], total: int) -> None:
-    """Do the steps in order, announcing and timing each."""
-    run.results["steps"] = []
-    for number, step in enumerate(steps, start=1):
-        commands = step.commands(run)
-        print(f"\n[{number}/{total}] {step.title}")
-        for command in commands:
-            print(f"  $ {command}")
-        start = time.perf_counter()
-        step.act(run)
-        seconds = time.perf_counter() - start
-        print(f"  {seconds:.1f} s", flush=True)
-        run.results["steps"].append({"title": step.title, "commands": commands, "seconds": seconds})

@@ -3,12 +3,19 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
+from respike.account import (
+    REPORT_LENGTHS,
+    growth_bytes_per_token,
+    num_parameters,
+    state_bytes,
+    state_parts,
+)
 from respike.checkpoint.families import expected_tensors, mixer_tensors
-from respike.config import AnyMemory, ModelConfig
+from respike.config import AnyMemory, DeltaMemory, FarMemory, LinearMixer, ModelConfig
 from respike.models.decoder import build_mixer
 from respike.recipe import apply_recipe, load_recipe
 from tiny import (
@@ -115,6 +122,22 @@ def test_sinks_and_windows_count_for_their_own_groups() -> None:
     config = model_config(layers)
     assert state_bytes(config, 0, 4) == 2 * 8 * slots * 4
     assert state_bytes(config, 100, 4) == 2 * 8 * (slots + 100) * 4
+
+
+def test_each_part_of_a_state_counts_its_own_tensors() -> None:
+    """Against the tensors of a state, by kind: what grows, windows and sinks, memories."""
+    far = window(0, 2, tokens=7, sinks=3).model_copy(update={"memory": FarMemory(features=5)})
+    delta = LinearMixer(groups=(1, 2), memory=DeltaMemory(negative_eigenvalues=False))
+    config = model_config(((full(1), far), (full(0), delta), (window(0, 1, 2, tokens=9, sinks=2),)))
+    softmax, near = 2 * 2 * 8 * 31, 2 * 8 * (2 * (7 + 3) + 3 * (9 + 2))
+    memory = 2 * 5 * (8 + 1) + 2 * 8 * 8
+    for width in (2, 4):
+        expected = {"softmax": softmax * width, "window": near * width, "memory": memory * 4}
+        assert state_parts(config, 31, width) == expected
+    decoder = random_decoder(config)
+    _, state = decoder(torch.arange(31)[None], logits="none")
+    held = [t for layer in state.layers for part in layer for t in part.tensors(31).values()]
+    assert sum(t.nbytes for t in held) == state_bytes(config, 31, 4)
 
 
 @given(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -21,9 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 import chunked
 import context
 import report
-from committed import read_committed
+import stage
+import steps
+import worth
+from committed import Committed, read_committed
 
 from respike.errors import BackendError, DataError
+from respike.evaluation import Reference, Task, Vocabulary, contexts, recall
+from respike.loading import load
 from tiny import save_tiny
 
 ROLES = ("original", "converted", "window")
@@ -99,6 +105,32 @@ def conversion(recipe: str, kept: int) -> dict[str, Any]:
         "folder": f"demo/out/{recipe}", "recipe": recipe, "window_tokens": 256, "sink_tokens": 4,
         "fingerprint": recipe, "softmax_groups": kept, "kv_groups": 90,
         "growth_bytes_per_token": 256 * kept,
+        "calibration": {
+            "text_tokens": 8192, "recall_tokens": 4096, "heads": 216, "shut": 31,
+            "error_shut_frac": 0.3012, "error_frac": 0.2034, "share_frac": 0.11,
+        } if recipe == "retrieval" else {},
+    }  # fmt: skip
+
+
+def memory() -> dict[str, Any]:
+    rows = [
+        ("KL beyond the window", 4, 0.0246, 0.0521, 0.0275),
+        ("passkey length 1024 depth 0.25", 2, 0.83, 0.67, 0.16),
+    ]
+    return {
+        "kinds": ["far"], "groups": 72, "features": [64],
+        "rows": [
+            {
+                "measure": name, "digits": digits, "on": on, "on_95": [on / 2, on * 1.1],
+                "cut": cut, "cut_95": [cut / 2, cut * 1.1],
+                "worth": gain, "worth_95": [gain / 2, gain * 1.1],
+            }
+            for name, digits, on, cut, gain in rows
+        ],
+        "share": {
+            "from_tokens": 512, "context_tokens": 2048, "heads": 216, "mean_frac": 0.123,
+            "largest_frac": 0.77, "layers": {str(i): 0.01 * i for i in range(30)},
+        },
     }  # fmt: skip
 
 
@@ -124,7 +156,12 @@ def results() -> dict[str, Any]:
         "state": {
             "tokens": tokens,
             "bytes": {r: [5990400 + share * n for n in tokens] for r, share in shares.items()},
+            "parts": {
+                str(n): {"softmax": 4608 * n, "window": 4792320, "memory": 1198080}
+                for n in (1024, 8192, 65536, 1 << 20)
+            },
         },
+        "memory": memory(),
         "fingerprints": {r: f"{r}-print" for r in ROLES},
         "check": {
             "text": "made-up text", "contexts": 4, "context_tokens": 2048,
@@ -233,7 +270,7 @@ def test_the_page_is_self_contained_and_well_formed(results: dict, folder: Path)
 def test_every_section_and_plot_is_there(results: dict, folder: Path) -> None:
     page = Page(report.render(results, read_committed(folder)))
     assert {name for name, _, _ in report.SECTIONS} <= set(page.ids)
-    assert len(page.labels) == 8
+    assert len(page.labels) == 9
     assert all(len(label) > 30 for label in page.labels)
 
 
@@ -253,6 +290,48 @@ def test_figures_of_the_run_and_of_the_files_are_shown(results: dict, folder: Pa
     assert "<b>converted</b> says & so" in text  # a model's words are never markup
 
 
+def test_the_memory_is_shown_and_nothing_is_called_trained(results: dict, folder: Path) -> None:
+    page = Page(report.render(results, read_committed(folder)))
+    assert "fitted to 8,192 tokens of text, not trained" in page.text
+    assert "nothing was trained" not in page.text
+    assert "31 of 216 heads stayed shut" in page.text
+    assert "0.301 with all shut and 0.203 fitted" in page.text
+    assert "+0.0275 [0.0138, 0.0303]" in page.text
+    assert "KL beyond the window 0.0246 against 0.0521; passkey" in page.text
+    assert any("mean of heads 0.123, most in layer 29: 0.290" in label for label in page.labels)
+    # By part, at 65,536 tokens: softmax groups, windows and sinks, memories, together.
+    assert "65,536288.0 MiB4.6 MiB1.1 MiB293.7 MiB" in page.text
+
+
+def test_that_no_head_stayed_shut_is_said_in_words(results: dict, folder: Path) -> None:
+    results["convert"]["converted"]["calibration"]["shut"] = 0
+    assert "None of 216 heads stayed shut" in report.render(results, read_committed(folder))
+
+
+def test_only_the_tasks_of_the_run_are_explained(results: dict, folder: Path) -> None:
+    html = report.render(results, read_committed(folder))
+    assert "passkey: a number hidden in filler" in html
+    assert "multi-query: word pairs" in html
+    results["recall"] = results["recall"][:2]
+    html = report.render(results, read_committed(folder))
+    assert "passkey: a number hidden in filler" in html
+    assert "word pairs" not in html
+
+
+def test_a_memory_that_is_no_part_of_attention_has_no_share(results: dict, folder: Path) -> None:
+    results["memory"] |= {"kinds": ["gla"], "features": [], "share": None}
+    results["convert"]["converted"]["calibration"] = {}
+    page = Page(report.render(results, read_committed(folder)))
+    assert "a linear memory (gla) of constant size" in page.text
+    assert "as they start, not fitted" in page.text
+    assert len(page.labels) == 8
+
+
+def test_a_far_memory_without_calibration_is_called_shut(results: dict, folder: Path) -> None:
+    results["convert"]["converted"]["calibration"] = {}
+    assert "Every head is shut" in report.render(results, read_committed(folder))
+
+
 def test_missing_results_are_said(results: dict, tmp_path: Path) -> None:
     committed = read_committed(tmp_path / "nothing")
     text = Page(report.render(results, committed)).text
@@ -267,10 +346,10 @@ def test_a_run_without_timed_points_still_has_a_report(results: dict, tmp_path: 
 
 
 def test_small_differences_in_speed_are_ties(results: dict) -> None:
-    assert "(1.6x), decode 19.8 against 26.5 tokens/s (1.3x)" in report.summary_lines(results)[4]
+    assert "(1.6x), decode 19.8 against 26.5 tokens/s (1.3x)" in report.summary_lines(results)[-1]
     for row in results["context"]["rows"]:
         row["decode_tokens_per_second"]["median"] = 20.0
-    assert "decode 20.0 against 20.0 tokens/s (a tie)" in report.summary_lines(results)[4]
+    assert "decode 20.0 against 20.0 tokens/s (a tie)" in report.summary_lines(results)[-1]
 
 
 def test_a_committed_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -297,6 +376,91 @@ def test_the_page_fits_its_window(results: dict, folder: Path, width: int, tmp_p
     dump = subprocess.run([*command, "--dump-dom", address], capture_output=True, check=True)
     (needed,) = re.findall(rb"<title>(\d+)</title>", dump.stdout)
     assert int(needed) <= width, "the page is wider than its window"
+
+
+# ---- the steps -------------------------------------------------------------------------------
+
+PICO_RECIPE = """\
+recipe: 1
+name: pico
+layers:
+- {at: all, mixer: window%s}
+softmax_groups: {1: [2], 3: [0, 1, 2]}
+window_tokens: 16
+sink_tokens: 3
+far: {features: 5, calibration_tokens: 512}
+"""
+
+
+def steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> stage.Run:
+    """The steps up to the memory's worth, on a pico model with small settings."""
+    save_tiny(tmp_path / "pico")
+    (tmp_path / "pico.yaml").write_text(PICO_RECIPE % memory)
+    for name, value in {
+        "CONTEXT_TOKENS": 96, "MAX_TOKENS": 192, "TRIALS": 2, "RECALL": ("copy:40", "copy:24"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(steps, name, value)
+    monkeypatch.setattr(worth, "TASKS", ("copy:24",))
+    run = stage.Run(tmp_path / "pico", str(tmp_path / "pico.yaml"), tmp_path / "out", 1, "f32")
+    titles = [step.title for step in steps.STEPS]
+    stage.perform(run, steps.STEPS[: titles.index("What the memory is worth") + 1], total=5)
+    json.dumps(run.results)
+    return run
+
+
+def test_the_memory_is_measured_on_and_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict
+) -> None:
+    run = steps_run(tmp_path, monkeypatch, ", memory: far")
+    made, found = run.results["convert"]["converted"], run.results["memory"]
+    assert made["calibration"]["text_tokens"] == 512
+    assert made["calibration"]["heads"] == 4 * 6 - 2 * (1 + 3)
+    assert (found["kinds"], found["groups"], found["features"]) == (["far"], 4 * 3 - 4, [5])
+    # Every figure again, from the folder: the memory cut by shutting every head.
+    original, model = load(run.model, dtype="f32"), load(run.paths["converted"], dtype="f32")
+    text = contexts([], model.tokenizer, context_tokens=96, max_tokens=192)
+    reference, vocabulary = Reference(original.decoder, text), Vocabulary(model.tokenizer)
+    figures = {}
+    for way in ("on", "cut"):
+        kl = reference.compare(model.decoder).kl[:, 15:].mean()
+        score = recall(model.decoder, vocabulary, Task("copy", 24), trials=2)
+        figures[way] = [float(kl), float(score.per_trial.mean())]
+        for name, parameter in model.decoder.named_parameters():
+            if name.endswith(".beta"):
+                parameter.data.fill_(-math.inf)
+    for way, expected in figures.items():
+        assert [row[way] for row in found["rows"]] == pytest.approx(expected, rel=1e-3)
+    assert figures["on"][0] != pytest.approx(figures["cut"][0], rel=1e-2)
+    kl = found["rows"][0]
+    assert kl["worth"] == pytest.approx(kl["cut"] - kl["on"], rel=1e-4)
+    share = found["share"]
+    assert share["from_tokens"] == 32
+    assert set(share["layers"]) == {"0", "1", "2"}
+    assert 0 < share["mean_frac"] < share["largest_frac"] < 1
+    parts = run.results["state"]["parts"]["8192"]
+    assert parts["memory"] == 8 * 4 * 5 * 9
+    text_of = Page(report.render(results | shown(run), Committed())).text
+    assert "fitted to 512 tokens of text" in text_of
+
+
+def test_a_model_without_a_memory_says_so_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    results: dict,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = steps_run(tmp_path, monkeypatch, "")
+    assert run.results["memory"] is None
+    assert "nothing to measure: no mixer of this model has a memory" in capsys.readouterr().out
+    text = Page(report.render(results | shown(run), Committed())).text
+    assert "has no memory" in text
+    assert "nothing was trained" in text
+    assert "fitted" not in text
+
+
+def shown(run: stage.Run) -> dict[str, Any]:
+    """What the steps measured, without the positions and tasks that the made-up rest has."""
+    return {key: run.results[key] for key in ("convert", "memory", "state")}
 
 
 # ---- the timing script -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from respike.config import FarMemory, WindowMixer
 from respike.errors import DataError, UsageError
 from respike.evaluation import (
     Reference,
@@ -17,8 +18,10 @@ from respike.evaluation import (
     Task,
     Vocabulary,
     builtin_text,
+    calibration_contexts,
     contexts,
     mean_interval,
+    memory_shares,
     negative_log_likelihood,
     position_buckets,
     read_text,
@@ -26,10 +29,15 @@ from respike.evaluation import (
     wilson,
 )
 from respike.evaluation.tasks import FILLER, Trial, make_trials
+from respike.evaluation.text import Use
+from respike.layers.far import FarSoftmax
+from respike.layers.span import Span
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
+from respike.ops.far import far_definition
 from respike.tokenizer import Tokenizer
 from tiny import V, full, model_config, random_decoder, random_tokens, save_tokenizer, window
+from tolerance import assert_close
 
 SHORT = ((full(0, 1, 2),), (window(0, 1, 2, tokens=5, sinks=2),))
 
@@ -348,12 +356,20 @@ def test_what_is_no_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_the_built_in_text_is_prose_and_long_enough_for_the_defaults(tokenizer: Tokenizer) -> None:
-    text, other = builtin_text(), builtin_text("calibrate")
-    assert min(len(text), len(other)) > 100_000
-    assert text == builtin_text()
-    assert not set(text.split("\n\n")) & set(other.split("\n\n"))
-    assert contexts([], tokenizer, context_tokens=2048, max_tokens=8192).shape == (4, 2048)
+@pytest.mark.parametrize("use", ["measure", "calibrate"])
+def test_the_built_in_text_is_prose_and_long_enough_for_the_defaults(
+    tokenizer: Tokenizer, use: Use
+) -> None:
+    text = builtin_text(use)
+    assert len(text) > 100_000
+    assert text == builtin_text(use)
+    found = contexts([], tokenizer, context_tokens=2048, max_tokens=8192, use=use)
+    assert found.shape == (4, 2048)
+
+
+def test_what_is_calibrated_on_is_not_measured_on() -> None:
+    measured, calibrated = (set(builtin_text(use).split("\n\n")) for use in ("measure", "calibrate"))
+    assert not measured & calibrated
 
 
 # ---- trials ----------------------------------------------------------------------------------
@@ -589,3 +605,74 @@ def test_task_names_say_family_and_setting() -> None:
     assert [t.name for t in TASKS] == [
         "copy lag 19", "passkey length 220 depth 0.3", "multi-query pairs 21",
     ]  # fmt: skip
+
+
+def test_what_memories_are_fitted_to_is_never_what_they_are_measured_on(
+    tokenizer: Tokenizer,
+) -> None:
+    fitted = calibration_contexts([], tokenizer, max_tokens=100, trained_tokens=300)
+    assert fitted.shape == (2, 300)
+    measured = contexts([], tokenizer, context_tokens=300, max_tokens=60_000).tolist()
+    assert not any(row in measured for row in fitted.tolist())
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "trained_tokens", "shape"),
+    [(9000, 8192, (4, 2048)), (9000, 700, (12, 700)), (5, 8192, (2, 2048)), (5, 90, (2, 90))],
+)
+def test_calibration_contexts_fit_the_source_and_are_at_least_two(
+    tokenizer: Tokenizer, max_tokens: int, trained_tokens: int, shape: tuple[int, int]
+) -> None:
+    found = calibration_contexts(
+        [], tokenizer, max_tokens=max_tokens, trained_tokens=trained_tokens
+    )
+    assert found.shape == shape
+
+
+# ---- memory's share --------------------------------------------------------------------------
+
+
+def far(*groups: int, tokens: int, sinks: int) -> WindowMixer:
+    mixer = window(*groups, tokens=tokens, sinks=sinks)
+    return mixer.model_copy(update={"memory": FarMemory(features=5)})
+
+
+def test_the_share_of_a_memory_is_the_weight_on_tokens_that_left_the_window() -> None:
+    """Against the definition, with values that are 1 where the last query finds a far token."""
+    config = model_config(((full(1), far(0, 2, tokens=6, sinks=3)),))
+    decoder, tokens = random_decoder(config), random_tokens(2, 41)
+    attention = decoder.layers[0].self_attn
+    groups, mixer = attention.arrangement()[1]
+    assert isinstance(mixer, FarSoftmax)
+    mixer.log2_half_life.data = torch.tensor([3.0, 4.5])
+    (found,) = memory_shares(decoder, tokens, from_tokens=40)
+    with torch.inference_mode():
+        x = decoder.layers[0].input_layernorm(decoder.model.embed_tokens(tokens))
+        q, k, _ = attention.project(x)
+        q = q.view(2, 41, 3, 2, 8)[:, :, groups].flatten(2, 3)
+        k = k[:, :, groups]
+        start, valid = torch.zeros(2, dtype=torch.int64), torch.full((2,), 41)
+        span = Span(start, valid, 41, decoder.frequencies, q.dtype, q.device)
+        is_far = torch.zeros(41)
+        is_far[3 : 41 - 6] = 1
+        shares = far_definition(
+            span.rotate(q), span.rotate(k), is_far[None, :, None, None].expand(2, 41, 2, 1),
+            mixer.log_query(q), mixer.key_features(k, torch.ones(2, 41, dtype=torch.bool)),
+            -math.log(2) / torch.exp2(mixer.log2_half_life), 6, 3,
+        )[:, 40, :, 0]  # fmt: skip
+    assert (found.layer, found.groups) == (0, (0, 2))
+    assert shares.min() > 0.01
+    assert_close(torch.tensor(found.head_fracs), shares.mean(0))
+    assert mixer.share is None
+    assert not mixer.watch
+
+
+def test_a_shut_memory_has_no_share_and_other_mixers_no_entry() -> None:
+    config = model_config(((full(0, 1, 2),), (window(0), far(1, 2, tokens=6, sinks=3))))
+    decoder = random_decoder(config)
+    (some,) = memory_shares(decoder, random_tokens(1, 20), from_tokens=12)
+    assert all(0 < x < 1 for x in some.head_fracs)
+    _, mixer = decoder.layers[1].self_attn.arrangement()[1]
+    mixer.beta.data.fill_(-math.inf)
+    (none,) = memory_shares(decoder, random_tokens(1, 20), from_tokens=12)
+    assert (none.layer, none.groups, none.head_fracs) == (1, (1, 2), (0.0,) * 4)

@@ -17,27 +17,36 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for _, shape in expected_tensors(config))
 
 
-def state_bytes(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) -> int:
-    """Bytes the state of one sequence needs after ``num_tokens`` tokens.
+def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) -> dict[str, int]:
+    """Bytes the state of one sequence needs after ``num_tokens`` tokens, and what for.
 
     Args:
         config: The model.
         num_tokens: Tokens seen.
         bytes_per_value: 2 for bf16 keys and values, 4 for f32.
+
+    Returns:
+        ``softmax``: keys and values that grow with the sequence. ``window``: those of windows and
+        sinks. ``memory``: memories. The last two are the same at every length.
     """
-    head = config.head_dim
-    total = 0
+    pair = 2 * config.head_dim * bytes_per_value
+    parts = {"softmax": 0, "window": 0, "memory": 0}
     for _, part in config.mixers():
-        values = 0
+        groups = len(part.groups)
         if part.mixer == "full":
-            values = 2 * head * num_tokens
-        elif part.mixer == "window":
-            values = 2 * head * (part.window_tokens + part.sink_tokens)
-        each = values * bytes_per_value
-        if part.mixer != "full" and part.memory is not None:
-            each += MEMORY_BYTES * memory_values(part.memory, head)
-        total += len(part.groups) * each
-    return total
+            parts["softmax"] += groups * pair * num_tokens
+            continue
+        if part.mixer == "window":
+            parts["window"] += groups * pair * (part.window_tokens + part.sink_tokens)
+        if part.memory is not None:
+            values = memory_values(part.memory, config.head_dim)
+            parts["memory"] += groups * MEMORY_BYTES * values
+    return parts
+
+
+def state_bytes(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) -> int:
+    """The sum of `state_parts`."""
+    return sum(state_parts(config, num_tokens, bytes_per_value).values())
 
 
 def memory_values(memory: AnyMemory, head_dim: int) -> int:

@@ -22,8 +22,6 @@ from respike.cli.show import (
 )
 from respike.errors import UsageError
 
-CALIBRATION_CONTEXT_TOKENS = 2048
-
 
 @click.command("convert")
 @click.argument("model")
@@ -88,14 +86,15 @@ def convert_command(model: str, out: str, recipe: str, **options: Any) -> None:
 
 
 def _calibration_text(made: Any, data: tuple[str, ...]) -> Any:
-    """Contexts long enough for much to be far, and no longer than the source was trained for."""
-    from respike.evaluation import contexts
+    from respike.evaluation import calibration_contexts
     from respike.loading import load_tokenizer
 
-    length = min(CALIBRATION_CONTEXT_TOKENS, made.config.max_position_embeddings)
-    tokens = max(made.recipe.far.calibration_tokens, 2 * length)
-    tokenizer = load_tokenizer(made.source)
-    return contexts(data, tokenizer, context_tokens=length, max_tokens=tokens, use="calibrate")
+    return calibration_contexts(
+        data,
+        load_tokenizer(made.source),
+        max_tokens=made.recipe.far.calibration_tokens,
+        trained_tokens=made.config.max_position_embeddings,
+    )
 
 
 def _plan_text(report: dict[str, Any]) -> str:

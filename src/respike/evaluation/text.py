@@ -25,6 +25,8 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+CALIBRATION_CONTEXT_TOKENS = 2048
+
 Use = Literal["measure", "calibrate"]
 
 
@@ -95,3 +97,25 @@ def contexts(
             hint="give more text or a smaller --context-tokens",
         )
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def calibration_contexts(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, *, max_tokens: int, trained_tokens: int
+) -> Tensor:
+    """Contexts long enough for much to be far, and no longer than the source was trained for.
+
+    Args:
+        paths: Text files; none takes the half of `builtin_text` that is for calibrating.
+        tokenizer: Of the source.
+        max_tokens: Stop after this many tokens, but not before the two contexts it takes to fit.
+        trained_tokens: Length the source was trained for.
+
+    Returns:
+        Token ids (N, T), int64.
+
+    Raises:
+        DataError: As `contexts`.
+    """
+    length = min(CALIBRATION_CONTEXT_TOKENS, trained_tokens)
+    most = max(max_tokens, 2 * length)
+    return contexts(paths, tokenizer, context_tokens=length, max_tokens=most, use="calibrate")
