@@ -23,13 +23,13 @@ from respike.evaluation import (
     Reference,
     Task,
     Vocabulary,
-    contexts,
     position_buckets,
     recall,
 )
 from respike.loading import Model, load
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, build_mixers
 from respike.recipe import Evenly, Recipe, Rule, apply_recipe, load_recipe
+from respike.text import contexts
 
 CONTEXT_TOKENS = 2048
 BEYOND_TOKENS = 256

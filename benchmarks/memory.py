@@ -24,8 +24,6 @@ from respike.evaluation import (
     Reference,
     Task,
     Vocabulary,
-    calibration_contexts,
-    contexts,
     memory_shares,
     position_buckets,
     recall,
@@ -34,6 +32,7 @@ from respike.loading import Model, load
 from respike.models.ablation import without
 from respike.models.decoder import Decoder
 from respike.recipe import load_recipe
+from respike.text import contexts
 
 CONTEXT_TOKENS = 2048
 BEYOND_TOKENS = 256
@@ -52,17 +51,13 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def made(model: str, original: Model, name: str, work: Path) -> tuple[Path, dict[str, Any]]:
+def made(model: str, name: str, work: Path) -> tuple[Path, dict[str, Any]]:
     """The row's folder and report; written only if it is not there yet."""
     recipe, overrides = ROWS[name]
     out = work / name.replace(", ", "-").replace(" ", "-")
     todo = plan(model, load_recipe(recipe, overrides))
     if not (out / "report.json").exists():
-        text = calibration_contexts(
-            [], original.tokenizer, max_tokens=todo.recipe.far.calibration_tokens,
-            trained_tokens=todo.config.max_position_embeddings,
-        )  # fmt: skip
-        convert(todo, out, text=text)
+        convert(todo, out)
     return out, json.loads((out / "report.json").read_text(encoding="utf-8"))
 
 
@@ -147,7 +142,7 @@ def main() -> None:
         if name == "original":
             model, extra = original, {}
         else:
-            folder, report = made(options.model, original, name, options.work)
+            folder, report = made(options.model, name, options.work)
             model, extra = load(folder), {"recipe": report["recipe"]}
             extra |= {k: v for k, v in report.get("calibration", {}).items() if k != "each"}
         measured = row(model, reference, tasks, options.trials, lengths)

@@ -14,9 +14,10 @@ from frontier import wear
 from machine import provenance
 
 from respike.device import dtype_name, set_threads
-from respike.evaluation import contexts, mean_interval, negative_log_likelihood
+from respike.evaluation import mean_interval, negative_log_likelihood
 from respike.loading import load
 from respike.recipe import apply_recipe, load_recipe
+from respike.text import contexts
 
 
 def main() -> None:

@@ -29,17 +29,15 @@ from respike.evaluation import (
     Score,
     Task,
     Vocabulary,
-    builtin_text,
-    calibration_contexts,
-    contexts,
     mean_interval,
     position_buckets,
     recall,
 )
 from respike.evaluation.recall import make_trials
 from respike.generation import stream
-from respike.loading import load, load_tokenizer
+from respike.loading import load
 from respike.recipe import load_recipe
+from respike.text import builtin_text, contexts
 
 ROLES = ("original", "converted", "window")
 CONTEXT_TOKENS, MAX_TOKENS = 2048, 8192
@@ -98,15 +96,9 @@ def convert_both(run: Run) -> None:
     configs = {"original": open_checkpoint(run.model).config}
     for role, recipe in jobs.items():
         made = plan(run.model, recipe)
-        text = None
-        if made.calibrates:
-            text = calibration_contexts(
-                [], load_tokenizer(made.source), max_tokens=recipe.far.calibration_tokens,
-                trained_tokens=made.config.max_position_embeddings,
-            )  # fmt: skip
         verb = "calibrating and converting" if made.calibrates else "converting"
         with bar(f"{verb}: {recipe.name}") as step:
-            report = convert(made, run.paths[role], force=True, text=text, progress=step)
+            report = convert(made, run.paths[role], force=True, progress=step)
         configs[role] = made.config
         done[role] = {
             "folder": str(run.paths[role]),

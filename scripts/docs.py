@@ -58,8 +58,8 @@ def memory_table(path: Path) -> str:
     lines = [
         f"{result['model']}, {result['text']}. Compute in {result['dtype']}, "
         f"{result['machine']['processor']}, {result['date']}, commit {result['commit']}, "
-        f"{result['trials']} trials. Intervals are 95 % over contexts. In brackets: the same folder "
-        "with its memory cut.",
+        f"{result['trials']} trials. Intervals are 95 % over contexts. In brackets: the same "
+        "folder with its memory cut.",
         "",
         "| conversion | KL beyond "
         f"{result['beyond_tokens']} tokens | memory cut | "

@@ -28,8 +28,9 @@ import worth
 from committed import Committed, read_committed
 
 from respike.errors import BackendError, DataError
-from respike.evaluation import Reference, Task, Vocabulary, contexts, recall
+from respike.evaluation import Reference, Task, Vocabulary, recall
 from respike.loading import load
+from respike.text import contexts
 from tiny import save_tiny
 
 ROLES = ("original", "converted", "window")

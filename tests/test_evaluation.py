@@ -17,24 +17,20 @@ from respike.evaluation import (
     Score,
     Task,
     Vocabulary,
-    builtin_text,
-    calibration_contexts,
-    contexts,
     mean_interval,
     memory_shares,
     negative_log_likelihood,
     position_buckets,
-    read_text,
     recall,
     wilson,
 )
 from respike.evaluation.tasks import FILLER, Trial, make_trials
-from respike.evaluation.text import Use
 from respike.layers.far import FarSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
 from respike.ops.far import far_definition
+from respike.text import Use, builtin_text, calibration_contexts, contexts, read_text
 from respike.tokenizer import Tokenizer
 from tiny import V, full, model_config, random_decoder, random_tokens, save_tokenizer, window
 from tolerance import assert_close
@@ -368,7 +364,9 @@ def test_the_built_in_text_is_prose_and_long_enough_for_the_defaults(
 
 
 def test_what_is_calibrated_on_is_not_measured_on() -> None:
-    measured, calibrated = (set(builtin_text(use).split("\n\n")) for use in ("measure", "calibrate"))
+    measured, calibrated = (
+        set(builtin_text(use).split("\n\n")) for use in ("measure", "calibrate")
+    )
     assert not measured & calibrated
 
 

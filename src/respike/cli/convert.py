@@ -68,33 +68,18 @@ def convert_command(model: str, out: str, recipe: str, **options: Any) -> None:
     if options["weights"]:
         overrides = (*overrides, f"weights={options['weights']}")
     made = plan(model, load_recipe(recipe, overrides))
-    if options["data"] and not made.calibrates:
-        raise UsageError(f"--data: recipe {made.recipe.name!r} calibrates nothing")
     if options["dry_run"]:
         report: dict[str, Any] = made.summary()
     else:
         set_threads(options["threads"])
-        text = _calibration_text(made, options["data"]) if made.calibrates else None
         with progress("calibrating" if made.calibrates else "converting") as step:
-            report = convert(made, out, force=options["force"], text=text, progress=step)
+            report = convert(made, out, force=options["force"], data=options["data"], progress=step)
     dry_run, as_json = options["dry_run"], options["as_json"]
     if as_json:
         echo_json(report)
         return
     click.echo(_plan_text(report))
     click.echo("nothing written (--dry-run)" if dry_run else f"wrote {out}", err=True)
-
-
-def _calibration_text(made: Any, data: tuple[str, ...]) -> Any:
-    from respike.evaluation import calibration_contexts
-    from respike.loading import load_tokenizer
-
-    return calibration_contexts(
-        data,
-        load_tokenizer(made.source),
-        max_tokens=made.recipe.far.calibration_tokens,
-        trained_tokens=made.config.max_position_embeddings,
-    )
 
 
 def _plan_text(report: dict[str, Any]) -> str:
@@ -154,10 +139,10 @@ def select_command(model: str, output: str, **options: Any) -> None:
     Beside the recipe FILE.yaml it writes FILE.scores.json, every score, and FILE.png, a heat map.
     """
     from respike.device import set_threads
-    from respike.evaluation import contexts
     from respike.loading import load
     from respike.recipe import dump_recipe
     from respike.selection import Budget, select, selected_recipe
+    from respike.text import contexts
 
     recipe_path = Path(output)
     if recipe_path.suffix not in (".yaml", ".yml"):

@@ -50,7 +50,7 @@ def _load(path: str, options: dict[str, Any]) -> Any:
 
 
 def _contexts(model: Any, options: dict[str, Any]) -> Any:
-    from respike.evaluation import contexts
+    from respike.text import contexts
 
     return contexts(
         options["data"],

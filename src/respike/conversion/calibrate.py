@@ -194,8 +194,8 @@ class _GroupFit:
         """The fitted mixer and one entry a head."""
         known = [self._mine(x) for x in searched]
         self._cluster(known)
-        curve = torch.stack([self._curves(x) for x in known]).sum(0)
-        control = torch.stack([self._curves(self._mine(x)) for x in checked]).sum(0)
+        curve = torch.stack([self._curves(x) for x in known]).mean(0)
+        control = torch.stack([self._curves(self._mine(x)) for x in checked]).mean(0)
         fits = []
         for h, head in enumerate(self.heads):
             fit = _choose(curve[h], control[h], index, head)
@@ -293,7 +293,7 @@ def _choose(searched: Tensor, checked: Tensor, layer: int, head: int) -> HeadFit
         beta=float(BETAS[beta - 1]) if beta else -math.inf,
         gain=GAINS[gain] if beta else 1.0,
         error_shut=float(checked[gain, 0, 0]) / power,
-        error=error / power,
+        error=max(error, 0.0) / power,  # rounding may go below zero
         share=share,
     )
 

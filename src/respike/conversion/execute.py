@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from respike.device import get_dtype
 from respike.errors import CheckpointError, UsageError
 from respike.loading import Progress, load_decoder, load_tokenizer
 from respike.recipe import dump_recipe
+from respike.text import calibration_contexts
 
 SHARD_BYTES = 2 << 30
 """Largest weight file: bounds the memory a conversion needs."""
@@ -41,7 +42,7 @@ def convert(
     out: str | Path,
     *,
     force: bool = False,
-    text: Tensor | None = None,
+    data: Sequence[str | Path] = (),
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def convert(
         plan: From `respike.plan`.
         out: Folder to create.
         force: Replace ``out`` if it is a converted folder and holds nothing else.
-        text: Token ids (N, T) to calibrate far memories on, if the plan's recipe says so.
+        data: Text files to calibrate far memories on, if the plan's recipe does. None takes what
+            comes with Python.
         shard_bytes: Largest weight file.
         progress: Called with (tensors done, tensors).
 
@@ -61,12 +63,14 @@ def convert(
         The report, as written to ``report.json``.
 
     Raises:
-        UsageError: ``out`` exists and ``force`` was not given; or the text is missing or too short.
+        UsageError: ``out`` exists and ``force`` was not given; there is too little text; or there
+            is text and nothing to calibrate.
+        DataError: The text cannot be read.
         CheckpointError: The source turned out to be unreadable, or the disk full.
     """
     out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
     _check_out(out, plan, force)
-    fitted, fit_report = _calibrated(plan, text, progress)
+    fitted, fit_report = _calibrated(plan, data, progress)
     with _staged(out) as folder:
         files = _write_weights(plan, folder, shard_bytes, fitted, progress)
         config = plan.config.model_dump(mode="json")
@@ -139,19 +143,25 @@ def _staged(out: Path) -> Iterator[Path]:
 
 
 def _calibrated(
-    plan: Plan, text: Tensor | None, progress: Progress | None
+    plan: Plan, data: Sequence[str | Path], progress: Progress | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Fitted tensors by name, and what the report says of them; nothing if nothing is to fit."""
     if not plan.calibrates:
+        if data:
+            raise UsageError(f"recipe {plan.recipe.name!r} calibrates nothing, so it needs no text")
         return {}, {}
-    if text is None:
-        raise UsageError(f"recipe {plan.recipe.name!r} calibrates its memories and needs a text")
+    tokenizer = load_tokenizer(plan.source)
+    text = calibration_contexts(
+        data,
+        tokenizer,
+        max_tokens=plan.recipe.far.calibration_tokens,
+        trained_tokens=plan.config.max_position_embeddings,
+    )
     if len(text) < 2:
         raise UsageError(
-            f"calibration needs two contexts of text, got {len(text)}",
-            hint="give more text, or raise far.calibration_tokens",
+            f"calibration needs two contexts of {text.shape[1]} tokens of text, got {len(text)}",
+            hint="give more text",
         )
-    tokenizer = load_tokenizer(plan.source)
     special = set(tokenizer.special_ids)
     tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
     searched, checked = with_recall(text, tokens)
@@ -159,6 +169,7 @@ def _calibrated(
     original = load_decoder(plan.source)
     fitted, heads = calibrate(original, plan.config, searched, checked, half_life, progress)
     facts = {
+        "text": [Path(path).name for path in data] or ["Python's language reference"],
         "text_tokens": text.numel(),
         "text_sha256": hashlib.sha256(text.numpy().tobytes()).hexdigest(),
         "recall_tokens": searched.numel() + checked.numel() - text.numel(),

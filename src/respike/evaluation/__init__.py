@@ -10,7 +10,6 @@ from respike.evaluation.recall import Score, recall
 from respike.evaluation.share import MemoryShare, memory_shares
 from respike.evaluation.stats import mean_interval, wilson
 from respike.evaluation.tasks import Task, Vocabulary, make_trials
-from respike.evaluation.text import builtin_text, calibration_contexts, contexts, read_text
 
 __all__ = [
     "Distances",
@@ -19,15 +18,11 @@ __all__ = [
     "Score",
     "Task",
     "Vocabulary",
-    "builtin_text",
-    "calibration_contexts",
-    "contexts",
     "make_trials",
     "mean_interval",
     "memory_shares",
     "negative_log_likelihood",
     "position_buckets",
-    "read_text",
     "recall",
     "wilson",
 ]

@@ -1,4 +1,4 @@
-"""Text for measuring: files in, equal contexts of tokens out."""
+"""Text to measure and calibrate on: files in, equal contexts of tokens out."""
 
 from collections.abc import Sequence
 from pathlib import Path
