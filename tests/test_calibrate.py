@@ -168,7 +168,7 @@ def test_too_little_text_is_refused_before_anything_is_written(
     source: Path, tmp_path: Path
 ) -> None:
     short = tmp_path / "short.txt"
-    short.write_text("word " * 300, encoding="utf-8")
+    short.write_text("word " * 100, encoding="utf-8")
     with pytest.raises(UsageError, match="two contexts of"):
         convert(plan(source, load_recipe("constant", SETTINGS)), tmp_path / "out", data=[short])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt"]
