@@ -58,7 +58,7 @@ def head_errors(decoder: Decoder, fitted: dict[str, Tensor], rows: Tensor) -> tu
         for row in rows:
             x = decoder.layers[0].input_layernorm(decoder.model.embed_tokens(row[None]))
             span = decoder.span(decoder.init_state(), T)
-            want, _ = attention.mix(x, span, attention.init_state(1, x))
+            want, _ = attention.mix(x, attention.project(x), span, attention.init_state(1, x))
             got, _ = mixer(x, *attention.project(x), span, mixer.init_state(1, 3, K, x))
             error += (got - want).square().sum((0, 1, 3))
             power += want.square().sum((0, 1, 3))

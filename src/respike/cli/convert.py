@@ -74,12 +74,11 @@ def convert_command(model: str, out: str, recipe: str, **options: Any) -> None:
         set_threads(options["threads"])
         with progress("calibrating" if made.calibrates else "converting") as step:
             report = convert(made, out, force=options["force"], data=options["data"], progress=step)
-    dry_run, as_json = options["dry_run"], options["as_json"]
-    if as_json:
+    if options["as_json"]:
         echo_json(report)
         return
     click.echo(_plan_text(report))
-    click.echo("nothing written (--dry-run)" if dry_run else f"wrote {out}", err=True)
+    click.echo("nothing written (--dry-run)" if options["dry_run"] else f"wrote {out}", err=True)
 
 
 def _plan_text(report: dict[str, Any]) -> str:

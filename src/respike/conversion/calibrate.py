@@ -116,13 +116,16 @@ def calibrate(
     Raises:
         UsageError: The contexts are too short for anything to be far.
     """
-    far = {
-        (i, j): part
-        for i, layer in enumerate(config.layers)
-        for j, part in enumerate(layer.mixers)
-        if part.mixer == "window" and part.memory is not None and part.memory.kind == "far"
-    }
-    least = 2 * max((p.window_tokens + p.sink_tokens for p in far.values()), default=0)
+    far = [
+        [
+            (j, part)
+            for j, part in enumerate(layer.mixers)
+            if part.mixer == "window" and part.memory is not None and part.memory.kind == "far"
+        ]
+        for layer in config.layers
+    ]
+    parts = [part for layer in far for _, part in layer]
+    least = 2 * max((part.window_tokens + part.sink_tokens for part in parts), default=0)
     if searched.shape[1] < least:
         raise UsageError(
             f"calibration needs contexts of at least {least} tokens, got {searched.shape[1]}",
@@ -138,16 +141,16 @@ def calibrate(
             for n, x in enumerate(xs):
                 attention, normed = layer.self_attn, layer.input_layernorm(x)
                 (span,) = _spans(original, x.shape[1], x.shape[1], x.dtype)
-                mixed, _ = attention.mix(normed, span, attention.init_state(1, x))
-                heads.append(_Heads(*attention.project(normed), mixed))
+                qkv = attention.project(normed)
+                mixed, _ = attention.mix(normed, qkv, span, attention.init_state(1, x))
+                heads.append(_Heads(*qkv, mixed))
                 xs[n] = layer.add_mixed(x, attention.o_proj(mixed.flatten(2)))
-            for (i, j), part in far.items():
-                if i == index:
-                    fit = _GroupFit(original, config, part, half_life_tokens)
-                    mixer, found = fit.run(index, heads[: len(searched)], heads[len(searched) :])
-                    prefix = f"model.layers.{i}.self_attn.mixers.{j}."
-                    tensors |= {prefix + n: p.data for n, p in mixer.named_parameters()}
-                    fits += found
+            for j, part in far[index]:
+                fit = _GroupFit(original, config, part, half_life_tokens)
+                mixer, found = fit.run(index, heads[: len(searched)], heads[len(searched) :])
+                prefix = f"model.layers.{index}.self_attn.mixers.{j}."
+                tensors |= {prefix + n: p.data for n, p in mixer.named_parameters()}
+                fits += found
             if progress:
                 progress(index + 1, len(original.layers))
     return tensors, fits
@@ -257,7 +260,7 @@ class _GroupFit:
             for n, gain in enumerate(GAINS):
                 self.mixer.query_weight.data = weight * gain
                 far, mass, memories[n] = self.mixer.recall(q1, leaving, span, memories[n])
-                total[:, n] += _sums(miss, far - near, mass - near_mass).cpu()
+                total[:, n, :, :2] += _sums(miss, far - near, mass - near_mass).cpu()
         self.mixer.query_weight.data = weight
         total[..., 2] = target.square().sum((0, 1, 3)).cpu()[:, None, None] / T
         total[..., :2] /= T
@@ -265,7 +268,7 @@ class _GroupFit:
 
 
 def _sums(miss: Tensor, step: Tensor, log_odds: Tensor) -> Tensor:
-    """Squared errors and shares, summed over tokens, for shut and every beta: (H, 1 + betas, 3).
+    """Squared errors and shares, summed over tokens, for shut and every beta: (H, 1 + betas, 2).
 
     Args:
         miss: What the window's output lacks (1, T, H, K).
@@ -278,7 +281,7 @@ def _sums(miss: Tensor, step: Tensor, log_odds: Tensor) -> Tensor:
     mixed = (miss * step).sum(-1)[0, :, :, None]
     length = step.square().sum(-1)[0, :, :, None]
     error = miss.square().sum(-1)[0, :, :, None] - 2 * share * mixed + share.square() * length
-    return torch.stack((error.sum(0), share.sum(0), torch.zeros_like(error.sum(0))), -1)
+    return torch.stack((error.sum(0), share.sum(0)), -1)
 
 
 def _choose(searched: Tensor, checked: Tensor, layer: int, head: int) -> HeadFit:

@@ -86,15 +86,19 @@ class Attention(nn.Module):
         self, x: Tensor, span: Span, state: tuple[MixerState, ...]
     ) -> tuple[Tensor, tuple[MixerState, ...]]:
         """(B, T, D) and the states before the span -> (B, T, D) and the states after it."""
-        mixed, state = self.mix(x, span, state)
+        mixed, state = self.mix(x, self.project(x), span, state)
         return self.o_proj(mixed.flatten(2)), state
 
     def mix(
-        self, x: Tensor, span: Span, state: tuple[MixerState, ...]
+        self,
+        x: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        span: Span,
+        state: tuple[MixerState, ...],
     ) -> tuple[Tensor, tuple[MixerState, ...]]:
-        """As `forward`, before the output projection: (B, T, H, K)."""
+        """As `forward` between `project`, which gives ``qkv``, and the output: (B, T, H, K)."""
         B, T, _ = x.shape
-        q, k, v = self.project(x)
+        q, k, v = qkv
         if self.groups == [list(range(self.num_groups))]:
             out, new = self.mixers[0](x, q, k, v, span, state[0])
             return out, (new,)
