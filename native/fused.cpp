@@ -58,6 +58,15 @@ void add_rms_norm(Level level, int threads, const T* x, const T* residual, const
 }
 
 template <class T>
+void add(Level level, int threads, const T* x, const T* y, T* out, int64_t rows, int64_t cols) {
+  const Kernels<T> kernels = kernels_for<T>(level);
+  each_row(threads, rows, cols, [&](int64_t r) {
+    const int64_t at = r * cols;
+    kernels.add_row(x + at, y + at, out + at, cols);
+  });
+}
+
+template <class T>
 void swiglu(Level level, int threads, const T* gate, int64_t gate_stride, const T* up,
             int64_t up_stride, T* out, int64_t rows, int64_t cols) {
   const Kernels<T> kernels = kernels_for<T>(level);
@@ -82,6 +91,7 @@ void rotate(Level level, int threads, const T* x, int64_t stride, const float* c
 #define RESPIKE_FOR(T)                                                                           \
   template void add_rms_norm(Level, int, const T*, const T*, const T*, T*, T*, int64_t, int64_t, \
                              float);                                                             \
+  template void add(Level, int, const T*, const T*, T*, int64_t, int64_t);                       \
   template void swiglu(Level, int, const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t);  \
   template void rotate(Level, int, const T*, int64_t, const float*, const float*, T*, int64_t,   \
                        int64_t, int64_t, int64_t);

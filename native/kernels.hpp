@@ -15,10 +15,15 @@ template <class T>
 void rms_norm(Level level, const T* x, const T* weight, T* out, std::int64_t rows,
               std::int64_t cols, float eps);
 
-// sum = round(x + residual); out = the RMSNorm of sum.
+// sum = round(x + residual); out = the RMSNorm of sum. sum may be x.
 template <class T>
 void add_rms_norm(Level level, int threads, const T* x, const T* residual, const T* weight, T* sum,
                   T* out, std::int64_t rows, std::int64_t cols, float eps);
+
+// out = round(x + y), rows of `cols` elements; out may be either.
+template <class T>
+void add(Level level, int threads, const T* x, const T* y, T* out, std::int64_t rows,
+         std::int64_t cols);
 
 // out (rows, cols) = round(silu(gate)) * up; rows of gate and up are strides apart.
 template <class T>

@@ -4,6 +4,7 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 
+#include "engine_module.hpp"
 #include "kernels.hpp"
 #include "pool.hpp"
 
@@ -109,4 +110,5 @@ NB_MODULE(_native, m) {
       nb::call_guard<nb::gil_scoped_release>(), "start"_a, "words"_a,
       "Exclusive or of 64-bit words: how fast can memory be read?");
   m.def("pool_workers", &respike::pool_workers, "Threads of the kernels' pool, the caller aside.");
+  bind_engine(m);
 }

@@ -12,6 +12,8 @@ from respike.checkpoint.families import expected_tensors
 from respike.config import ModelConfig
 from respike.device import get_device, get_dtype
 from respike.models.decoder import Decoder
+from respike.models.engine import engine_obstacle
+from respike.models.packing import pack_decoder
 from respike.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -74,21 +76,29 @@ def load(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    weights: str = "stored",
     progress: Progress | None = None,
 ) -> Model:
-    """Load a model folder or GGUF file.
+    """Load a model folder or GGUF file, to run it as fast as this machine can.
+
+    Where the native engine can run it (see `respike doctor`) its weights are packed for that, and
+    it cannot be trained; `load_decoder` gives one that can.
 
     Args:
         path: A Hugging Face folder, a folder written by `respike.convert`, or a ``.gguf`` file.
         device: ``cpu``, ``auto`` or a name from ``respike doctor``.
         dtype: f32, bf16 or f16; None takes the checkpoint's own (GGUF: bf16).
+        weights: ``stored``, or rounded to ``int8`` or ``int4``, see `pack_decoder`.
         progress: Called after each tensor with (done, total).
 
     Raises:
         CheckpointError: The checkpoint is missing, corrupt or contradicts its config.
         UnsupportedError: It is of a family or kind respike does not know.
-        BackendError: Device or dtype is not to be had.
+        BackendError: Device or dtype is not to be had, or ``weights`` cannot be rounded there.
     """
     source = open_checkpoint(path)
     decoder = load_decoder(source, device=device, dtype=dtype, progress=progress)
+    like = decoder.embedding
+    if weights != "stored" or engine_obstacle(like.dtype, like.device) is None:
+        pack_decoder(decoder, weights)
     return Model(decoder, load_tokenizer(source), source.config, source.path, source.files)

@@ -11,6 +11,7 @@ from respike.cli.show import (
     echo_json,
     human_bytes,
     json_option,
+    load_options,
     need_matplotlib,
     number_option,
     pairs,
@@ -152,7 +153,7 @@ def select_command(model: str, output: str, **options: Any) -> None:
     if options["heat_map"]:
         need_matplotlib("the heat map", "add --no-heat-map")
     set_threads(options["threads"])
-    loaded = load(model, device=options["device"], dtype=options["dtype"])
+    loaded = load(model, **load_options(options))
     text = contexts(
         options["data"],
         loaded.tokenizer,

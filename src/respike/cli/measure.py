@@ -16,6 +16,7 @@ from respike.cli.recall import (
 from respike.cli.show import (
     echo_json,
     json_option,
+    load_options,
     number_option,
     progress,
     run_options,
@@ -46,7 +47,7 @@ def _load(path: str, options: dict[str, Any]) -> Any:
     from respike.loading import load
 
     with progress(f"loading {path}") as step:
-        return load(path, device=options["device"], dtype=options["dtype"], progress=step)
+        return load(path, **load_options(options), progress=step)
 
 
 def _contexts(model: Any, options: dict[str, Any]) -> Any:

@@ -24,6 +24,13 @@ def run_options(command: Command) -> Command:
     for option in (
         threads_option,
         click.option(
+            "--weights",
+            type=click.Choice(["stored", "int8", "int4"]),
+            default="stored",
+            show_default=True,
+            help="Round the weights of linear layers; int4 keeps the head at int8.",
+        ),
+        click.option(
             "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"
         ),
         click.option(
@@ -44,6 +51,11 @@ def number_option(
     """An option that takes a count of at least ``least``."""
     kind = click.IntRange(least)
     return click.option(name, default=default, show_default=True, type=kind, metavar="N", help=help)
+
+
+def load_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What `run_options` says to `respike.load`."""
+    return {name: options[name] for name in ("device", "dtype", "weights")}
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")

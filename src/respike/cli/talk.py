@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from respike.cli.show import echo_json, json_option, number_option, progress, run_options
+from respike.cli.show import (
+    echo_json,
+    json_option,
+    load_options,
+    number_option,
+    progress,
+    run_options,
+)
 from respike.errors import UnsupportedError, UsageError
 
 
@@ -75,7 +82,7 @@ def _load(path: str, options: dict[str, Any]) -> Any:
 
     set_threads(options["threads"])
     with progress(f"loading {path}") as step:
-        return load(path, device=options["device"], dtype=options["dtype"], progress=step)
+        return load(path, **load_options(options), progress=step)
 
 
 @click.command("generate")

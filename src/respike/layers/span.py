@@ -4,6 +4,8 @@ Positions, rotary tables and masks depend only on the span, so they are made her
 once per layer. Letters: B batch, T tokens of the span, K head dim.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -36,22 +38,28 @@ class Span:
         device: torch.device,
     ) -> None:
         self.start, self.valid, self.num_tokens = start, valid, num_tokens
-        first = int(start[0])
-        even = bool((start == first).all()) and bool((valid == num_tokens).all())
+        self.starts: list[int] = start.tolist()
+        self.valids: list[int] = valid.tolist()
+        first = self.starts[0]
+        even = all(s == first for s in self.starts) and all(v == num_tokens for v in self.valids)
         self.offset: int | None = first if even else None
         """Common start of all rows when none is padded, else None."""
-        self.fresh = not bool(start.any())
+        self.fresh = not any(self.starts)
         """No row has seen a token yet."""
-        self.end = int((start + valid).max())
+        self.end = max(s + v for s, v in zip(self.starts, self.valids, strict=True))
         self.dtype, self.device = dtype, device
         self._frequencies = frequencies
         self._memo: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
-        self.positions = start[:, None] + torch.arange(num_tokens)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of every token, int64 (B, T), on the processor."""
+        return self.start[:, None] + torch.arange(self.num_tokens)
 
     @property
     def padding(self) -> Tensor | None:
         """Which tokens are padding, bool (B, T) on ``device``; None when there is none."""
-        if self.offset is not None or bool((self.valid == self.num_tokens).all()):
+        if all(valid == self.num_tokens for valid in self.valids):
             return None
         if "padding" not in self._memo:
             padding = torch.arange(self.num_tokens) >= self.valid[:, None]

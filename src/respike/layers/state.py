@@ -63,7 +63,7 @@ class KVState:
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> None:
         """Store the span's keys and values, (B, G, T, K); padding is left out."""
-        self._reserve(span.end)
+        self.reserve(span.end)
         for mine, new in ((self.k, k), (self.v, v)):
             if span.offset is not None:
                 mine[:, :, span.offset : span.end] = new.detach()
@@ -73,7 +73,8 @@ class KVState:
             ):
                 mine[row, :, start : start + count] = new[row, :, :count].detach()
 
-    def _reserve(self, num_tokens: int) -> None:
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for sequences of up to ``num_tokens`` tokens."""
         have = self.k.shape[2]
         if num_tokens <= have:
             return

@@ -17,6 +17,7 @@ from respike import config as configs
 from respike.config import LayerConfig, ModelConfig, RopeConfig
 from respike.layers.attention import Attention
 from respike.layers.far import FarSoftmax
+from respike.layers.linear import PackedLinear
 from respike.layers.memory import (
     GatedDelta,
     GatedLinear,
@@ -31,6 +32,7 @@ from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MixerState
+from respike.models.engine import Engine
 from respike.models.state import DecoderState
 from respike.ops.rotary import llama3_frequencies, rotary_frequencies
 
@@ -157,8 +159,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
+        self.lm_head: nn.Linear | PackedLinear | None = None
+        """None: the embedding serves as head too."""
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.engine: Engine | None = None
+        """Runs the layers where no gradients are needed; see `respike.models.packing`."""
         with torch.device("cpu"):
             self.frequencies = frequencies(config.rope, config.head_dim)
             """Rotary frequencies, radians per token, float64 (K / 2,)."""
@@ -188,7 +194,7 @@ class Decoder(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output matrix: (B, T, D) -> (B, T, V)."""
         x = self.model.norm(x)
-        return linear(x, self.embedding) if self.config.tie_word_embeddings else self.lm_head(x)
+        return linear(x, self.embedding) if self.lm_head is None else self.lm_head(x)
 
     def forward(
         self,
@@ -215,22 +221,23 @@ class Decoder(nn.Module):
         Returns:
             Logits (B, T, V), (B, 1, V) or (B, 0, V) in the model's dtype, and the next state.
         """
-        batch = len(tokens)
-        state = self.init_state(batch) if state is None else state
-        lengths = torch.full((batch,), tokens.shape[1]) if lengths is None else lengths.cpu()
-        last = tokens.new_zeros((batch, 1, self.config.hidden_size), dtype=self.embedding.dtype)
-        outputs = [last.new_zeros(batch, 0, self.config.vocab_size)]
+        state = self.init_state(len(tokens)) if state is None else state
+        if lengths is not None:
+            lengths = lengths.cpu()
+        last: Tensor | None = None
+        parts = []
         for begin, x, valid, after in self._chunks(tokens, state, lengths, chunk_tokens):
             state = after
             if logits == "all":
-                outputs.append(self.head(x))
+                parts.append(self.head(x))
             elif logits == "last":
-                end = begin + x.shape[1]
-                rows = torch.nonzero((lengths > begin) & (lengths <= end))[:, 0]
-                last[rows, 0] = x[rows, valid[rows] - 1]
-        if logits == "last":
-            outputs = [self.head(last)]
-        return torch.cat(outputs, 1), state
+                last = _last_tokens(last, x, begin, valid, lengths)
+        if last is not None:
+            parts = [self.head(last)]
+        if len(parts) == 1:
+            return parts[0], state
+        nothing = self.embedding.new_zeros(len(tokens), 0, self.config.vocab_size)
+        return torch.cat((nothing, *parts), 1), state
 
     def hidden(
         self,
@@ -244,28 +251,50 @@ class Decoder(nn.Module):
         For callers that want logits of long sequences piece by piece.
         """
         state = self.init_state(len(tokens)) if state is None else state
-        lengths = torch.full((len(tokens),), tokens.shape[1])
         outputs = [self.embedding.new_zeros(len(tokens), 0, self.config.hidden_size)]
-        for _, x, _, after in self._chunks(tokens, state, lengths, chunk_tokens):
+        for _, x, _, after in self._chunks(tokens, state, None, chunk_tokens):
             state = after
             outputs.append(x)
         return torch.cat(outputs, 1), state
 
     def _chunks(
-        self, tokens: Tensor, state: DecoderState, lengths: Tensor, chunk_tokens: int
+        self, tokens: Tensor, state: DecoderState, lengths: Tensor | None, chunk_tokens: int
     ) -> Iterator[tuple[int, Tensor, Tensor, DecoderState]]:
         """Work through ``tokens``; yields (begin, hidden, valid tokens of each row, state)."""
         begin, total = 0, tokens.shape[1]
         while begin < total:
             step = chunk_tokens - int(state.tokens_seen[0]) % chunk_tokens
             end = total if torch.is_grad_enabled() else min(total, begin + step)
-            valid = (lengths - begin).clamp(0, end - begin)
+            valid = torch.full_like(state.tokens_seen, end - begin)
+            if lengths is not None:
+                valid = (lengths - begin).clamp(0, end - begin)
             span = self.span(state, end - begin, valid)
             x = self.model.embed_tokens(tokens[:, begin:end])
-            layers = []
-            for layer, before in zip(self.layers, state.layers, strict=True):
-                x, after = layer(x, span, before)
-                layers.append(after)
-            state = DecoderState(tuple(layers), state.tokens_seen + valid)
+            if self.engine is not None and not torch.is_grad_enabled():
+                layers = self.engine.run(x, span, state.layers)
+            else:
+                x, layers = self._through_layers(x, span, state.layers)
+            state = DecoderState(layers, state.tokens_seen + valid)
             yield begin, x, valid, state
             begin = end
+
+    def _through_layers(
+        self, x: Tensor, span: Span, states: tuple[tuple[MixerState, ...], ...]
+    ) -> tuple[Tensor, tuple[tuple[MixerState, ...], ...]]:
+        layers = []
+        for layer, before in zip(self.layers, states, strict=True):
+            x, after = layer(x, span, before)
+            layers.append(after)
+        return x, tuple(layers)
+
+
+def _last_tokens(
+    last: Tensor | None, x: Tensor, begin: int, valid: Tensor, lengths: Tensor | None
+) -> Tensor:
+    """Each row's last real token (B, 1, D), as far as the chunk ``x`` from ``begin`` on has it."""
+    if lengths is None:
+        return x[:, -1:]
+    last = x.new_zeros(len(x), 1, x.shape[2]) if last is None else last
+    rows = torch.nonzero((lengths > begin) & (lengths <= begin + x.shape[1]))[:, 0]
+    last[rows, 0] = x[rows, valid[rows] - 1]
+    return last

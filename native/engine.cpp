@@ -1,0 +1,398 @@
+// See engine.hpp.
+#include "engine.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+namespace respike {
+
+using std::int64_t;
+using std::size_t;
+
+namespace {
+
+constexpr int64_t everything = std::numeric_limits<int64_t>::max();
+
+template <class T>
+T* grown(std::vector<T>& buffer, int64_t elements) {
+  if (static_cast<int64_t>(buffer.size()) < elements) {
+    buffer.resize(static_cast<size_t>(elements));
+  }
+  return buffer.data();
+}
+
+template <class T>
+void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+               int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * from_stride, cols, to + r * to_stride);
+}
+
+// Copies tokens of a ring, whose token `position` lies in slot position % slots, in order of time.
+template <class T>
+void copy_ring(const T* ring, int64_t slots, int64_t position, int64_t count, T* to, int64_t dim) {
+  while (count > 0) {
+    const int64_t slot = position % slots;
+    const int64_t run = std::min(count, slots - slot);
+    std::copy_n(ring + slot * dim, run * dim, to);
+    position += run;
+    count -= run;
+    to += run * dim;
+  }
+}
+
+template <class T>
+void store_in_ring(const T* from, int64_t slots, int64_t position, int64_t count, T* ring,
+                   int64_t dim) {
+  while (count > 0) {
+    const int64_t slot = position % slots;
+    const int64_t run = std::min(count, slots - slot);
+    std::copy_n(from, run * dim, ring + slot * dim);
+    position += run;
+    count -= run;
+    from += run * dim;
+  }
+}
+
+}  // namespace
+
+// What all steps of a call are told.
+template <class T>
+struct Engine<T>::Call {
+  Level level;
+  int threads;
+  const EngineSpan& span;
+  const Workspace<T>& work;
+
+  size_t batch() const { return span.start.size(); }
+  int64_t rows() const { return static_cast<int64_t>(batch()) * span.tokens; }
+  int64_t end(size_t b) const { return span.start[b] + span.valid[b]; }
+  int64_t last() const {
+    int64_t most = 0;
+    for (size_t b = 0; b < batch(); ++b) most = std::max(most, end(b));
+    return most;
+  }
+};
+
+template <class T>
+Engine<T>::Engine(DecoderShape shape, std::vector<LayerWeights<T>> layers)
+    : shape_(std::move(shape)), layers_(std::move(layers)) {}
+
+template <class T>
+void Engine<T>::run(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
+                    size_t first, size_t last, const std::vector<MixerBuffers<T>>& buffers) {
+  const std::lock_guard<std::mutex> lock(busy_);
+  const Call call{level, threads, span, work};
+  tables_.clear();
+  const MixerBuffers<T>* next = buffers.data();
+  for (size_t layer = first; layer < last; ++layer) {
+    project(call, layer);
+    mix(call, layer, next);
+    finish(call, layer);
+    next += layers_[layer].mixers.size();
+  }
+}
+
+template <class T>
+void Engine<T>::project(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
+                        size_t layer) {
+  const std::lock_guard<std::mutex> lock(busy_);
+  project({level, threads, span, work}, layer);
+}
+
+template <class T>
+void Engine<T>::finish(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
+                       size_t layer) {
+  const std::lock_guard<std::mutex> lock(busy_);
+  finish({level, threads, span, work}, layer);
+}
+
+template <class T>
+void Engine<T>::project(const Call& call, size_t layer) {
+  const LayerWeights<T>& weights = layers_[layer];
+  const Workspace<T>& work = call.work;
+  const int64_t rows = call.rows();
+  rms_norm(call.level, work.x, weights.norm, work.normed, rows, shape_.hidden, shape_.eps);
+  packed_linear(call.level, call.threads, work.normed, weights.q, work.q, rows);
+  packed_linear(call.level, call.threads, work.normed, weights.k, work.k, rows);
+  packed_linear(call.level, call.threads, work.normed, weights.v, work.v, rows);
+  if (weights.q_norm == nullptr) return;
+  const int64_t dim = shape_.head_dim;
+  rms_norm(call.level, work.q, weights.q_norm, work.q, rows * shape_.heads, dim, shape_.eps);
+  rms_norm(call.level, work.k, weights.k_norm, work.k, rows * shape_.groups, dim, shape_.eps);
+}
+
+template <class T>
+void Engine<T>::finish(const Call& call, size_t layer) {
+  const LayerWeights<T>& weights = layers_[layer];
+  const Workspace<T>& work = call.work;
+  const int64_t rows = call.rows();
+  const int64_t width = shape_.intermediate;
+  T* added = grown(added_, rows * shape_.hidden);
+  T* gate = grown(gate_, rows * width);
+  T* up = grown(up_, rows * width);
+  T* gated = grown(gated_, rows * width);
+  packed_linear(call.level, call.threads, work.mixed, weights.o, added, rows);
+  add_rms_norm(call.level, call.threads, work.x, added, weights.mlp_norm, work.x, work.normed, rows,
+               shape_.hidden, shape_.eps);
+  packed_linear(call.level, call.threads, work.normed, weights.gate, gate, rows);
+  packed_linear(call.level, call.threads, work.normed, weights.up, up, rows);
+  swiglu(call.level, call.threads, gate, width, up, width, gated, rows, width);
+  packed_linear(call.level, call.threads, gated, weights.down, added, rows);
+  add(call.level, call.threads, work.x, added, work.x, rows, shape_.hidden);
+}
+
+// Of the span's positions, or of `reach` - 1 where they are beyond it; or, with `back` above 0,
+// of minus the position `back` tokens before.
+template <class T>
+const typename Engine<T>::Tables& Engine<T>::tables(const Call& call, int64_t reach, int64_t back) {
+  const auto found = tables_.find({reach, back});
+  if (found != tables_.end()) return found->second;
+  Tables& made = tables_[{reach, back}];
+  const size_t half = shape_.frequencies.size();
+  made.cos.resize(static_cast<size_t>(call.rows()) * half);
+  made.sin.resize(made.cos.size());
+  size_t at = 0;
+  for (size_t b = 0; b < call.batch(); ++b) {
+    for (int64_t t = 0; t < call.span.tokens; ++t) {
+      int64_t position = std::min(call.span.start[b] + t, reach - 1);
+      if (back > 0) position = back - position;
+      for (size_t i = 0; i < half; ++i, ++at) {
+        const double angle = static_cast<double>(position) * shape_.frequencies[i];
+        made.cos[at] = static_cast<float>(std::cos(angle));
+        made.sin[at] = static_cast<float>(std::sin(angle));
+      }
+    }
+  }
+  return made;
+}
+
+template <class T>
+void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffers) {
+  const Workspace<T>& work = call.work;
+  const int64_t dim = shape_.head_dim;
+  const int64_t rows = call.rows();
+  const int64_t q_stride = shape_.heads * dim;
+  const int64_t k_stride = shape_.groups * dim;
+  T* q = grown(q_rotated_, rows * q_stride);
+  T* k = grown(k_rotated_, rows * k_stride);
+  const Tables& turn = tables(call, everything, 0);
+  rotate(call.level, call.threads, work.q, q_stride, turn.cos.data(), turn.sin.data(), q, q_stride,
+         rows, shape_.heads, dim / 2);
+  rotate(call.level, call.threads, work.k, k_stride, turn.cos.data(), turn.sin.data(), k, k_stride,
+         rows, shape_.groups, dim / 2);
+
+  const std::vector<MixerWeights>& mixers = layers_[layer].mixers;
+  int64_t near = 0;
+  sink_queries_.clear();
+  for (const MixerWeights& mixer : mixers) {
+    near += static_cast<int64_t>(call.batch() * mixer.groups.size()) * near_size(call, mixer);
+    const int64_t reach = mixer.sink_reach;
+    if (mixer.sinks == 0 || call.last() <= reach || sink_queries_.count(reach) > 0) continue;
+    const Tables& held = tables(call, reach, 0);
+    T* q_sink = grown(q_sink_[reach], rows * q_stride);
+    rotate(call.level, call.threads, work.q, q_stride, held.cos.data(), held.sin.data(), q_sink,
+           q_stride, rows, shape_.heads, dim / 2);
+    sink_queries_[reach] = q_sink;
+  }
+  grown(near_, near);
+  grown(mass_, rows * shape_.heads);
+  near_used_ = 0;
+  softmax_jobs_.clear();
+  far_jobs_.clear();
+  for (size_t m = 0; m < mixers.size(); ++m) add_jobs(call, mixers[m], buffers[m]);
+  softmax(call.level, call.threads, softmax_jobs_.data(),
+          static_cast<int64_t>(softmax_jobs_.size()));
+  far(call.level, call.threads, far_jobs_.data(), static_cast<int64_t>(far_jobs_.size()));
+}
+
+// Elements of near_ for one group: keys and values of the window and of the span, and by step the
+// keys that leave, not rotated, and room for values of steps before the first that leaves.
+template <class T>
+int64_t Engine<T>::near_size(const Call& call, const MixerWeights& mixer) const {
+  return (2 * mixer.window + 4 * call.span.tokens) * shape_.head_dim;
+}
+
+template <class T>
+void Engine<T>::add_jobs(const Call& call, const MixerWeights& mixer,
+                         const MixerBuffers<T>& buffers) {
+  const int64_t dim = shape_.head_dim;
+  const int64_t heads = shape_.heads / shape_.groups;
+  const int64_t q_stride = shape_.heads * dim;
+  const auto sink_queries = sink_queries_.find(mixer.sink_reach);
+  for (size_t b = 0; b < call.batch(); ++b) {
+    if (call.span.valid[b] == 0) continue;
+    for (size_t i = 0; i < mixer.groups.size(); ++i) {
+      const int64_t g = mixer.groups[i];
+      const size_t place = b * mixer.groups.size() + i;
+      const int64_t row = static_cast<int64_t>(b) * call.span.tokens;
+      const int64_t at = row * q_stride + g * heads * dim;
+      MixerBuffers<T> mine = buffers;
+      const auto offset = static_cast<int64_t>(place) * buffers.slots * dim;
+      mine.k += offset;
+      mine.v += offset;
+      const bool windowed = mixer.window > 0;
+      const Near near = windowed ? within_window(call, mixer, mine, b, g)
+                                 : all_before(call, mine, b, g);
+      SoftmaxJob<T> job{};
+      job.q = q_rotated_.data() + at;
+      job.q_sink = sink_queries == sink_queries_.end() ? job.q : sink_queries->second + at;
+      job.q_stride = q_stride;
+      job.sinks = {mine.k, mine.v, dim, std::min(mixer.sinks, call.end(b))};
+      job.keys = near.keys;
+      job.first = near.first;
+      job.start = call.span.start[b];
+      job.tokens = call.span.valid[b];
+      job.heads = heads;
+      job.head_dim = dim;
+      job.value_dim = dim;
+      job.window = near.all_seen || !windowed ? everything : mixer.window;
+      job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
+      job.out = call.work.mixed + at;
+      job.out_stride = q_stride;
+      if (mixer.far.features > 0) {
+        job.log_mass = mass_.data() + row * shape_.heads + g * heads;
+        job.mass_stride = shape_.heads;
+        far_jobs_.push_back(far_job(call, mixer, job, near, b, i));
+        far_jobs_.back().memory =
+            buffers.memory + static_cast<int64_t>(place) * mixer.far.features * (dim + 1);
+      }
+      softmax_jobs_.push_back(job);
+    }
+  }
+}
+
+template <class T>
+FarJob<T> Engine<T>::far_job(const Call& call, const MixerWeights& mixer,
+                             const SoftmaxJob<T>& softmax, const Near& near, size_t b,
+                             size_t i) const {
+  const FarWeights& far = mixer.far;
+  const auto group = static_cast<int64_t>(i);
+  FarJob<T> job{};
+  job.q = call.work.q + (softmax.out - call.work.mixed);
+  job.q_stride = softmax.q_stride;
+  job.k = near.leaving_k;
+  job.v = near.leaving_v;
+  job.k_stride = job.v_stride = softmax.head_dim;
+  job.first_real = near.first_leaving;
+  job.real = call.span.valid[b];
+  job.key_weight = far.key_weight + group * far.features * softmax.head_dim;
+  job.key_bias = far.key_bias + group * far.features;
+  job.query_weight = far.query_weight + group * softmax.heads * far.features * softmax.head_dim;
+  job.beta = far.beta + group * softmax.heads;
+  job.log_decay = far.log_decay[group];
+  job.near_log_mass = softmax.log_mass;
+  job.mass_stride = softmax.mass_stride;
+  job.near = softmax.out;
+  job.near_stride = softmax.out_stride;
+  job.tokens = call.span.valid[b];
+  job.heads = softmax.heads;
+  job.features = far.features;
+  job.key_dim = softmax.head_dim;
+  job.value_dim = softmax.value_dim;
+  return job;
+}
+
+// Stores the span's keys and values in a cache whose slot is the position.
+template <class T>
+typename Engine<T>::Near Engine<T>::all_before(const Call& call, const MixerBuffers<T>& mine,
+                                               size_t b, int64_t g) {
+  const int64_t dim = shape_.head_dim;
+  const int64_t stride = shape_.groups * dim;
+  const int64_t from = static_cast<int64_t>(b) * call.span.tokens * stride + g * dim;
+  const int64_t start = call.span.start[b];
+  copy_rows(k_rotated_.data() + from, stride, mine.k + start * dim, dim, call.span.valid[b], dim);
+  copy_rows(call.work.v + from, stride, mine.v + start * dim, dim, call.span.valid[b], dim);
+  Near near{};
+  near.keys = {mine.k, mine.v, dim, call.end(b)};
+  return near;
+}
+
+// Stores the span's keys and values as sinks and in the ring behind them. What the ring forgets on
+// the way is still seen by the span's first queries, and then leaves for the far memory: so the
+// window and the span are laid out in order of time first, unless there is but one token.
+template <class T>
+typename Engine<T>::Near Engine<T>::within_window(const Call& call, const MixerWeights& mixer,
+                                                  const MixerBuffers<T>& mine, size_t b,
+                                                  int64_t g) {
+  const int64_t dim = shape_.head_dim;
+  const int64_t stride = shape_.groups * dim;
+  const int64_t from = static_cast<int64_t>(b) * call.span.tokens * stride + g * dim;
+  const int64_t start = call.span.start[b];
+  const int64_t valid = call.span.valid[b];
+  const int64_t sinks = mixer.sinks;
+  const int64_t window = mixer.window;
+  const T* new_k = k_rotated_.data() + from;
+  const T* new_v = call.work.v + from;
+  T* ring_k = mine.k + sinks * dim;
+  T* ring_v = mine.v + sinks * dim;
+
+  T* const leaving_k = near_.data() + near_used_;
+  T* const values = leaving_k + 2 * call.span.tokens * dim;
+  near_used_ += static_cast<size_t>(near_size(call, mixer));
+
+  // Tokens that become sinks, once for all.
+  const int64_t new_sinks = std::clamp<int64_t>(sinks - start, 0, valid);
+  copy_rows(new_k, stride, mine.k + start * dim, dim, new_sinks, dim);
+  copy_rows(new_v, stride, mine.v + start * dim, dim, new_sinks, dim);
+  new_k += new_sinks * stride;
+  new_v += new_sinks * stride;
+
+  // In the ring lie positions [first, begin); the span adds [begin, end). Both count from the sinks.
+  const int64_t begin = std::max<int64_t>(start - sinks, 0);
+  const int64_t first = std::max<int64_t>(begin - window, 0);
+  const int64_t end = begin + valid - new_sinks;
+  Near near{};
+  near.first_leaving = std::min(std::max<int64_t>(window - begin, 0) + new_sinks, valid);
+  near.leaving_k = leaving_k;
+  near.leaving_v = values - near.first_leaving * dim;
+
+  if (valid == 1) {
+    if (end > begin) {
+      const int64_t slot = begin % window;
+      if (near.first_leaving == 0) {
+        rotate_back(call, mixer, b, 0, 1, ring_k + slot * dim, leaving_k);
+        std::copy_n(ring_v + slot * dim, dim, values);
+      }
+      std::copy_n(new_k, dim, ring_k + slot * dim);
+      std::copy_n(new_v, dim, ring_v + slot * dim);
+    }
+    near.keys = {ring_k, ring_v, dim, std::min(end, window)};
+    near.all_seen = true;
+    return near;
+  }
+  T* const keys = values + (window + call.span.tokens) * dim;
+  const int64_t old = begin - first;
+  copy_ring(ring_k, window, first, old, keys, dim);
+  copy_ring(ring_v, window, first, old, values, dim);
+  copy_rows(new_k, stride, keys + old * dim, dim, end - begin, dim);
+  copy_rows(new_v, stride, values + old * dim, dim, end - begin, dim);
+  const int64_t kept = std::max(begin, end - window);
+  store_in_ring(keys + (kept - first) * dim, window, kept, end - kept, ring_k, dim);
+  store_in_ring(values + (kept - first) * dim, window, kept, end - kept, ring_v, dim);
+  if (mixer.far.features > 0) {
+    rotate_back(call, mixer, b, near.first_leaving, valid, keys,
+                leaving_k + near.first_leaving * dim);
+  }
+  near.keys = {keys, values, dim, old + end - begin};
+  near.first = sinks + first;
+  return near;
+}
+
+// Undoes the rotation of the keys that leave the window at steps [from, to) of sequence b.
+template <class T>
+void Engine<T>::rotate_back(const Call& call, const MixerWeights& mixer, size_t b, int64_t from,
+                            int64_t to, const T* keys, T* out) {
+  if (mixer.far.features == 0) return;
+  const Tables& turn = tables(call, everything, mixer.window);
+  const int64_t half = shape_.head_dim / 2;
+  const int64_t at = (static_cast<int64_t>(b) * call.span.tokens + from) * half;
+  rotate(call.level, 1, keys, 2 * half, turn.cos.data() + at, turn.sin.data() + at, out, 2 * half,
+         to - from, 1, half);
+}
+
+template class Engine<float>;
+template class Engine<bf16>;
+
+}  // namespace respike

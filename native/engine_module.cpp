@@ -1,0 +1,126 @@
+// Python bindings of the engine. Addresses come in tuples; respike.models.engine keeps what they
+// point to alive, and checks shapes and dtypes.
+#include "engine_module.hpp"
+
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+
+#include "engine.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using std::int64_t;
+using std::uintptr_t;
+
+template <class T>
+T* pointer(nb::handle address) {
+  return reinterpret_cast<T*>(nb::cast<uintptr_t>(address));
+}
+
+respike::PackedWeights packed(nb::handle item) {
+  const auto w = nb::cast<nb::tuple>(item);
+  return {static_cast<respike::Kind>(nb::cast<int>(w[0])),
+          pointer<const std::uint8_t>(w[1]),
+          pointer<const std::uint16_t>(w[2]),
+          pointer<const float>(w[3]),
+          nb::cast<int64_t>(w[4]),
+          nb::cast<int64_t>(w[5]),
+          nb::cast<int64_t>(w[6])};
+}
+
+respike::MixerWeights mixer(nb::handle item) {
+  const auto m = nb::cast<nb::tuple>(item);
+  const auto far = nb::cast<nb::tuple>(m[4]);
+  return {nb::cast<std::vector<int64_t>>(m[0]),
+          nb::cast<int64_t>(m[1]),
+          nb::cast<int64_t>(m[2]),
+          nb::cast<int64_t>(m[3]),
+          {pointer<const float>(far[0]), pointer<const float>(far[1]), pointer<const float>(far[2]),
+           pointer<const float>(far[3]), pointer<const float>(far[4]), nb::cast<int64_t>(far[5])}};
+}
+
+template <class T>
+respike::LayerWeights<T> layer(nb::handle item) {
+  const auto l = nb::cast<nb::tuple>(item);
+  respike::LayerWeights<T> made{pointer<const T>(l[0]), pointer<const T>(l[1]),
+                                pointer<const T>(l[2]), pointer<const T>(l[3]),
+                                packed(l[4]),           packed(l[5]),
+                                packed(l[6]),           packed(l[7]),
+                                packed(l[8]),           packed(l[9]),
+                                packed(l[10]),          {}};
+  for (nb::handle part : nb::cast<nb::tuple>(l[11])) made.mixers.push_back(mixer(part));
+  return made;
+}
+
+template <class T>
+respike::Workspace<T> workspace(const nb::tuple& a) {
+  return {pointer<T>(a[0]), pointer<T>(a[1]), pointer<T>(a[2]),
+          pointer<T>(a[3]), pointer<T>(a[4]), pointer<T>(a[5])};
+}
+
+template <class T>
+void bind(nb::module_& m, const char* name) {
+  using Engine = respike::Engine<T>;
+  using Counts = std::vector<int64_t>;
+  nb::class_<Engine>(m, name)
+      .def(
+          "__init__",
+          [](Engine* self, int64_t hidden, int64_t heads, int64_t groups, int64_t head_dim,
+             int64_t intermediate, float eps, const std::vector<double>& frequencies,
+             const nb::tuple& layers) {
+            std::vector<respike::LayerWeights<T>> made;
+            for (nb::handle item : layers) made.push_back(layer<T>(item));
+            new (self) Engine({hidden, heads, groups, head_dim, intermediate, eps, frequencies},
+                              std::move(made));
+          },
+          "hidden"_a, "heads"_a, "groups"_a, "head_dim"_a, "intermediate"_a, "eps"_a,
+          "frequencies"_a, "layers"_a)
+      .def(
+          "run",
+          [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,
+             const nb::tuple& work, std::size_t first, std::size_t last, const Counts& buffers) {
+            std::vector<respike::MixerBuffers<T>> states;
+            for (std::size_t i = 0; i + 3 < buffers.size(); i += 4) {
+              states.push_back({reinterpret_cast<T*>(buffers[i]),
+                                reinterpret_cast<T*>(buffers[i + 1]), buffers[i + 2],
+                                reinterpret_cast<float*>(buffers[i + 3])});
+            }
+            const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
+            const auto space = workspace<T>(work);
+            const nb::gil_scoped_release unlocked;
+            self.run(respike::checked_level(level), threads, span, space, first, last, states);
+          },
+          "level"_a, "threads"_a, "start"_a, "valid"_a, "tokens"_a, "work"_a, "first"_a, "last"_a,
+          "buffers"_a, "x after layers [first, last).")
+      .def(
+          "project",
+          [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,
+             const nb::tuple& work, std::size_t index) {
+            const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
+            const auto space = workspace<T>(work);
+            const nb::gil_scoped_release unlocked;
+            self.project(respike::checked_level(level), threads, span, space, index);
+          },
+          "level"_a, "threads"_a, "start"_a, "valid"_a, "tokens"_a, "work"_a, "layer"_a)
+      .def(
+          "finish",
+          [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,
+             const nb::tuple& work, std::size_t index) {
+            const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
+            const auto space = workspace<T>(work);
+            const nb::gil_scoped_release unlocked;
+            self.finish(respike::checked_level(level), threads, span, space, index);
+          },
+          "level"_a, "threads"_a, "start"_a, "valid"_a, "tokens"_a, "work"_a, "layer"_a);
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  bind<float>(m, "Engine_f32");
+  bind<respike::bf16>(m, "Engine_bf16");
+}

@@ -1,0 +1,242 @@
+"""The native engine: a span through all layers in one call, for decoders with packed weights.
+
+It computes what `respike.models.decoder` defines, on the same states, so a sequence may go on with
+either. Layers with a mixer it does not know keep their mixers in Python, between two native calls.
+
+Letters: B batch, T tokens, D model width, H query heads, G KV groups, K head dim.
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from respike.errors import BackendError
+from respike.layers.attention import Attention
+from respike.layers.far import FarSoftmax
+from respike.layers.linear import PackedLinear
+from respike.layers.mixer import Mixer
+from respike.layers.norm import RMSNorm
+from respike.layers.softmax import FullSoftmax, WindowSoftmax
+from respike.layers.span import Span
+from respike.layers.state import KVState, MixerState, PairState, WindowState
+from respike.ops import backends
+
+_ENGINE = {torch.float32: "Engine_f32", torch.bfloat16: "Engine_bf16"}
+
+LayerStates = tuple[tuple[MixerState, ...], ...]
+
+
+def engine_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no engine can run a model of this kind here, or None if one can."""
+    if backends.kernels() is None:
+        return backends.native_status().reason if not _available() else "RESPIKE_BACKEND=torch"
+    if device.type != "cpu":
+        return f"it runs on processors, the model is on {device}"
+    if dtype not in _ENGINE:
+        return f"it knows {', '.join(map(str, _ENGINE))}, the model is {dtype}"
+    return None
+
+
+def _available() -> bool:
+    return backends.native_status().available
+
+
+class Engine:
+    """The layers of a decoder, ready to run natively.
+
+    Args:
+        layers: The decoder's layers; every linear layer is a `PackedLinear`.
+        frequencies: Rotary frequencies, float64 (K / 2,).
+
+    Raises:
+        BackendError: This model cannot run natively here, see `engine_obstacle`.
+    """
+
+    def __init__(self, layers: list[Any], frequencies: Tensor) -> None:
+        first = layers[0]
+        attention: Attention = first.self_attn
+        weight = first.input_layernorm.weight
+        obstacle = engine_obstacle(weight.dtype, weight.device)
+        if obstacle is not None:
+            raise BackendError(f"the native engine cannot run this model: {obstacle}")
+        self._layers, self._frequencies = layers, frequencies
+        self._attentions = [layer.self_attn for layer in layers]
+        self.dtype, self._hidden = weight.dtype, len(weight)
+        self._heads, self._groups = attention.num_heads, attention.num_groups
+        self._head_dim = attention.head_dim
+        self._work: dict[str, Tensor] = {}
+        self._build()
+
+    def _build(self) -> None:
+        """Make the native engine from the layers as they are now."""
+        ready = backends.kernels()
+        assert ready is not None
+        self._kept: list[Tensor] = []  # what the engine points to
+        self._arranged = [attention.groups for attention in self._attentions]
+        self._mixers = [list(attention.mixers) for attention in self._attentions]
+        self._native = [all(map(_is_native, mixers)) for mixers in self._mixers]
+        self._level = ready.level
+        first = self._layers[0]
+        self._engine = getattr(ready.module, _ENGINE[self.dtype])(
+            self._hidden,
+            self._heads,
+            self._groups,
+            self._head_dim,
+            first.mlp.down_proj.in_features,
+            first.input_layernorm.eps,
+            self._frequencies.tolist(),
+            tuple(map(self._layer, self._layers, self._native)),
+        )
+
+    def run(self, x: Tensor, span: Span, states: LayerStates) -> LayerStates:
+        """Take the residual stream ``x`` (B, T, D) through all layers, in place.
+
+        Args:
+            x: Embeddings, contiguous.
+            span: Where the tokens stand.
+            states: Before the span; consumed.
+
+        Returns:
+            The states after it.
+        """
+        if self._changed():
+            self._build()
+        work = self._workspace(x)
+        pointers = tuple(tensor.data_ptr() for tensor in work)
+        call = (
+            self._level,
+            torch.get_num_threads(),
+            span.starts,
+            span.valids,
+            span.num_tokens,
+            pointers,
+        )
+        after: list[tuple[MixerState, ...]] = []
+        first = 0
+        while first < len(self._layers):
+            if not self._native[first]:
+                after.append(self._layer_in_python(first, call, work, span, states[first]))
+                first += 1
+                continue
+            last = first + 1
+            while last < len(self._layers) and self._native[last]:
+                last += 1
+            buffers: list[int] = []
+            for state in states[first:last]:
+                for part in state:
+                    buffers += _buffers(part, span)
+            self._engine.run(*call, first, last, buffers)
+            after += states[first:last]
+            first = last
+        return tuple(after)
+
+    def _layer_in_python(
+        self,
+        index: int,
+        call: tuple[Any, ...],
+        work: tuple[Tensor, ...],
+        span: Span,
+        state: tuple[MixerState, ...],
+    ) -> tuple[MixerState, ...]:
+        self._engine.project(*call, index)
+        _, normed, q, k, v, mixed = work
+        out, state = self._layers[index].self_attn.mix(normed, (q, k, v), span, state)
+        mixed.copy_(out)
+        self._engine.finish(*call, index)
+        return state
+
+    def _changed(self) -> bool:
+        """Whether mixers were exchanged, or parts of them switched, since `_build`."""
+        for attention, groups in zip(self._attentions, self._arranged, strict=True):
+            if attention.groups is not groups:
+                return True
+        now = [all(map(_is_native, mixers)) for mixers in self._mixers]
+        return now != self._native
+
+    def _workspace(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``x`` and the tensors between a layer's steps, see native/engine.hpp."""
+        batch, tokens, _ = x.shape
+        shapes = {
+            "normed": (self._hidden,),
+            "q": (self._heads, self._head_dim),
+            "k": (self._groups, self._head_dim),
+            "v": (self._groups, self._head_dim),
+            "mixed": (self._heads, self._head_dim),
+        }
+        rows = batch * tokens
+        views = [x]
+        for name, shape in shapes.items():
+            kept = self._work.get(name)
+            if kept is None or len(kept) < rows:
+                # Zeros: outputs of padding are never written, and must be numbers.
+                kept = self._work[name] = x.new_zeros(rows, *shape)
+            views.append(kept[:rows].view(batch, tokens, *shape))
+        return tuple(views)
+
+    def _layer(self, layer: Any, native: bool) -> tuple[Any, ...]:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [attention.q_norm, attention.k_norm] if attention.has_qk_norm else [None, None]
+        linears = [getattr(attention, f"{name}_proj") for name in ("q", "k", "v", "o")]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        pairs = attention.arrangement() if native else []
+        return (
+            *(self._norm(norm) for norm in norms),
+            *(self._linear(linear) for linear in linears),
+            tuple(self._mixer(groups, mixer) for groups, mixer in pairs),
+        )
+
+    def _norm(self, norm: RMSNorm | None) -> int:
+        return 0 if norm is None else self._keep(norm.weight)
+
+    def _linear(self, linear: PackedLinear) -> tuple[int, ...]:
+        packed = linear.packed
+        bias = 0 if linear.bias is None else self._keep(linear.bias)
+        self._kept += [t for t in (packed.data, packed.scales) if t is not None]
+        shape = (packed.in_features, packed.out_features, packed.group_size)
+        return (*packed.for_kernels, bias, *shape)
+
+    def _mixer(self, groups: list[int], mixer: Mixer) -> tuple[Any, ...]:
+        none = (0, 0, 0, 0, 0, 0)
+        if isinstance(mixer, FullSoftmax):
+            return groups, 0, 0, 0, none
+        window = cast(WindowSoftmax, mixer.window if isinstance(mixer, FarSoftmax) else mixer)
+        limits = (window.window_tokens, window.sink_tokens, window.sink_reach_tokens)
+        if not isinstance(mixer, FarSoftmax) or bool((mixer.beta == -torch.inf).all()):
+            return groups, *limits, none
+        decay = -math.log(2) * torch.exp2(-mixer.log2_half_life.float())
+        parameters = (mixer.key_weight, mixer.key_bias, mixer.query_weight, mixer.beta, decay)
+        far = tuple(self._keep(parameter.float().contiguous()) for parameter in parameters)
+        return groups, *limits, (*far, mixer.key_weight.shape[1])
+
+    def _keep(self, tensor: Tensor) -> int:
+        tensor = tensor.detach()
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _is_native(mixer: Mixer) -> bool:
+    if mixer.off or not isinstance(mixer, FullSoftmax | WindowSoftmax | FarSoftmax):
+        return False
+    return not (isinstance(mixer, FarSoftmax) and mixer.watch)
+
+
+def _buffers(state: MixerState, span: Span) -> tuple[int, int, int, int]:
+    """Addresses of keys, values and memory, and the number of slots."""
+    memory = 0
+    if isinstance(state, PairState):
+        memory = _address(state.memory.memory)
+        state = state.window
+    if isinstance(state, KVState):
+        state.reserve(span.end)
+    assert isinstance(state, KVState | WindowState)
+    return _address(state.k), _address(state.v), state.k.shape[2], memory
+
+
+def _address(tensor: Tensor) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError(f"a state's buffer of shape {tuple(tensor.shape)} is not in one piece")
+    return tensor.data_ptr()
