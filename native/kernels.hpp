@@ -43,6 +43,12 @@ bool advise_huge_pages(void* start, std::size_t bytes);
 // Reads memory in order, for measuring how fast that is; the exclusive or of all words.
 std::uint64_t read_all(const std::uint64_t* start, std::int64_t words);
 
+// Rounds weights (rows, cols) to integers -8..7, `group` (32, 64 or 128) of a row sharing a float16
+// scale (rows, groups): of the candidates "largest weight / step" the one of least squared error.
+void search_int4(Level level, int threads, const float* weights, std::int64_t rows,
+                 std::int64_t cols, std::int64_t group, const float* steps,
+                 std::int64_t num_steps, std::int8_t* integers, std::uint16_t* scales);
+
 // A packed matrix, see packed.hpp.
 struct PackedWeights {
   Kind kind;

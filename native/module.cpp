@@ -97,6 +97,17 @@ NB_MODULE(_native, m) {
            "stride"_a, "cos"_a, "sin"_a, "out"_a, "out_stride"_a, "tokens"_a, "heads"_a, "half"_a);
 
   m.def(
+      "search_int4_f32",
+      [](int level, int threads, uintptr_t weights, int64_t rows, int64_t cols, int64_t group,
+         uintptr_t steps, int64_t num_steps, uintptr_t integers, uintptr_t scales) {
+        respike::search_int4(respike::checked_level(level), threads, buffer<const float>(weights),
+                             rows, cols, group, buffer<const float>(steps), num_steps,
+                             buffer<std::int8_t>(integers), buffer<std::uint16_t>(scales));
+      },
+      nb::call_guard<nb::gil_scoped_release>(), "level"_a, "threads"_a, "weights"_a, "rows"_a,
+      "cols"_a, "group"_a, "steps"_a, "num_steps"_a, "integers"_a, "scales"_a);
+
+  m.def(
       "advise_huge_pages",
       [](uintptr_t start, std::size_t bytes) {
         return respike::advise_huge_pages(buffer<void>(start), bytes);

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import at_level, each_level
 from respike.errors import UnsupportedError
 from respike.ops.packed import (
     GROUP_SIZES,
@@ -11,6 +12,7 @@ from respike.ops.packed import (
     packed_columns,
     place_together,
     quantise,
+    quantise_definition,
     unpack,
 )
 from tolerance import differences
@@ -157,3 +159,18 @@ def test_weights_placed_together_are_the_same_and_aligned(count: int) -> None:
         assert after.data.data_ptr() != before.data.data_ptr()
     if count:
         assert len({p.data.untyped_storage().data_ptr() for p in placed}) == 1
+
+
+@each_level
+@pytest.mark.parametrize("shape", [(17, 96, 32), (5, 100, 64), (33, 130, 128), (1, 1, 32)], ids=str)
+def test_the_native_search_is_the_definitions(level: int, shape: tuple[int, int, int]) -> None:
+    """Small, zero, huge and subnormal-scaled rows too."""
+    out_features, in_features, group = shape
+    weight = torch.randn(out_features, in_features)
+    for row, size in enumerate([1e-6, 0.0, 3e4, 1e-9]):
+        weight[row : row + 1] *= size
+    with at_level(level):
+        integers, scales = quantise(weight, "int4", group)
+    expected, expected_scales = quantise_definition(weight, "int4", group)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(integers, expected)

@@ -44,6 +44,8 @@ GROUP_SIZES = (32, 64, 128)
 INT4_STEPS = tuple(6.5 + 0.25 * i for i in range(13))
 """The largest magnitude of a group is this many steps, for each candidate scale of int4."""
 
+_INT4_CANDIDATES = (-8.0, *(sign * steps for steps in INT4_STEPS for sign in (-1, 1)))
+
 _HUGE_PAGE = 1 << 21
 
 _FLOAT = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -170,25 +172,67 @@ def place_together(weights: Sequence[PackedWeight]) -> list[PackedWeight]:
     ]
 
 
-def quantise(
+def quantise_definition(
     weight: Float[Tensor, "O I"], kind: str, group_size: int, *, search: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Integers (O, I), int8 in memory, and their float16 scales (O, S); see `pack`."""
+    """Integers (O, I), int8 in memory, and their float16 scales (O, S): the definition.
+
+    See `pack` for arguments and errors.
+    """
     out_features, in_features = weight.shape
     groups = -(-in_features // group_size)
     grouped = pad(weight.float(), (0, groups * group_size - in_features))
     grouped = grouped.view(out_features, groups, group_size)
-    if not bool(grouped.isfinite().all()):
-        raise UnsupportedError("packing weights that are infinite or not a number")
     if kind == "int8":
         integers, scales = _round(grouped, grouped.abs().amax(-1) / 127, -127, 127)
     elif search:
         integers, scales = _search_int4(grouped)
     else:
         integers, scales = _round(grouped, grouped.abs().amax(-1) / 7, -7, 7)
+    return integers.view(out_features, -1)[:, :in_features].to(torch.int8), scales
+
+
+def quantise(
+    weight: Float[Tensor, "O I"], kind: str, group_size: int, *, search: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`quantise_definition` by the fastest implementation that can run here.
+
+    The search for int4 compares sums of squares, so where two candidates are as good as each other
+    it may choose the other one.
+    """
+    if not bool(weight.isfinite().all()):
+        raise UnsupportedError("packing weights that are infinite or not a number")
+    weight = weight.float().contiguous()
+    kernels = backends.choose("search_int4", weight) if kind == "int4" and search else None
+    if kernels is None:
+        integers, scales = quantise_definition(weight, kind, group_size, search=search)
+    else:
+        integers, scales = _search_int4_natively(kernels, weight, group_size)
     if not bool(scales.isfinite().all()):
         raise UnsupportedError("packing weights whose scales are beyond float16")
-    return integers.view(out_features, -1)[:, :in_features].to(torch.int8), scales
+    return integers, scales
+
+
+def _search_int4_natively(
+    kernels: backends.Kernels, weight: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    out_features, in_features = weight.shape
+    steps = torch.tensor(_INT4_CANDIDATES, dtype=torch.float32)
+    integers = torch.empty(out_features, in_features, dtype=torch.int8)
+    scales = torch.empty(out_features, -(-in_features // group_size), dtype=torch.float16)
+    kernels.module.search_int4_f32(
+        kernels.level,
+        torch.get_num_threads(),
+        weight.data_ptr(),
+        out_features,
+        in_features,
+        group_size,
+        steps.data_ptr(),
+        len(steps),
+        integers.data_ptr(),
+        scales.data_ptr(),
+    )
+    return integers, scales
 
 
 def _round(grouped: Tensor, scales: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -200,12 +244,12 @@ def _round(grouped: Tensor, scales: Tensor, low: int, high: int) -> tuple[Tensor
 
 
 def _search_int4(grouped: Tensor) -> tuple[Tensor, Tensor]:
-    """For each group the candidate scale with the least squared error."""
+    """For each group the candidate scale with the least squared error, the first of equals."""
     at = grouped.abs().argmax(-1, keepdim=True)
     largest = grouped.gather(-1, at)[..., 0]
-    integers, scales = _round(grouped, largest / -8, -8, 7)
-    least = (integers * scales.float()[..., None] - grouped).square().sum(-1)
-    for steps in (s * sign for s in INT4_STEPS for sign in (-1, 1)):
+    integers, scales = torch.zeros_like(grouped), torch.zeros_like(largest).half()
+    least = torch.full_like(largest, torch.inf)
+    for steps in _INT4_CANDIDATES:
         candidate, stored = _round(grouped, largest / steps, -8, 7)
         error = (candidate * stored.float()[..., None] - grouped).square().sum(-1)
         better = error < least
