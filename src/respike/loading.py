@@ -29,6 +29,13 @@ class Model:
     config: ModelConfig
     path: Path
     files: list[Path]
+    weights: str = "stored"
+    """What linear layers are rounded to, see `respike.models.packing.WEIGHTS`."""
+
+    @property
+    def engine(self) -> str:
+        """What runs the layers: native or torch."""
+        return "torch" if self.decoder.engine is None else "native"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -101,4 +108,5 @@ def load(
     like = decoder.embedding
     if weights != "stored" or engine_obstacle(like.dtype, like.device) is None:
         pack_decoder(decoder, weights)
-    return Model(decoder, load_tokenizer(source), source.config, source.path, source.files)
+    tokenizer = load_tokenizer(source)
+    return Model(decoder, tokenizer, source.config, source.path, source.files, weights)

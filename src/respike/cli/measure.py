@@ -24,6 +24,9 @@ from respike.cli.show import (
 )
 from respike.errors import DataError, UsageError
 
+AS_STORED = {"weights": "stored"}
+"""--weights is about the model that is measured, never about what it is compared with."""
+
 BUILTIN = "Python's language reference (built in)"
 
 
@@ -86,6 +89,8 @@ def _facts(model: Any) -> dict[str, str]:
         "path": str(model.path),
         "fingerprint": model.fingerprint,
         "dtype": dtype_name(model.decoder.embedding.dtype),
+        "weights": model.weights,
+        "engine": model.engine,
     }
 
 
@@ -107,7 +112,7 @@ def check_command(a: str, b: str, **options: Any) -> None:
     from respike.evaluation import Reference, position_buckets
 
     set_threads(options["threads"])
-    first, second = _load(a, options), _load(b, options)
+    first, second = _load(a, options | AS_STORED), _load(b, options)
     _refuse_other_vocabulary(first, second)
     text = _contexts(first, options)
     with progress("reference") as step:
@@ -196,7 +201,7 @@ def eval_command(model: str, task: str, original: str | None, **options: Any) ->
     set_threads(options["threads"])
     loaded = {"model": _load(model, options)}
     if original:
-        loaded["original"] = _load(original, options)
+        loaded["original"] = _load(original, options | AS_STORED)
         _refuse_other_vocabulary(loaded["original"], loaded["model"])
     report: dict[str, Any] = {"task": task, **{name: _facts(m) for name, m in loaded.items()}}
     if task == "perplexity":

@@ -105,6 +105,18 @@ def recipes_command(name: str | None, as_json: bool) -> None:
         click.echo(click.wrap_text(recipe.about, 78, "  ", "  "))
 
 
+def _engine() -> str:
+    """What runs models on this processor, and why."""
+    import torch
+
+    from respike.models.engine import engine_obstacle
+
+    obstacle = engine_obstacle(torch.bfloat16, torch.device("cpu"))
+    if obstacle is not None:
+        return f"torch ({obstacle})"
+    return "native for f32 and bf16 on cpu, torch for other dtypes and devices"
+
+
 @click.command("doctor")
 @json_option
 def doctor_command(as_json: bool) -> None:
@@ -123,6 +135,7 @@ def doctor_command(as_json: bool) -> None:
         "torch_build": build_of_torch(),
         "threads": set_threads(None),
         "devices": available_devices(),
+        "engine": _engine(),
         "cpu_features": sorted(k for k, v in backends.cpu_features().items() if v),
         "vendor_packages": vendor_packages(),
     }

@@ -28,7 +28,7 @@ def run_options(command: Command) -> Command:
             type=click.Choice(["stored", "int8", "int4"]),
             default="stored",
             show_default=True,
-            help="Round the weights of linear layers; int4 keeps the head at int8.",
+            help="Round the model's linear layers; int4 keeps the head at int8.",
         ),
         click.option(
             "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"

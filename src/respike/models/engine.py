@@ -31,16 +31,13 @@ LayerStates = tuple[tuple[MixerState, ...], ...]
 def engine_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why no engine can run a model of this kind here, or None if one can."""
     if backends.kernels() is None:
-        return backends.native_status().reason if not _available() else "RESPIKE_BACKEND=torch"
+        status = backends.native_status()
+        return "RESPIKE_BACKEND=torch" if status.available else status.reason
     if device.type != "cpu":
         return f"it runs on processors, the model is on {device}"
     if dtype not in _ENGINE:
         return f"it knows {', '.join(map(str, _ENGINE))}, the model is {dtype}"
     return None
-
-
-def _available() -> bool:
-    return backends.native_status().available
 
 
 class Engine:
