@@ -146,7 +146,7 @@ class Trunk(nn.Module):
         # Not nn.Embedding(V, D): on the meta device its random start imports torch's compiler,
         # which takes longer than loading a small model.
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding(*weight.shape, _weight=weight)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
