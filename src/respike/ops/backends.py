@@ -27,10 +27,17 @@ BACKENDS = ("auto", "torch", "native")
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets of the native kernels, ascending; a level's index is its number in C++."""
 
+_FLOATS = (torch.float32, torch.bfloat16)
+
 NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
-    op: (torch.float32, torch.bfloat16)
-    for op in ("rms_norm", "add_rms_norm", "swiglu", "rotate", "packed_linear")
-} | {"search_int4": (torch.float32,)}
+    "rms_norm": _FLOATS,
+    "add_rms_norm": _FLOATS,
+    "swiglu": _FLOATS,
+    "rotate": _FLOATS,
+    "packed_linear": _FLOATS,
+    "search_int4": (torch.float32,),
+    "softmax": _FLOATS,
+}
 """Ops that have a native kernel, and the dtypes it takes."""
 
 
