@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include "kernels.hpp"
+#include "module_recurrent.hpp"
 #include "pool.hpp"
 
 namespace nb = nanobind;
@@ -94,6 +95,7 @@ NB_MODULE(_native, m) {
            "gate_stride"_a, "up"_a, "up_stride"_a, "out"_a, "rows"_a, "cols"_a);
   def_both(m, "rotate", &rotate<float>, &rotate<respike::bf16>, "level"_a, "threads"_a, "x"_a,
            "stride"_a, "cos"_a, "sin"_a, "out"_a, "out_stride"_a, "tokens"_a, "heads"_a, "half"_a);
+  bind_recurrent(m);
 
   m.def(
       "advise_huge_pages",

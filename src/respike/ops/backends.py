@@ -13,6 +13,7 @@ read once, choose between them::
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -29,7 +30,9 @@ LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 
 NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     op: (torch.float32, torch.bfloat16)
-    for op in ("rms_norm", "add_rms_norm", "swiglu", "rotate", "packed_linear")
+    for op in (
+        "rms_norm", "add_rms_norm", "swiglu", "rotate", "packed_linear", "gla", "delta", "far"
+    )
 }
 """Ops that have a native kernel, and the dtypes it takes."""
 
@@ -133,8 +136,13 @@ def kernels() -> Kernels | None:
     return None
 
 
-def choose(op: str, *tensors: Tensor) -> Kernels | None:
+def choose(op: str, *tensors: Tensor, float32: Sequence[Tensor] = ()) -> Kernels | None:
     """The native kernels if they can run ``op`` on these tensors, else None: use the torch form.
+
+    Args:
+        op: One of `NATIVE_OPS`.
+        tensors: Must share a dtype the kernel takes.
+        float32: Others, which are float32 whatever that dtype is.
 
     Raises:
         BackendError: RESPIKE_BACKEND=native and they cannot.
@@ -142,7 +150,7 @@ def choose(op: str, *tensors: Tensor) -> Kernels | None:
     ready = kernels()
     if ready is None:
         return None
-    obstacle = _obstacle(op, tensors)
+    obstacle = _obstacle(op, tensors, float32)
     if obstacle is None:
         return ready
     if ready.required:
@@ -153,7 +161,7 @@ def choose(op: str, *tensors: Tensor) -> Kernels | None:
     return None
 
 
-def _obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+def _obstacle(op: str, tensors: Sequence[Tensor], float32: Sequence[Tensor]) -> str | None:
     """Why the native kernel of ``op`` cannot take these tensors, or None when it can."""
     dtype = tensors[0].dtype
     if dtype not in NATIVE_OPS[op]:
@@ -161,6 +169,7 @@ def _obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     for tensor in tensors:
         if tensor.dtype != dtype:
             return f"its tensors mix {dtype} and {tensor.dtype}"
+    for tensor in (*tensors, *float32):
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
         if tensor.requires_grad and torch.is_grad_enabled():
