@@ -118,7 +118,8 @@ def delta(
 ) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
     """`delta_definition` by the fastest implementation that can run here.
 
-    Natively, or in chunks by torch, or by `delta_step` for one token. Safe and accurate at any decay, as `respike.ops.gla.gla` is. ``state`` is not written to.
+    Natively, or in chunks by torch, or by `delta_step` for one token. Safe and accurate at any
+    decay, as `respike.ops.gla.gla` is. ``state`` is not written to.
 
     Args:
         q: As for `delta_definition`, and so are k, v, beta, log_decay, state and scale.

@@ -97,9 +97,9 @@ def gla(
 ) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
     """`gla_definition` by the fastest implementation that can run here.
 
-    Natively, or in chunks by torch, or by `gla_step` for one token. Safe and accurate at any decay: every factor is the exponential of a sum of log-decays, or a
-    product of such, and at most 1; differences of sums are never formed. ``state`` is not written
-    to.
+    Natively, or in chunks by torch, or by `gla_step` for one token. Safe and accurate at any decay:
+    every factor is the exponential of a sum of log-decays, or a product of such, and at most 1;
+    differences of sums are never formed. ``state`` is not written to.
 
     Args:
         q: As for `gla_definition`, and so are k, v, log_decay, state and scale.

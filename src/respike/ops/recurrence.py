@@ -60,9 +60,7 @@ def strided(x: Float[Tensor, "B T G ..."]) -> tuple[Tensor, tuple[int, int, int]
     return x, (x.stride(0), x.stride(1), x.stride(2))
 
 
-def strided_heads(
-    q: Float[Tensor, "B T H K"], groups: int
-) -> tuple[Tensor, tuple[int, int, int]]:
+def strided_heads(q: Float[Tensor, "B T H K"], groups: int) -> tuple[Tensor, tuple[int, int, int]]:
     """As `strided`, with a group's heads contiguous; the last stride is that of groups."""
     K = q.shape[3]
     if q.stride(3) != 1 or q.stride(2) != K:
