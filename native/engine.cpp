@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <stdexcept>
 
 namespace respike {
@@ -13,7 +12,7 @@ using std::size_t;
 
 namespace {
 
-constexpr int64_t everything = std::numeric_limits<int64_t>::max();
+constexpr int64_t everything = without_window;
 
 template <class T>
 T* grown(std::vector<T>& buffer, int64_t elements) {
@@ -27,6 +26,16 @@ template <class T>
 void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
                int64_t cols) {
   for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * from_stride, cols, to + r * to_stride);
+}
+
+template <class T>
+Keys<T> keys_at(const T* k, const T* v, int64_t dim, int64_t count) {
+  Keys<T> keys;
+  keys.k = k;
+  keys.v = v;
+  keys.stride = dim;
+  keys.count = count;
+  return keys;
 }
 
 // Copies tokens of a ring, whose token `position` lies in slot position % slots, in order of time.
@@ -239,7 +248,7 @@ void Engine<T>::add_jobs(const Call& call, const MixerWeights& mixer,
       job.q = q_rotated_.data() + at;
       job.q_sink = sink_queries == sink_queries_.end() ? job.q : sink_queries->second + at;
       job.q_stride = q_stride;
-      job.sinks = {mine.k, mine.v, dim, std::min(mixer.sinks, call.end(b))};
+      job.sinks = keys_at(mine.k, mine.v, dim, std::min(mixer.sinks, call.end(b)));
       job.keys = near.keys;
       job.first = near.first;
       job.start = call.span.start[b];
@@ -305,7 +314,7 @@ typename Engine<T>::Near Engine<T>::all_before(const Call& call, const MixerBuff
   copy_rows(k_rotated_.data() + from, stride, mine.k + start * dim, dim, call.span.valid[b], dim);
   copy_rows(call.work.v + from, stride, mine.v + start * dim, dim, call.span.valid[b], dim);
   Near near{};
-  near.keys = {mine.k, mine.v, dim, call.end(b)};
+  near.keys = keys_at(mine.k, mine.v, dim, call.end(b));
   return near;
 }
 
@@ -358,7 +367,7 @@ typename Engine<T>::Near Engine<T>::within_window(const Call& call, const MixerW
       std::copy_n(new_k, dim, ring_k + slot * dim);
       std::copy_n(new_v, dim, ring_v + slot * dim);
     }
-    near.keys = {ring_k, ring_v, dim, std::min(end, window)};
+    near.keys = keys_at(ring_k, ring_v, dim, std::min(end, window));
     near.all_seen = true;
     return near;
   }
@@ -375,7 +384,7 @@ typename Engine<T>::Near Engine<T>::within_window(const Call& call, const MixerW
     rotate_back(call, mixer, b, near.first_leaving, valid, keys,
                 leaving_k + near.first_leaving * dim);
   }
-  near.keys = {keys, values, dim, old + end - begin};
+  near.keys = keys_at(keys, values, dim, old + end - begin);
   near.first = sinks + first;
   return near;
 }

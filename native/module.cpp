@@ -11,6 +11,7 @@
 
 #include "engine_module.hpp"
 #include "kernels.hpp"
+#include "module_recurrent.hpp"
 #include "pool.hpp"
 #include "softmax.hpp"
 
@@ -153,6 +154,7 @@ NB_MODULE(_native, m) {
            "gate_stride"_a, "up"_a, "up_stride"_a, "out"_a, "rows"_a, "cols"_a);
   def_both(m, "rotate", &rotate<float>, &rotate<respike::bf16>, "level"_a, "threads"_a, "x"_a,
            "stride"_a, "cos"_a, "sin"_a, "out"_a, "out_stride"_a, "tokens"_a, "heads"_a, "half"_a);
+  bind_recurrent(m);
 
   def_both(m, "softmax", &softmax<float>, &softmax<respike::bf16>, "int8"_a, "level"_a, "threads"_a,
            "q"_a, "q_sink"_a, "keys"_a, "sinks"_a, "out"_a, "log_mass"_a, "shape"_a, "first"_a,

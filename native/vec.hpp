@@ -24,6 +24,8 @@
 namespace respike {
 
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+// Below this, exp gives 0 and not a subnormal number.
+constexpr float smallest_exp = -87.0f;
 
 // ---- portable: the compiler makes of it what it can
 
@@ -67,6 +69,43 @@ RESPIKE_INLINE V mul(const V& a, const V& b) {
 }
 RESPIKE_INLINE V fma(const V& a, const V& b, const V& c) {
   return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+RESPIKE_INLINE V sub(const V& a, const V& b) {
+  return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+RESPIKE_INLINE V div(const V& a, const V& b) {
+  return each([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+RESPIKE_INLINE V max(const V& a, const V& b) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+// a * b in the lanes before `count`, a in the others; a in the lanes before `count`, else 0.
+RESPIKE_INLINE V mul_before(int count, const V& a, const V& b) {
+  return each([&](int i) { return i < count ? a.lane[i] * b.lane[i] : a.lane[i]; });
+}
+RESPIKE_INLINE V keep_before(int count, const V& a) {
+  return each([&](int i) { return i < count ? a.lane[i] : 0.0f; });
+}
+// Sum and largest of all lanes.
+RESPIKE_INLINE float sum(const V& a) {
+  float total = a.lane[0];
+  for (int i = 1; i < width; ++i) total += a.lane[i];
+  return total;
+}
+RESPIKE_INLINE float top(const V& a) {
+  float best = a.lane[0];
+  for (int i = 1; i < width; ++i) best = a.lane[i] > best ? a.lane[i] : best;
+  return best;
+}
+// Lane j of row i and lane i of row j change places.
+RESPIKE_INLINE void transpose(V (&rows)[width]) {
+  for (int i = 0; i < width; ++i) {
+    for (int j = 0; j < i; ++j) std::swap(rows[i].lane[j], rows[j].lane[i]);
+  }
+}
+// 0 below smallest_exp.
+RESPIKE_INLINE V exp(const V& x) {
+  return each([&](int i) { return x.lane[i] < smallest_exp ? 0.0f : std::exp(x.lane[i]); });
 }
 // a * b - c * d, and x / (1 + exp(-x)).
 RESPIKE_INLINE V cross(const V& a, const V& b, const V& c, const V& d) {
@@ -171,17 +210,64 @@ RESPIKE_OP V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 RESPIKE_OP V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 RESPIKE_OP V cross(V a, V b, V c, V d) { return _mm256_fmsub_ps(a, b, _mm256_mul_ps(c, d)); }
 
-RESPIKE_OP V silu(V x) {
-  // The limits keep NaN: min and max return their second argument then.
-  V y = _mm256_sub_ps(_mm256_setzero_ps(), x);
-  y = _mm256_max_ps(same(-87.0f), _mm256_min_ps(same(88.0f), y));
+RESPIKE_OP V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+RESPIKE_OP V div(V a, V b) { return _mm256_div_ps(a, b); }
+RESPIKE_OP V max(V a, V b) { return _mm256_max_ps(a, b); }
+RESPIKE_OP V before(int count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+}
+RESPIKE_OP V mul_before(int count, V a, V b) {
+  return _mm256_blendv_ps(a, _mm256_mul_ps(a, b), before(count));
+}
+RESPIKE_OP V keep_before(int count, V a) { return _mm256_and_ps(a, before(count)); }
+RESPIKE_OP float sum(V a) { return sum8(a); }
+RESPIKE_OP float top(V a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+// The first step of a transposition: afterwards lanes 4b .. 4b + 3 of row 4g + c hold what was in
+// lane 4b + c of rows 4g .. 4g + 3.
+RESPIKE_OP void transpose_fours(V* rows) {
+  for (V* r = rows; r != rows + width; r += 4) {
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r[0], r[1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(r[0], r[1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r[2], r[3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    r[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    r[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    r[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+}
+RESPIKE_OP void transpose(V (&rows)[width]) {
+  transpose_fours(rows);
+  for (int c = 0; c < 4; ++c) {
+    const V low = rows[c], high = rows[4 + c];
+    rows[c] = _mm256_permute2f128_ps(low, high, 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+}
+
+// exp of what lies within [smallest_exp, 88]; other values are taken as the nearest that does.
+// The limits keep NaN: min and max return their second argument then.
+RESPIKE_OP V exp_within(V y) {
+  y = _mm256_max_ps(same(smallest_exp), _mm256_min_ps(same(88.0f), y));
   const V n = _mm256_round_ps(_mm256_mul_ps(y, same(log2_e)), _MM_FROUND_TO_NEAREST_INT | 8);
   const V r = _mm256_fnmadd_ps(n, same(ln2_low), _mm256_fnmadd_ps(n, same(ln2_high), y));
   V p = same(exp_terms[0]);
   for (int i = 1; i < 6; ++i) p = _mm256_fmadd_ps(p, r, same(exp_terms[i]));
   p = _mm256_add_ps(_mm256_fmadd_ps(_mm256_mul_ps(r, r), p, r), same(1.0f));
   const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-  p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+}
+RESPIKE_OP V exp(V x) {
+  const V small = _mm256_cmp_ps(x, same(smallest_exp), _CMP_LT_OQ);
+  return _mm256_andnot_ps(small, exp_within(x));
+}
+RESPIKE_OP V silu(V x) {
+  const V p = exp_within(_mm256_sub_ps(_mm256_setzero_ps(), x));
   return _mm256_div_ps(x, _mm256_add_ps(same(1.0f), p));
 }
 
@@ -296,15 +382,55 @@ RESPIKE_OP V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 RESPIKE_OP V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 RESPIKE_OP V cross(V a, V b, V c, V d) { return _mm512_fmsub_ps(a, b, _mm512_mul_ps(c, d)); }
 
-RESPIKE_OP V silu(V x) {
-  V y = _mm512_sub_ps(_mm512_setzero_ps(), x);
-  y = _mm512_max_ps(same(-87.0f), _mm512_min_ps(same(88.0f), y));
+RESPIKE_OP V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+RESPIKE_OP V div(V a, V b) { return _mm512_div_ps(a, b); }
+RESPIKE_OP V max(V a, V b) { return _mm512_max_ps(a, b); }
+RESPIKE_OP __mmask16 before(int count) {
+  return static_cast<__mmask16>((1u << static_cast<unsigned>(count)) - 1);
+}
+RESPIKE_OP V mul_before(int count, V a, V b) { return _mm512_mask_mul_ps(a, before(count), a, b); }
+RESPIKE_OP V keep_before(int count, V a) { return _mm512_maskz_mov_ps(before(count), a); }
+RESPIKE_OP float sum(V a) { return _mm512_reduce_add_ps(a); }
+RESPIKE_OP float top(V a) { return _mm512_reduce_max_ps(a); }
+RESPIKE_OP void transpose(V (&rows)[width]) {
+  for (V* r = rows; r != rows + width; r += 4) {  // fours of lanes, as AVX2's transpose_fours
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    r[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    r[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    r[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  for (int c = 0; c < 4; ++c) {  // and a matrix of 4 x 4 such fours
+    const V even = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0x44);
+    const V odd = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0xee);
+    const V even2 = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0x44);
+    const V odd2 = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0xee);
+    rows[c] = _mm512_shuffle_f32x4(even, even2, 0x88);
+    rows[4 + c] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    rows[8 + c] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    rows[12 + c] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+}
+
+RESPIKE_OP V exp_within(V y) {
+  y = _mm512_max_ps(same(smallest_exp), _mm512_min_ps(same(88.0f), y));
   const V n = _mm512_roundscale_ps(_mm512_mul_ps(y, same(log2_e)), 8);
   const V r = _mm512_fnmadd_ps(n, same(ln2_low), _mm512_fnmadd_ps(n, same(ln2_high), y));
   V p = same(exp_terms[0]);
   for (int i = 1; i < 6; ++i) p = _mm512_fmadd_ps(p, r, same(exp_terms[i]));
   p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), p, r), same(1.0f));
-  return _mm512_div_ps(x, _mm512_add_ps(same(1.0f), _mm512_scalef_ps(p, n)));
+  return _mm512_scalef_ps(p, n);
+}
+RESPIKE_OP V exp(V x) {
+  const __mmask16 small = _mm512_cmp_ps_mask(x, same(smallest_exp), _CMP_LT_OQ);
+  return _mm512_maskz_mov_ps(static_cast<__mmask16>(~small), exp_within(x));
+}
+RESPIKE_OP V silu(V x) {
+  const V p = exp_within(_mm512_sub_ps(_mm512_setzero_ps(), x));
+  return _mm512_div_ps(x, _mm512_add_ps(same(1.0f), p));
 }
 
 RESPIKE_OP V weights(WeightF32, const std::uint8_t* row, int column) {

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 
 import pytest
@@ -29,13 +29,22 @@ each_level = pytest.mark.parametrize("level", levels(), ids=lambda i: backends.L
 
 
 @contextmanager
-def at_level(level: int) -> Iterator[None]:
-    """Ops must run natively, at ``level``, until the end of the block."""
+def _environment(**variables: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RESPIKE_BACKEND", "native")
-        patch.setenv("RESPIKE_CPU", backends.LEVELS[level])
+        for name, value in variables.items():
+            patch.setenv(name, value)
         backends.kernels.cache_clear()
         try:
             yield
         finally:
             backends.kernels.cache_clear()
+
+
+def at_level(level: int) -> AbstractContextManager[None]:
+    """Ops must run natively, at ``level``, until the end of the block."""
+    return _environment(RESPIKE_BACKEND="native", RESPIKE_CPU=backends.LEVELS[level])
+
+
+def at_torch() -> AbstractContextManager[None]:
+    """Ops run in torch until the end of the block."""
+    return _environment(RESPIKE_BACKEND="torch")

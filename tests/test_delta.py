@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_recurrent_gated_delta_rule,
 )
 
+from kernels import at_torch
 from recurrent import (
     CHUNKS,
     DECAYS,
@@ -40,6 +42,13 @@ from tolerance import assert_close
 
 each_decay = pytest.mark.parametrize("decay", DECAYS)
 STATE = normal(B, G, K, V, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _in_torch() -> Iterator[None]:
+    """Kernels have tests of their own."""
+    with at_torch():
+        yield
 
 
 def inputs(T: int, decay: str = "mixture") -> list[Tensor]:

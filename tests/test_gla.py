@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import at_torch
 from recurrent import (
     CHUNKS,
     DECAYS,
@@ -37,6 +39,13 @@ WIDTHS = {"per channel": K, "one decay": 1}
 each_width = pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())
 each_decay = pytest.mark.parametrize("decay", DECAYS)
 STATE = normal(B, G, K, V, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _in_torch() -> Iterator[None]:
+    """Kernels have tests of their own."""
+    with at_torch():
+        yield
 
 
 def inputs(T: int, width: int, decay: str = "mixture") -> list[Tensor]:

@@ -12,7 +12,7 @@ from respike.layers.mixer import Mixer
 from respike.layers.softmax import WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MemoryState, PairState
-from respike.ops.far import far_read, share_denominator
+from respike.ops.far import Prototypes, far, far_read, share_denominator
 
 
 class FarSoftmax(Mixer):
@@ -71,11 +71,23 @@ class FarSoftmax(Mixer):
             return near.attend(), PairState(window, state.memory)
         leaving = state.window.leaving(k, v, span)
         near, window = self.window.near(q, k, v, span, state.window, self.off)
-        far, far_mass, memory = self.recall(q, leaving, span, state.memory.memory)
-        out, share = share_denominator(*near.attend_with_mass(), far, far_mass)
+        seen = near.attend_with_mass()
         if self.watch:
+            mean, mass, memory = self.recall(q, leaving, span, state.memory.memory)
+            out, share = share_denominator(*seen, mean, mass)
             self.share = share.detach()
+        else:
+            k = span.rotate_back(leaving[0], self.window.window_tokens)
+            first = self.window.sink_tokens + self.window.window_tokens - span.start
+            real = torch.stack((first, span.valid), 1)
+            before = state.memory.memory
+            out, memory = far(q, k, leaving[1], real, self.prototypes(), before, seen)
         return out, PairState(window, MemoryState(memory))
+
+    def prototypes(self) -> Prototypes:
+        """What the memory has learnt, as the op takes it."""
+        rate = -math.log(2) * torch.exp2(-self.log2_half_life.float())
+        return Prototypes(self.key_weight, self.key_bias, self.query_weight, self.beta, rate)
 
     def recall(
         self, q: Tensor, leaving: tuple[Tensor, Tensor, Tensor], span: Span, memory: Tensor
@@ -96,20 +108,18 @@ class FarSoftmax(Mixer):
 
     def log_query(self, q: Tensor) -> Tensor:
         """How much queries (B, T, H, K), not rotated, like each prototype: (B, T, H, F)."""
-        likes = torch.einsum("bthk,hfk->bthf", q.float(), self.query_weight.float())
-        return likes + self.beta.float()[:, None]
+        return self.prototypes().log_query(q)
 
     def key_features(self, k: Tensor, real: Tensor) -> Tensor:
         """How much keys (B, T, G, K), not rotated, belong to each prototype: (B, T, G, F).
 
         Zeros where ``real`` (B, T) is false.
         """
-        scores = torch.einsum("btgk,gfk->btgf", k.float(), self.key_weight.float())
-        return (scores + self.key_bias.float()).softmax(-1) * real[:, :, None, None]
+        return self.prototypes().key_features(k) * real[:, :, None, None]
 
     def _log_decay(self, span: Span) -> Tensor:
         """(B, T, G, 1); padding does not age the memory."""
-        rate = -math.log(2) * torch.exp2(-self.log2_half_life.float())
+        rate = self.prototypes().log_decay
         aged = torch.ones(len(span.start), span.num_tokens, 1, 1, device=rate.device)
         if span.padding is not None:
             aged = aged.masked_fill(span.padding[:, :, None, None], 0)

@@ -13,6 +13,7 @@ read once, choose between them::
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -37,6 +38,9 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "packed_linear": _FLOATS,
     "search_int4": (torch.float32,),
     "softmax": _FLOATS,
+    "gla": _FLOATS,
+    "delta": _FLOATS,
+    "far": _FLOATS,
 }
 """Ops that have a native kernel, and the dtypes it takes."""
 
@@ -140,8 +144,13 @@ def kernels() -> Kernels | None:
     return None
 
 
-def choose(op: str, *tensors: Tensor) -> Kernels | None:
+def choose(op: str, *tensors: Tensor, float32: Sequence[Tensor] = ()) -> Kernels | None:
     """The native kernels if they can run ``op`` on these tensors, else None: use the torch form.
+
+    Args:
+        op: One of `NATIVE_OPS`.
+        tensors: Must share a dtype the kernel takes.
+        float32: Others, which are float32 whatever that dtype is.
 
     Raises:
         BackendError: RESPIKE_BACKEND=native and they cannot.
@@ -149,7 +158,7 @@ def choose(op: str, *tensors: Tensor) -> Kernels | None:
     ready = kernels()
     if ready is None:
         return None
-    obstacle = _obstacle(op, tensors)
+    obstacle = _obstacle(op, tensors, float32)
     if obstacle is None:
         return ready
     if ready.required:
@@ -160,7 +169,7 @@ def choose(op: str, *tensors: Tensor) -> Kernels | None:
     return None
 
 
-def _obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+def _obstacle(op: str, tensors: Sequence[Tensor], float32: Sequence[Tensor]) -> str | None:
     """Why the native kernel of ``op`` cannot take these tensors, or None when it can."""
     dtype = tensors[0].dtype
     if dtype not in NATIVE_OPS[op]:
@@ -168,6 +177,7 @@ def _obstacle(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     for tensor in tensors:
         if tensor.dtype != dtype:
             return f"its tensors mix {dtype} and {tensor.dtype}"
+    for tensor in (*tensors, *float32):
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
         if tensor.requires_grad and torch.is_grad_enabled():

@@ -13,13 +13,19 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import silu
 
+from respike.ops import backends
 from respike.ops.recurrence import (
+    SUFFIX,
+    check_chunk,
     chunk_outputs,
     decayed_scores,
     decays_between,
     default_scale,
     in_chunks,
+    one_dtype,
     read_state,
+    strided,
+    strided_heads,
 )
 
 
@@ -110,9 +116,10 @@ def delta(
     scale: float | None = None,
     chunk_tokens: int = 32,
 ) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
-    """`delta_definition` in chunks, or by `delta_step` for one token.
+    """`delta_definition` by the fastest implementation that can run here.
 
-    Safe and accurate at any decay, as `respike.ops.gla.gla` is. ``state`` is not written to.
+    Natively, or in chunks by torch, or by `delta_step` for one token. Safe and accurate at any
+    decay, as `respike.ops.gla.gla` is. ``state`` is not written to.
 
     Args:
         q: As for `delta_definition`, and so are k, v, beta, log_decay, state and scale.
@@ -122,15 +129,45 @@ def delta(
         log_decay: One per KV group.
         state: The state before the first token.
         scale: Factor on the outputs.
-        chunk_tokens: Tokens of a chunk; changes speed and rounding only.
+        chunk_tokens: Tokens of a chunk of torch's; changes speed and rounding only.
 
     Raises:
         ValueError: ``chunk_tokens`` is not positive.
     """
+    check_chunk(chunk_tokens)
+    scale = default_scale(scale, q.shape[-1])
+    same = one_dtype(q, k, v)
+    kernels = backends.choose("delta", *same, float32=(beta, log_decay, state))
+    if kernels is not None:
+        return _native(kernels, same, (beta, log_decay), state, scale)
     if q.shape[1] == 1:
         return delta_step(q, k, v, beta, log_decay, state, scale)
-    scale = default_scale(scale, q.shape[-1])
     return in_chunks(_block, (q, k, v, beta, log_decay), state, scale, chunk_tokens)
+
+
+def _native(
+    kernels: backends.Kernels,
+    qkv: tuple[Tensor, ...],
+    gates: tuple[Tensor, Tensor],
+    state: Float32[Tensor, "B G K V"],
+    scale: float,
+) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
+    q, k, v = qkv
+    (B, T, H, K), (_, G, _, V) = q.shape, state.shape
+    state = state.clone(memory_format=torch.contiguous_format)
+    out = state.new_empty(B, T, H, V)
+    rows = (strided_heads(q, G), *(strided(x) for x in (k, v, *(y.float() for y in gates))))
+    getattr(kernels.module, f"delta_{SUFFIX[q.dtype]}")(
+        kernels.level,
+        torch.get_num_threads(),
+        *(x.data_ptr() for x, _ in rows),
+        state.data_ptr(),
+        out.data_ptr(),
+        [strides for _, strides in rows],
+        (B, T, H, G, K, V),
+        scale,
+    )
+    return out, state
 
 
 def _block(

@@ -11,12 +11,44 @@ Source: our own. The shared denominator: LoLCATs, arXiv:2410.10254; prototypes a
 the exponential kernel around cluster centres: the fast Gauss transform (Greengard & Strain, 1991).
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from respike.ops import backends
 from respike.ops.attention import visible
 from respike.ops.gla import gla
+from respike.ops.recurrence import SUFFIX, strided, strided_heads
+
+
+class Prototypes(NamedTuple):
+    """What a far memory has learnt.
+
+    Attributes:
+        key_weight: (G, F, K); ``phi = softmax(key_weight k + key_bias)``.
+        key_bias: (G, F).
+        query_weight: (H, F, K); ``log_query = query_weight q + beta``.
+        beta: (H); -inf shuts a head.
+        log_decay: (G), of each step beyond the window.
+    """
+
+    key_weight: Tensor
+    key_bias: Tensor
+    query_weight: Tensor
+    beta: Tensor
+    log_decay: Tensor
+
+    def log_query(self, q: Float[Tensor, "B T H K"]) -> Float[Tensor, "B T H F"]:
+        """How much queries, not rotated, like each prototype."""
+        likes = torch.einsum("bthk,hfk->bthf", q.float(), self.query_weight.float())
+        return likes + self.beta.float()[:, None]
+
+    def key_features(self, k: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T G F"]:
+        """How much keys, not rotated, belong to each prototype."""
+        scores = torch.einsum("btgk,gfk->btgf", k.float(), self.key_weight.float())
+        return (scores + self.key_bias.float()).softmax(-1)
 
 
 def far_definition(
@@ -117,3 +149,81 @@ def share_denominator(
     share = torch.sigmoid(far_log_mass - near_log_mass)
     out = torch.lerp(near.float(), far.float(), share[..., None])
     return out.to(near.dtype), share
+
+
+def far(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    real: Int[Tensor, "B 2"],
+    prototypes: Prototypes,
+    memory: Float[Tensor, "B G F V1"],
+    near: tuple[Tensor, Tensor],
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G F V1"]]:
+    """The window's average joined by all that has left it, by the fastest form that can run here.
+
+    `far_read` of the prototypes' likes and features, then `share_denominator`: the definition is
+    `far_torch`. Nothing given is written to.
+
+    Args:
+        q: Queries, not rotated.
+        k: Keys of the tokens that leave the window, one a step, not rotated.
+        v: Their values.
+        real: For each row, on the processor: the first step at which a token leaves, and the
+            first that is padding, at which the memory does not age either.
+        prototypes: Of these heads and groups.
+        memory: As for `far_read`.
+        near: The window's output (B, T, H, V), and the logarithm of its mass (B, T, H), float32.
+
+    Returns:
+        The joint average, and the memory after the span.
+    """
+    out, mass = near
+    kernels = backends.choose("far", q, k, v, out, float32=(mass, memory, *prototypes))
+    if kernels is None:
+        return far_torch(q, k, v, real, prototypes, memory, near)
+    (B, T, H, K), (_, G, F, V1) = q.shape, memory.shape
+    memory = memory.clone(memory_format=torch.contiguous_format)
+    out = out.clone(memory_format=torch.contiguous_format)
+    mass = mass.float().contiguous()
+    rows = (strided_heads(q, G), strided(k), strided(v))
+    first, end = (x.contiguous() for x in real.long().unbind(1))
+    weights = [x.float().contiguous() for x in prototypes]
+    getattr(kernels.module, f"far_{SUFFIX[q.dtype]}")(
+        kernels.level,
+        torch.get_num_threads(),
+        *(x.data_ptr() for x, _ in rows),
+        first.data_ptr(),
+        end.data_ptr(),
+        [x.data_ptr() for x in weights],
+        memory.data_ptr(),
+        mass.data_ptr(),
+        out.data_ptr(),
+        [strides for _, strides in rows],
+        (B, T, H, G, K, V1 - 1),
+        F,
+    )
+    return out, memory
+
+
+def far_torch(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    real: Int[Tensor, "B 2"],
+    prototypes: Prototypes,
+    memory: Float[Tensor, "B G F V1"],
+    near: tuple[Tensor, Tensor],
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G F V1"]]:
+    """`far` in torch, with gradients."""
+    step = torch.arange(q.shape[1])
+    ages = (step < real[:, 1:])[:, :, None, None].to(q.device)
+    leaves = ages & (step >= real[:, :1])[:, :, None, None].to(q.device)
+    mean, mass, memory = far_read(
+        prototypes.log_query(q),
+        prototypes.key_features(k) * leaves,
+        v,
+        prototypes.log_decay.float()[:, None] * ages,
+        memory,
+    )
+    return share_denominator(*near, mean, mass)[0], memory

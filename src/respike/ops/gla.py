@@ -14,13 +14,19 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from respike.ops import backends
 from respike.ops.recurrence import (
+    SUFFIX,
+    check_chunk,
     chunk_outputs,
     decayed_scores,
     decays_between,
     default_scale,
     in_chunks,
+    one_dtype,
     read_state,
+    strided,
+    strided_heads,
 )
 
 
@@ -89,11 +95,11 @@ def gla(
     scale: float | None = None,
     chunk_tokens: int = 32,
 ) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
-    """`gla_definition` in chunks, or by `gla_step` for one token.
+    """`gla_definition` by the fastest implementation that can run here.
 
-    Safe and accurate at any decay: every factor is the exponential of a sum of log-decays, or a
-    product of such, and at most 1; differences of sums are never formed. ``state`` is not written
-    to.
+    Natively, or in chunks by torch, or by `gla_step` for one token. Safe and accurate at any decay:
+    every factor is the exponential of a sum of log-decays, or a product of such, and at most 1;
+    differences of sums are never formed. ``state`` is not written to.
 
     Args:
         q: As for `gla_definition`, and so are k, v, log_decay, state and scale.
@@ -102,15 +108,46 @@ def gla(
         log_decay: For each key channel, or one for all of them, which is cheaper.
         state: The state before the first token.
         scale: Factor on the outputs.
-        chunk_tokens: Tokens of a chunk; changes speed and rounding only.
+        chunk_tokens: Tokens of a chunk of torch's; changes speed and rounding only.
 
     Raises:
         ValueError: ``chunk_tokens`` is not positive.
     """
+    check_chunk(chunk_tokens)
+    scale = default_scale(scale, q.shape[-1])
+    same = one_dtype(q, k, v)
+    kernels = backends.choose("gla", *same, float32=(log_decay, state))
+    if kernels is not None:
+        return _native(kernels, same, log_decay, state, scale)
     if q.shape[1] == 1:
         return gla_step(q, k, v, log_decay, state, scale)
-    scale = default_scale(scale, q.shape[-1])
     return in_chunks(_block, (q, k, v, log_decay), state, scale, chunk_tokens)
+
+
+def _native(
+    kernels: backends.Kernels,
+    qkv: tuple[Tensor, ...],
+    log_decay: Float[Tensor, "B T G #K"],
+    state: Float32[Tensor, "B G K V"],
+    scale: float,
+) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
+    q, k, v = qkv
+    (B, T, H, K), (_, G, _, V) = q.shape, state.shape
+    state = state.clone(memory_format=torch.contiguous_format)
+    out = state.new_empty(B, T, H, V)
+    rows = (strided_heads(q, G), *(strided(x) for x in (k, v, log_decay.float())))
+    getattr(kernels.module, f"gla_{SUFFIX[q.dtype]}")(
+        kernels.level,
+        torch.get_num_threads(),
+        *(x.data_ptr() for x, _ in rows),
+        state.data_ptr(),
+        out.data_ptr(),
+        [strides for _, strides in rows],
+        (B, T, H, G, K, V),
+        log_decay.shape[-1] == K,
+        scale,
+    )
+    return out, state
 
 
 def _block(

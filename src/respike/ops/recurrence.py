@@ -18,6 +18,9 @@ from torch.nn.functional import pad
 BLOCK_TOKENS = 512
 """Tokens worked through at once. Their intermediate results then fit a processor's cache."""
 
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+"""Of native kernels."""
+
 
 def default_scale(scale: float | None, key_dim: int) -> float:
     """Factor on the outputs; None means ``key_dim ** -0.5``."""
@@ -31,6 +34,38 @@ def read_state(
     B, _, H, K = q.shape
     rows = (q.float() * scale).reshape(B, state.shape[1], -1, K)
     return (rows @ state).reshape(B, 1, H, -1)
+
+
+def check_chunk(chunk_tokens: int) -> None:
+    """Refuse chunks without tokens.
+
+    Raises:
+        ValueError: ``chunk_tokens`` is not positive.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
+
+
+def one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as they are if they share a dtype, else in float32."""
+    if all(x.dtype == tensors[0].dtype for x in tensors):
+        return tensors
+    return tuple(x.float() for x in tensors)
+
+
+def strided(x: Float[Tensor, "B T G ..."]) -> tuple[Tensor, tuple[int, int, int]]:
+    """The tensor with contiguous rows, copied only if it must be, and its first strides."""
+    if x.ndim == 4 and x.stride(3) != 1:
+        x = x.contiguous()
+    return x, (x.stride(0), x.stride(1), x.stride(2))
+
+
+def strided_heads(q: Float[Tensor, "B T H K"], groups: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """As `strided`, with a group's heads contiguous; the last stride is that of groups."""
+    K = q.shape[3]
+    if q.stride(3) != 1 or q.stride(2) != K:
+        q = q.contiguous()
+    return q, (q.stride(0), q.stride(1), q.shape[2] // groups * K)
 
 
 def in_chunks(
@@ -50,12 +85,7 @@ def in_chunks(
         state: The state before the first token.
         scale: Factor on the outputs.
         chunk_tokens: C, unless the sequence is shorter.
-
-    Raises:
-        ValueError: ``chunk_tokens`` is not positive.
     """
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, expected at least 1")
     q, *others = tensors
     (B, T, H, K), (_, G, _, V) = q.shape, state.shape
     chunk_tokens = min(chunk_tokens, max(T, 1))
