@@ -76,26 +76,12 @@ RESPIKE_INLINE V sub(const V& a, const V& b) {
 RESPIKE_INLINE V div(const V& a, const V& b) {
   return each([&](int i) { return a.lane[i] / b.lane[i]; });
 }
-RESPIKE_INLINE V max(const V& a, const V& b) {
-  return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
-}
 // a * b in the lanes before `count`, a in the others; a in the lanes before `count`, else 0.
 RESPIKE_INLINE V mul_before(int count, const V& a, const V& b) {
   return each([&](int i) { return i < count ? a.lane[i] * b.lane[i] : a.lane[i]; });
 }
 RESPIKE_INLINE V keep_before(int count, const V& a) {
   return each([&](int i) { return i < count ? a.lane[i] : 0.0f; });
-}
-// Sum and largest of all lanes.
-RESPIKE_INLINE float sum(const V& a) {
-  float total = a.lane[0];
-  for (int i = 1; i < width; ++i) total += a.lane[i];
-  return total;
-}
-RESPIKE_INLINE float top(const V& a) {
-  float best = a.lane[0];
-  for (int i = 1; i < width; ++i) best = a.lane[i] > best ? a.lane[i] : best;
-  return best;
 }
 // Lane j of row i and lane i of row j change places.
 RESPIKE_INLINE void transpose(V (&rows)[width]) {
@@ -117,9 +103,6 @@ RESPIKE_INLINE V silu(const V& x) {
 template <class Kind>
 RESPIKE_INLINE V weights(Kind kind, const std::uint8_t* row, int column) {
   return each([=](int i) { return weight_at(kind, row, column + i); });
-}
-RESPIKE_INLINE V sub(const V& a, const V& b) {
-  return each([&](int i) { return a.lane[i] - b.lane[i]; });
 }
 RESPIKE_INLINE V larger(const V& a, const V& b) {
   return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
@@ -148,11 +131,6 @@ RESPIKE_INLINE float total(const V& v) {
 // v in lanes [from, to), other elsewhere.
 RESPIKE_INLINE V within(const V& v, const V& other, int from, int to) {
   return each([&](int i) { return i >= from && i < to ? v.lane[i] : other.lane[i]; });
-}
-RESPIKE_INLINE void transpose(V (&rows)[width]) {
-  for (int i = 0; i < width; ++i) {
-    for (int j = 0; j < i; ++j) std::swap(rows[i].lane[j], rows[j].lane[i]);
-  }
 }
 
 using Cell = float;
@@ -212,7 +190,6 @@ RESPIKE_OP V cross(V a, V b, V c, V d) { return _mm256_fmsub_ps(a, b, _mm256_mul
 
 RESPIKE_OP V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 RESPIKE_OP V div(V a, V b) { return _mm256_div_ps(a, b); }
-RESPIKE_OP V max(V a, V b) { return _mm256_max_ps(a, b); }
 RESPIKE_OP V before(int count) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
@@ -221,12 +198,6 @@ RESPIKE_OP V mul_before(int count, V a, V b) {
   return _mm256_blendv_ps(a, _mm256_mul_ps(a, b), before(count));
 }
 RESPIKE_OP V keep_before(int count, V a) { return _mm256_and_ps(a, before(count)); }
-RESPIKE_OP float sum(V a) { return sum8(a); }
-RESPIKE_OP float top(V a) {
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-}
 // The first step of a transposition: afterwards lanes 4b .. 4b + 3 of row 4g + c hold what was in
 // lane 4b + c of rows 4g .. 4g + 3.
 RESPIKE_OP void transpose_fours(V* rows) {
@@ -292,7 +263,6 @@ RESPIKE_OP V get(const std::int8_t* p) {
   const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
 }
-RESPIKE_OP V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 RESPIKE_OP V larger(V a, V b) { return _mm256_max_ps(a, b); }
 RESPIKE_OP V two_to(V x) {
   const V limited = _mm256_max_ps(same(-126.0f), x);  // keeps NaN, as in silu
@@ -318,24 +288,6 @@ RESPIKE_OP V within(V v, V other, int from, int to) {
   const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(from), lane);
   const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lane);
   return _mm256_blendv_ps(other, v, _mm256_castsi256_ps(_mm256_andnot_si256(before, inside)));
-}
-RESPIKE_OP void transpose(V (&rows)[width]) {
-  V t[width];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-    t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  V u[width];
-  for (int i = 0; i < 8; i += 4) {
-    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-    rows[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-  }
 }
 
 using Cell = float;
@@ -384,14 +336,11 @@ RESPIKE_OP V cross(V a, V b, V c, V d) { return _mm512_fmsub_ps(a, b, _mm512_mul
 
 RESPIKE_OP V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 RESPIKE_OP V div(V a, V b) { return _mm512_div_ps(a, b); }
-RESPIKE_OP V max(V a, V b) { return _mm512_max_ps(a, b); }
 RESPIKE_OP __mmask16 before(int count) {
   return static_cast<__mmask16>((1u << static_cast<unsigned>(count)) - 1);
 }
 RESPIKE_OP V mul_before(int count, V a, V b) { return _mm512_mask_mul_ps(a, before(count), a, b); }
 RESPIKE_OP V keep_before(int count, V a) { return _mm512_maskz_mov_ps(before(count), a); }
-RESPIKE_OP float sum(V a) { return _mm512_reduce_add_ps(a); }
-RESPIKE_OP float top(V a) { return _mm512_reduce_max_ps(a); }
 RESPIKE_OP void transpose(V (&rows)[width]) {
   for (V* r = rows; r != rows + width; r += 4) {  // fours of lanes, as AVX2's transpose_fours
     const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
@@ -456,7 +405,6 @@ RESPIKE_OP V get(const std::int8_t* p) {
   const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
 }
-RESPIKE_OP V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 RESPIKE_OP V larger(V a, V b) { return _mm512_max_ps(a, b); }
 RESPIKE_OP V two_to(V x) {
   const V r = _mm512_reduce_ps(x, 1);  // x - floor(x); of infinities 0
@@ -472,30 +420,6 @@ RESPIKE_OP V within(V v, V other, int from, int to) {
   const __mmask16 after = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(from));
   return _mm512_mask_mov_ps(
       other, _mm512_mask_cmplt_epi32_mask(after, lane, _mm512_set1_epi32(to)), v);
-}
-RESPIKE_OP void transpose(V (&rows)[width]) {
-  V t[width];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  V u[width];
-  for (int i = 0; i < 16; i += 4) {
-    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-    u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-    u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {  // u[i + 4 j]: columns i, 4 + i, .. of rows 4 j to 4 j + 3
-    const V a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
-    const V b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
-    const V c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
-    const V d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
-    rows[i] = _mm512_shuffle_f32x4(a, c, 0x88);
-    rows[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
-    rows[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
-    rows[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
-  }
 }
 
 using Cell = float;
