@@ -88,7 +88,9 @@ def window(shape: Shape, length: int, sinks: int, levels: list[str]) -> Point:
     calls = {"torch": lambda: attend(q, k, v, bias)}
     calls |= {level: lambda: window_softmax(q, keys, sink, **where)[0] for level in levels}
     pairs = SPAN_TOKENS * (length + sinks)
-    return Point(f"window {length}", SPAN_TOKENS, calls, 4 * pairs * shape.heads * shape.head_dim, {})
+    return Point(
+        f"window {length}", SPAN_TOKENS, calls, 4 * pairs * shape.heads * shape.head_dim, {}
+    )
 
 
 def decode(shape: Shape, tokens: int, levels: list[str]) -> Point:
@@ -194,7 +196,9 @@ def main() -> None:
     levels = options.levels.split(",")
     dtype = get_dtype(options.dtype)
     shape = Shape(options.heads, options.groups, options.head_dim, dtype)
-    points: list[Callable[[], Point]] = [lambda: window(shape, options.window, options.sinks, levels)]
+    points: list[Callable[[], Point]] = [
+        lambda: window(shape, options.window, options.sinks, levels)
+    ]
     points += [lambda n=n: causal(shape, n, levels) for n in options.causal]  # type: ignore[misc]
     points += [lambda n=n: decode(shape, n, levels) for n in options.decode]  # type: ignore[misc]
     rows: list[dict[str, Any]] = []
@@ -210,7 +214,9 @@ def main() -> None:
     report["machine"] |= {"cores": os.cpu_count()}
     report |= {"read_before": before, "read_after": read_bandwidth(options.rounds)}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(
+        json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     print(text_table(rows))
     print(f"one thread reads memory at {before['GB_per_s']} GB/s")
 
