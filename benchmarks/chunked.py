@@ -3,9 +3,13 @@
     python benchmarks/chunked.py -o benchmarks/results/chunked_smollm2.json
 
 Only the op is timed: one layer, all its heads, on ready random queries, keys and values, from an
-empty state; no projections, no gates, no rotation. Keys of the delta rule have length 1. The ops
-take turns within every repeat, so that a machine that drifts drifts for all of them. A point that
-by the trend of shorter lengths takes long is measured once, and the table says so.
+empty state; no projections, no gates, no rotation. Keys of the delta rule have length 1. "far" is
+given the window's output; as many prototypes as channels. Each memory runs twice, in torch and by
+the native kernels (if they are built), softmax in torch. The ops take turns within every repeat, so
+that a machine that drifts drifts for all of them. A length of 1 is a step, of 90 groups at once: 30
+layers of 3, so that their states come from memory as they do in decoding; its time is that of the
+call, one token of the whole model (softmax then sees one key). A point that by the trend of shorter
+lengths takes long is measured once, and the table says so.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from context import count_of, lengths_of, predicted_seconds
@@ -26,13 +31,17 @@ from torch.nn.functional import normalize
 from respike.cli.show import progress, table
 from respike.device import dtype_name, get_dtype, set_threads
 from respike.errors import RespikeError
+from respike.ops import backends
 from respike.ops.attention import attend
 from respike.ops.delta import delta
+from respike.ops.far import Prototypes, far
 from respike.ops.gla import gla
 
-OPS = ("gla", "gla, one decay", "delta", "softmax")
+MEMORIES = ("gla", "gla, one decay", "delta", "far")
+OPS = (*MEMORIES, *(f"{op}, native" for op in MEMORIES), "softmax")
 LENGTHS = [1024 << i for i in range(7)]
 WARM_UP_TOKENS = 1024
+STEP_LAYERS = 30
 
 
 class Layer:
@@ -48,15 +57,26 @@ class Layer:
         self, op: str, tokens: int, dtype: torch.dtype, chunk_tokens: int
     ) -> Callable[[], Any]:
         """The op with its inputs made, to be called without arguments."""
-        G, K, V = self.groups, self.key_dim, self.value_dim
+        layers = STEP_LAYERS if tokens == 1 else 1
+        H, G, K, V = layers * self.heads, layers * self.groups, self.key_dim, self.value_dim
+        op = op.removesuffix(", native")
         torch.manual_seed(0)
-        q, k = torch.randn(1, tokens, self.heads, K), torch.randn(1, tokens, G, K)
+        q, k = torch.randn(1, tokens, H, K), torch.randn(1, tokens, G, K)
         if op == "delta":
             q, k = normalize(q, dim=-1), normalize(k, dim=-1)
         q, k, v = q.to(dtype), k.to(dtype), torch.randn(1, tokens, G, V).to(dtype)
         if op == "softmax":
             k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
             return lambda: attend(q, k, v, causal=True)
+        if op == "far":
+            F = K
+            prototypes = Prototypes(
+                torch.randn(G, F, K) * K**-0.5, torch.randn(G, F),
+                torch.randn(H, F, K) * K**-0.5, torch.randn(H), -0.1 * torch.rand(G),
+            )  # fmt: skip
+            near = torch.randn(1, tokens, H, V).to(dtype), torch.randn(1, tokens, H)
+            real, memory = torch.tensor([[0, tokens]]), torch.zeros(1, G, F, V + 1)
+            return lambda: far(q, k, v, real, prototypes, memory, near)
         state = torch.zeros(1, G, K, V)
         log_decay = -0.1 * torch.rand(1, tokens, G, K if op == "gla" else 1)
         if op == "delta":
@@ -65,11 +85,26 @@ class Layer:
         return lambda: gla(q, k, v, log_decay, state, chunk_tokens=chunk_tokens)
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    with torch.inference_mode():
+def seconds(run: Callable[[], Any], backend: str) -> float:
+    """One call, by one backend."""
+    with patch.dict(os.environ, RESPIKE_BACKEND=backend), torch.inference_mode():
+        backends.kernels.cache_clear()
+        backends.kernels()
+        start = time.perf_counter()
         run()
-    return time.perf_counter() - start
+        took = time.perf_counter() - start
+    backends.kernels.cache_clear()
+    return took
+
+
+def backend_of(op: str) -> str:
+    return "native" if op.endswith(", native") else "torch"
+
+
+def ops_here() -> tuple[str, ...]:
+    """All, or without the native kernels if there are none."""
+    built = backends.native_status().available
+    return tuple(op for op in OPS if built or backend_of(op) == "torch")
 
 
 def measure(
@@ -88,15 +123,15 @@ def measure(
         layer: Shape.
         lengths: In tokens, ascending.
         dtypes: Of queries, keys and values; states and decays are always float32.
-        chunk_tokens: Of each op but softmax.
+        chunk_tokens: Of torch's gla and delta.
         repeats: Measurements of each point.
         once_above_seconds: A point expected to take more seconds than this is measured once.
         max_seconds: And above this not at all.
     """
-    points = [(op, dtype) for dtype in dtypes for op in OPS]
+    points = [(op, dtype) for dtype in dtypes for op in ops_here()]
     known: dict[tuple[str, torch.dtype], list[tuple[int, float]]] = {p: [] for p in points}
     for op, dtype in points:
-        seconds(layer.ready(op, WARM_UP_TOKENS, dtype, chunk_tokens.get(op, 0)))
+        seconds(layer.ready(op, WARM_UP_TOKENS, dtype, chunk_tokens.get(op, 1)), backend_of(op))
     for tokens in lengths:
         expected = {p: predicted_seconds(known[p], tokens) for p in points}
         times: dict[tuple[str, torch.dtype], list[float]] = {p: [] for p in points}
@@ -105,15 +140,16 @@ def measure(
             for point in points[turn:] + points[:turn]:
                 wanted = 1 if expected[point] > once_above_seconds else repeats
                 if repeat < wanted and expected[point] <= max_seconds:
-                    run = layer.ready(point[0], tokens, point[1], chunk_tokens.get(point[0], 0))
-                    times[point].append(seconds(run))
+                    run = layer.ready(point[0], tokens, point[1], chunk_tokens.get(point[0], 1))
+                    times[point].append(seconds(run, backend_of(point[0])))
         for (op, dtype), took in times.items():
             row = {"op": op, "dtype": dtype_name(dtype), "tokens": tokens, "n": len(took)}
             if not took:
                 guess = expected[op, dtype]
                 yield row | {"skipped": f"would take about {guess:.0f} s"}
                 continue
-            known[op, dtype].append((tokens, statistics.median(took)))
+            if tokens > 1:
+                known[op, dtype].append((tokens, statistics.median(took)))
             per_token = [1e6 * t / tokens for t in took]
             spread = {"min": min(per_token), "max": max(per_token)}
             median = statistics.median(per_token)
@@ -180,7 +216,7 @@ def main() -> None:
     with progress("points") as step:
         for row in measure(layer, lengths, dtypes, chunk_tokens, **limits):
             rows.append(row)
-            step(len(rows), len(lengths) * len(dtypes) * len(OPS))
+            step(len(rows), len(lengths) * len(dtypes) * len(ops_here()))
     settings = {**vars(layer), "lengths": lengths, "dtypes": names, "chunk_tokens": chunk_tokens}
     report = {"benchmark": "chunked", **provenance(), "settings": settings | limits, "rows": rows}
     report["machine"] |= {"cores": os.cpu_count()}

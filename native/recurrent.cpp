@@ -28,6 +28,8 @@ using std::int64_t;
 
 #define RESPIKE_KERNELS "recurrent_kernels.inc"
 #include "each_level.hpp"
+#define RESPIKE_KERNELS "recurrent_jobs.inc"
+#include "each_level.hpp"
 #define RESPIKE_KERNELS "recurrent_steps.inc"
 #include "each_level.hpp"
 

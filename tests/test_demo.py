@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from committed import Committed, read_committed
 from respike.errors import BackendError, DataError
 from respike.evaluation import Reference, Task, Vocabulary, recall
 from respike.loading import load
+from respike.ops import backends
 from respike.text import contexts
 from tiny import save_tiny
 
@@ -595,7 +597,7 @@ def test_every_op_is_timed_at_every_length() -> None:
     rows = chunked_rows(chunked.Layer(6, 3, 10, 7))
     assert {(r["op"], r["dtype"], r["tokens"]) for r in rows} == {
         (op, dtype, tokens)
-        for op in chunked.OPS
+        for op in chunked.ops_here()
         for dtype in ("bf16", "f32")
         for tokens in (16, 40)
     }
@@ -625,6 +627,19 @@ def test_what_is_timed_is_the_layer_as_asked(monkeypatch: pytest.MonkeyPatch) ->
         assert state.shape == (1, 3, 10, 7)
         assert named == {"chunk_tokens": 5}
     assert layer.ready("softmax", 33, torch.bfloat16, 0)().shape == (1, 33, 6, 7)
+    out, memory = layer.ready("far", 33, torch.bfloat16, 0)()
+    assert (out.dtype, out.shape, memory.shape) == (torch.bfloat16, (1, 33, 6, 7), (1, 3, 10, 8))
+    out, memory = layer.ready("far, native", 1, torch.float32, 0)()
+    assert (out.shape, memory.shape) == ((1, 1, 180, 7), (1, 90, 10, 8))
+
+
+def test_an_op_is_timed_by_the_backend_it_is_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.delenv("RESPIKE_BACKEND", raising=False)
+    for op in chunked.ops_here():
+        chunked.seconds(lambda: seen.append(backends.table()[0].backend), chunked.backend_of(op))
+    assert seen == ["native" if "native" in op else "torch" for op in chunked.ops_here()]
+    assert "RESPIKE_BACKEND" not in os.environ
 
 
 def test_slow_points_are_measured_once_or_not_at_all() -> None:
