@@ -49,9 +49,21 @@ struct PackedWeights {
   std::int64_t group;  // 32, 64 or 128 inputs
 };
 
-// out (rows, outputs) = round(x (rows, inputs) @ weights + bias); sums in float32.
+// How x is read. int8: each row is rounded to int8 with a scale for each scale group of inputs;
+// products and their sums over a group are integers, and the same at every level.
+enum class Activations { exact = 0, int8 = 1 };
+
+// One of several matrices that are fed by the same x.
 template <class T>
-void packed_linear(Level level, int threads, const T* x, const PackedWeights& weights, T* out,
-                   std::int64_t rows);
+struct PackedLinearJob {
+  PackedWeights weights;
+  T* out;
+  std::int64_t out_stride;  // from one row to the next, in elements
+};
+
+// out (rows, outputs) = round(x (rows, inputs) @ weights + bias) for each job; sums in float32.
+template <class T>
+void packed_linears(Level level, int threads, const T* x, std::int64_t rows,
+                    const PackedLinearJob<T>* jobs, std::int64_t count, Activations how);
 
 }  // namespace respike

@@ -28,13 +28,16 @@ def layer() -> tuple[torch.Tensor, PackedWeight]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 33])
-def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_bits_do_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, rows: int, activations: str
+) -> None:
     x, packed = layer()
     x = x[:rows].to(dtype)
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        results += [packed_linear(x, packed) for _ in range(20)]
+        results += [packed_linear(x, packed, None, activations) for _ in range(20)]
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
 
