@@ -12,7 +12,7 @@ namespace respike {
 
 // out = weight * round(x / sqrt(mean(x^2) + eps)), per row of `cols` elements; sums in float32.
 template <class T>
-void rms_norm(Level level, const T* x, const T* weight, T* out, std::int64_t rows,
+void rms_norm(Level level, int threads, const T* x, const T* weight, T* out, std::int64_t rows,
               std::int64_t cols, float eps);
 
 // sum = round(x + residual); out = the RMSNorm of sum.

@@ -14,8 +14,7 @@
 namespace respike {
 namespace {
 
-constexpr int64_t serial_work = 1 << 16;     // products; fewer are not worth waking a thread
-constexpr int64_t serial_inputs = 1 << 15;   // likewise, elements of x to convert
+constexpr int64_t serial_work = 1 << 16;  // products; fewer are not worth waking a thread
 
 int64_t bytes_per_row(Kind kind) {
   constexpr int64_t bytes[] = {WeightF32::row_bytes, WeightBF16::row_bytes, WeightInt8::row_bytes,
@@ -51,15 +50,6 @@ E* room(std::vector<E>& kept, int64_t elements) {
 float* scratch(int64_t elements) {
   thread_local std::vector<float> kept;
   return room(kept, elements);
-}
-
-// task(first row, end) over all rows, by several threads if there is enough to do.
-template <class Task>
-void each_part(int threads, int64_t rows, int64_t cols, const Task& task) {
-  const int64_t part = std::max<int64_t>(1, serial_inputs / std::max<int64_t>(1, cols));
-  parallel_for(threads, (rows + part - 1) / part, [&](int64_t index, int) {
-    task(index * part, std::min(rows, (index + 1) * part));
-  });
 }
 
 // ---- x in the forms that kernels read; only those that some matrix of the call needs are made

@@ -14,6 +14,8 @@ constexpr int64_t panel_depth = 256;   // inputs in a panel; a multiple of every
 constexpr int64_t chunk_inputs = 32;   // inputs in hand while rows of x pass; divides every group
 constexpr int64_t ahead_inputs = 96;   // from the end of a chunk to what is prefetched (measured)
 
+constexpr int64_t rounded_ahead_inputs = 256;  // likewise, for few rows rounded to int8 (measured)
+
 // Asks for the weights of `count` inputs that are needed soon. Tiles follow each other, so past the
 // end of one the next begins; past the end of all, asking does nothing.
 template <class Kind>

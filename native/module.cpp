@@ -23,10 +23,10 @@ T* buffer(uintptr_t address) {
 }
 
 template <class T>
-void rms_norm(int level, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t rows, int64_t cols,
-              float eps) {
-  respike::rms_norm(respike::checked_level(level), buffer<const T>(x), buffer<const T>(weight),
-                    buffer<T>(out), rows, cols, eps);
+void rms_norm(int level, int threads, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t rows,
+              int64_t cols, float eps) {
+  respike::rms_norm(respike::checked_level(level), threads, buffer<const T>(x),
+                    buffer<const T>(weight), buffer<T>(out), rows, cols, eps);
 }
 
 // Kind, addresses of data, scales and bias, outputs, group, address of out, out's stride.
@@ -91,8 +91,8 @@ NB_MODULE(_native, m) {
       "cpu_level", [] { return std::string(respike::level_name(respike::best_level())); },
       "The highest level this processor can run: portable, avx2, avx512 or avx512bf16.");
 
-  def_both(m, "rms_norm", &rms_norm<float>, &rms_norm<respike::bf16>, "level"_a, "x"_a, "weight"_a,
-           "out"_a, "rows"_a, "cols"_a, "eps"_a);
+  def_both(m, "rms_norm", &rms_norm<float>, &rms_norm<respike::bf16>, "level"_a, "threads"_a, "x"_a,
+           "weight"_a, "out"_a, "rows"_a, "cols"_a, "eps"_a);
   def_both(m, "packed_linears", &packed_linears<float>, &packed_linears<respike::bf16>, "level"_a,
            "threads"_a, "x"_a, "rows"_a, "inputs"_a, "matrices"_a, "rounded"_a);
   def_both(m, "add_rms_norm", &add_rms_norm<float>, &add_rms_norm<respike::bf16>, "level"_a,

@@ -4,9 +4,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import at_level, each_level, native
+from respike.layers.linear import PackedLinear
 from respike.ops.linear import packed_linear, packed_linear_definition, round_activations
 from respike.ops.packed import PackedWeight, pack, unpack
 from tolerance import assert_close
@@ -216,3 +217,14 @@ def test_weights_without_scales_are_refused(kind: str) -> None:
             op(x, packed, None, "int8")
     with pytest.raises(ValueError, match="'int7' are not one of exact, int8"):
         packed_linear(x, packed, None, "int7")
+
+
+def test_the_layer_rounds_when_told_to() -> None:
+    linear, x = nn.Linear(96, 70), torch.randn(2, 5, 96)
+    exact, by_int8 = (
+        PackedLinear.from_linear(linear, "int8", 64, how) for how in ("exact", "int8")
+    )
+    assert by_int8.packed.group_size == 64
+    assert torch.equal(by_int8(x), packed_linear(x, by_int8.packed, linear.bias, "int8"))
+    gap = (by_int8(x) - exact(x)).norm() / exact(x).norm()
+    assert 1e-3 < gap < 1e-2

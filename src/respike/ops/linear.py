@@ -31,7 +31,9 @@ def round_activations(
     not finite is NaN.
     """
     inputs = x.shape[-1]
-    grouped = pad(x.float(), (0, -inputs % group_size)).unflatten(-1, (-1, group_size))
+    groups = -(-inputs // group_size)
+    padded = pad(x.float(), (0, groups * group_size - inputs))
+    grouped = padded.view(*x.shape[:-1], groups, group_size)
     scales = grouped.abs().amax(-1) / 127
     used = (scales >= torch.finfo(torch.float32).tiny) & scales.isfinite()
     inverse = torch.where(used, 1 / scales, torch.zeros_like(scales))
@@ -131,7 +133,7 @@ def packed_linears(
     rows = x.numel() // inputs if inputs else 0
     rounded, threads = activations == "int8", torch.get_num_threads()
     kernel(kernels.level, threads, x.data_ptr(), rows, inputs, matrices, rounded)
-    return (out,) if len(weights) == 1 else out.split([w.out_features for w in weights], -1)
+    return (out,) if len(weights) == 1 else torch.split(out, [w.out_features for w in weights], -1)
 
 
 def _check_activations(activations: str, packed: PackedWeight) -> None:
