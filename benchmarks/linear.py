@@ -4,8 +4,10 @@
 
 For 1 and 4 rows of x (decoding) every call reads other weights, so that they come from memory and
 not from a cache; the figure is bytes of weights per second. For 512 rows (prefill) it is arithmetic
-per second. Contenders take turns; median and range of the rounds. Random weights: only the speed
-is measured. One thread unless --threads says otherwise.
+per second. "int8 x int8 g64" rounds activations too, in scale groups of 64 inputs; its error is
+that of the rounding: the RMS of what it adds, over that of the exact outputs, for normal random x.
+Contenders take turns; median and range of the rounds. Random weights: only the speed is measured.
+One thread unless --threads says otherwise.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,8 +28,8 @@ from torch.nn.functional import linear
 
 from respike.device import set_threads
 from respike.ops import backends
-from respike.ops.linear import packed_linear
-from respike.ops.packed import pack, place_together
+from respike.ops.linear import ACTIVATIONS, packed_linear
+from respike.ops.packed import GROUP_SIZES, PackedWeight, pack, place_together
 
 SHAPES = ((576, 576), (576, 1536), (1536, 576), (896, 4864), (4864, 896), (576, 49152))
 """(inputs, outputs): layers and head of SmolLM2-135M, layers of Qwen2.5-0.5B."""
@@ -44,6 +46,7 @@ class Contender:
     call: Callable[[Tensor], Tensor]
     """Multiplies by the next copy of the weight."""
     dtype: torch.dtype
+    rounding_rms: float | None = None
 
 
 def use_level(level: str) -> None:
@@ -58,16 +61,27 @@ def torch_contender(weight: Tensor, dtype: torch.dtype, copies: int) -> Contende
     return Contender(name, None, nbytes, lambda x: linear(x, next(turn)), dtype)
 
 
-def our_contenders(weight: Tensor, kind: str, rows: int, levels: list[str]) -> list[Contender]:
-    packed = pack(weight, kind, search=False)
+def our_contenders(
+    packed: PackedWeight, rows: int, levels: list[str], activations: str = "exact"
+) -> list[Contender]:
+    kind = packed.kind
     copies = 1 if rows > 4 else -(-FROM_MEMORY_BYTES // packed.nbytes)
     turn = cycle(place_together([packed] * copies))
     dtype = torch.float32 if kind == "f32" else torch.bfloat16
+    name, error = kind, None
+    if activations == "int8":
+        name, error = f"{kind} x int8 g{packed.group_size}", rounding_error(packed)
 
     def call(x: Tensor) -> Tensor:
-        return packed_linear(x, next(turn))
+        return packed_linear(x, next(turn), None, activations)
 
-    return [Contender(kind, level, packed.nbytes, call, dtype) for level in levels]
+    return [Contender(name, level, packed.nbytes, call, dtype, error) for level in levels]
+
+
+def rounding_error(packed: PackedWeight) -> float:
+    x = torch.randn(64, packed.in_features)
+    exact, rounded = (packed_linear(x, packed, None, how) for how in ACTIVATIONS)
+    return float((rounded - exact).norm() / exact.norm())
 
 
 def seconds_per_call(contender: Contender, x: Tensor, calls: int) -> float:
@@ -94,7 +108,10 @@ def measure(rows: int, inputs: int, outputs: int, rounds: int) -> list[dict[str,
         contenders.append(torch_contender(weight, dtype, copies))
     for kind in ("bf16", "int8", "int4", "f32"):
         able = [level for level in levels if kind != "f32" or level != "avx512bf16"]
-        contenders += our_contenders(weight, kind, rows, able)
+        contenders += our_contenders(pack(weight, kind, search=False), rows, able)
+    for kind, group_size in product(("int8", "int4"), GROUP_SIZES):
+        packed = pack(weight, kind, group_size, search=False)
+        contenders += our_contenders(packed, rows, top, "int8")
     times: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
         for contender, found in zip(contenders, times, strict=True):
@@ -120,6 +137,8 @@ def row_of(
         "us_range": [round(1e6 * t, 1) for t in (min(found), max(found))],
         "weight_bytes": contender.nbytes,
     }
+    if contender.rounding_rms is not None:
+        row["rounding_rms"] = round(contender.rounding_rms, 5)
     if rows <= 4:
         row["GB_per_s"] = round(contender.nbytes / middle / 1e9, 2)
     else:

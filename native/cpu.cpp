@@ -58,7 +58,7 @@ Level detect_level() {
   };
   if (!all({"avx2", "fma", "f16c"})) return Level::portable;
   if (!all({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) return Level::avx2;
-  return all({"avx512bf16"}) ? Level::avx512bf16 : Level::avx512;
+  return all({"avx512vnni", "avx512bf16"}) ? Level::avx512bf16 : Level::avx512;
 }
 
 }  // namespace

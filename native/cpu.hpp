@@ -18,7 +18,8 @@
 #define RESPIKE_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define RESPIKE_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
 #define RESPIKE_AVX512BF16 \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+  __attribute__((          \
+      target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
 #else
 #define RESPIKE_X86 0
 #endif
@@ -26,7 +27,8 @@
 namespace respike {
 
 // Ascending: a processor that has one has all before it. Kernels compare with >=, so that a level
-// (the next one would be AMX) needs a kernel only where it is faster.
+// (the next one would be AMX) needs a kernel only where it is faster. avx512bf16 has VNNI too, as
+// every processor with BF16 does.
 enum class Level { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
 // Feature name to whether this processor and its operating system support it.

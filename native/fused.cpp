@@ -15,8 +15,6 @@ using std::int64_t;
 namespace respike {
 namespace {
 
-constexpr int64_t task_elements = 1 << 14;  // fewer are not worth another thread
-
 template <class T>
 struct Kernels {
   void (*swiglu_row)(const T*, const T*, T*, int64_t);
@@ -35,12 +33,11 @@ Kernels<T> kernels_for([[maybe_unused]] Level level) {
   return {portable::swiglu_row<T>, portable::add_row<T>, portable::rotate_head<T>};
 }
 
-// row(index) for every row, several rows of `cols` elements a task.
+// row(index) for every row.
 template <class Row>
 void each_row(int threads, int64_t rows, int64_t cols, const Row& row) {
-  const int64_t block = std::max<int64_t>(1, task_elements / std::max<int64_t>(1, cols));
-  parallel_for(threads, (rows + block - 1) / block, [&](int64_t index, int) {
-    for (int64_t r = index * block; r < std::min(rows, (index + 1) * block); ++r) row(r);
+  each_part(threads, rows, cols, [&](int64_t first, int64_t end) {
+    for (int64_t r = first; r < end; ++r) row(r);
   });
 }
 
@@ -53,7 +50,7 @@ void add_rms_norm(Level level, int threads, const T* x, const T* residual, const
   each_row(threads, rows, cols, [&](int64_t r) {
     const int64_t at = r * cols;
     kernels.add_row(x + at, residual + at, sum + at, cols);
-    rms_norm(level, sum + at, weight, out + at, 1, cols, eps);
+    rms_norm(level, 1, sum + at, weight, out + at, 1, cols, eps);
   });
 }
 

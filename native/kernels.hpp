@@ -12,7 +12,7 @@ namespace respike {
 
 // out = weight * round(x / sqrt(mean(x^2) + eps)), per row of `cols` elements; sums in float32.
 template <class T>
-void rms_norm(Level level, const T* x, const T* weight, T* out, std::int64_t rows,
+void rms_norm(Level level, int threads, const T* x, const T* weight, T* out, std::int64_t rows,
               std::int64_t cols, float eps);
 
 // sum = round(x + residual); out = the RMSNorm of sum. sum may be x.
@@ -60,9 +60,21 @@ struct PackedWeights {
   std::int64_t group;  // 32, 64 or 128 inputs
 };
 
-// out (rows, outputs) = round(x (rows, inputs) @ weights + bias); sums in float32.
+// How x is read. int8: each row is rounded to int8 with a scale for each scale group of inputs;
+// products and their sums over a group are integers, and the same at every level.
+enum class Activations { exact = 0, int8 = 1 };
+
+// One of several matrices that are fed by the same x.
 template <class T>
-void packed_linear(Level level, int threads, const T* x, const PackedWeights& weights, T* out,
-                   std::int64_t rows);
+struct PackedLinearJob {
+  PackedWeights weights;
+  T* out;
+  std::int64_t out_stride;  // from one row to the next, in elements
+};
+
+// out (rows, outputs) = round(x (rows, inputs) @ weights + bias) for each job; sums in float32.
+template <class T>
+void packed_linears(Level level, int threads, const T* x, std::int64_t rows,
+                    const PackedLinearJob<T>* jobs, std::int64_t count, Activations how);
 
 }  // namespace respike

@@ -1,5 +1,6 @@
 // Packed linear layers for many rows of bfloat16, with the dot products of AVX512-BF16: two inputs
-// at once, products exact, sums in float32, subnormals taken as zero. Included by linear.cpp only.
+// at once, products exact, sums in float32, subnormals taken as zero. Included by
+// linear_exact.cpp only.
 #pragma once
 
 #include "vec.hpp"

@@ -4,6 +4,8 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <utility>
@@ -29,25 +31,32 @@ T* buffer(uintptr_t address) {
 }
 
 template <class T>
-void rms_norm(int level, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t rows, int64_t cols,
-              float eps) {
-  respike::rms_norm(respike::checked_level(level), buffer<const T>(x), buffer<const T>(weight),
-                    buffer<T>(out), rows, cols, eps);
+void rms_norm(int level, int threads, uintptr_t x, uintptr_t weight, uintptr_t out, int64_t rows,
+              int64_t cols, float eps) {
+  respike::rms_norm(respike::checked_level(level), threads, buffer<const T>(x),
+                    buffer<const T>(weight), buffer<T>(out), rows, cols, eps);
 }
 
+// Kind, addresses of data, scales and bias, outputs, group, address of out, out's stride.
+using Matrix = std::tuple<int, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, uintptr_t, int64_t>;
+
 template <class T>
-void packed_linear(int level, int threads, int kind, uintptr_t data, uintptr_t scales, uintptr_t x,
-                   uintptr_t bias, uintptr_t out, int64_t rows, int64_t inputs, int64_t outputs,
-                   int64_t group) {
-  const respike::PackedWeights weights{static_cast<respike::Kind>(kind),
-                                       buffer<const std::uint8_t>(data),
-                                       buffer<const std::uint16_t>(scales),
-                                       buffer<const float>(bias),
-                                       inputs,
-                                       outputs,
-                                       group};
-  respike::packed_linear(respike::checked_level(level), threads, buffer<const T>(x), weights,
-                         buffer<T>(out), rows);
+void packed_linears(int level, int threads, uintptr_t x, int64_t rows, int64_t inputs,
+                    const std::vector<Matrix>& matrices, bool rounded) {
+  std::vector<respike::PackedLinearJob<T>> jobs;
+  for (const auto& [kind, data, scales, bias, outputs, group, out, stride] : matrices) {
+    const respike::PackedWeights weights{static_cast<respike::Kind>(kind),
+                                         buffer<const std::uint8_t>(data),
+                                         buffer<const std::uint16_t>(scales),
+                                         buffer<const float>(bias),
+                                         inputs,
+                                         outputs,
+                                         group};
+    jobs.push_back({weights, buffer<T>(out), stride});
+  }
+  respike::packed_linears(respike::checked_level(level), threads, buffer<const T>(x), rows,
+                          jobs.data(), static_cast<int64_t>(jobs.size()),
+                          rounded ? respike::Activations::int8 : respike::Activations::exact);
 }
 
 template <class T>
@@ -142,11 +151,10 @@ NB_MODULE(_native, m) {
       "cpu_level", [] { return std::string(respike::level_name(respike::best_level())); },
       "The highest level this processor can run: portable, avx2, avx512 or avx512bf16.");
 
-  def_both(m, "rms_norm", &rms_norm<float>, &rms_norm<respike::bf16>, "level"_a, "x"_a, "weight"_a,
-           "out"_a, "rows"_a, "cols"_a, "eps"_a);
-  def_both(m, "packed_linear", &packed_linear<float>, &packed_linear<respike::bf16>, "level"_a,
-           "threads"_a, "kind"_a, "data"_a, "scales"_a, "x"_a, "bias"_a, "out"_a, "rows"_a,
-           "inputs"_a, "outputs"_a, "group"_a);
+  def_both(m, "rms_norm", &rms_norm<float>, &rms_norm<respike::bf16>, "level"_a, "threads"_a, "x"_a,
+           "weight"_a, "out"_a, "rows"_a, "cols"_a, "eps"_a);
+  def_both(m, "packed_linears", &packed_linears<float>, &packed_linears<respike::bf16>, "level"_a,
+           "threads"_a, "x"_a, "rows"_a, "inputs"_a, "matrices"_a, "rounded"_a);
   def_both(m, "add_rms_norm", &add_rms_norm<float>, &add_rms_norm<respike::bf16>, "level"_a,
            "threads"_a, "x"_a, "residual"_a, "weight"_a, "sum"_a, "out"_a, "rows"_a, "cols"_a,
            "eps"_a);

@@ -28,6 +28,18 @@ void parallel_for(int threads, std::int64_t count, const F& task) {
       &task);
 }
 
+constexpr std::int64_t part_elements = 1 << 14;  // fewer are not worth another thread
+
+// task(first, end) for parts of [0, rows), rows of `cols` elements each.
+template <class F>
+void each_part(int threads, std::int64_t rows, std::int64_t cols, const F& task) {
+  const std::int64_t part = cols < part_elements ? part_elements / (cols < 1 ? 1 : cols) : 1;
+  parallel_for(threads, (rows + part - 1) / part, [&](std::int64_t index, int) {
+    const std::int64_t first = index * part;
+    task(first, rows - first < part ? rows : first + part);
+  });
+}
+
 // Workers alive in this process.
 int pool_workers();
 

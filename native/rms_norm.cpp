@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "kernels.hpp"
+#include "pool.hpp"
 
 namespace respike {
 namespace {
@@ -110,13 +111,15 @@ RowKernel<T> row_kernel([[maybe_unused]] Level level) {
 }  // namespace
 
 template <class T>
-void rms_norm(Level level, const T* x, const T* weight, T* out, int64_t rows, int64_t cols,
-              float eps) {
+void rms_norm(Level level, int threads, const T* x, const T* weight, T* out, int64_t rows,
+              int64_t cols, float eps) {
   const RowKernel<T> row = row_kernel<T>(level);
-  for (int64_t r = 0; r < rows; ++r) row(x + r * cols, weight, out + r * cols, cols, eps);
+  each_part(threads, rows, cols, [&](int64_t first, int64_t end) {
+    for (int64_t r = first; r < end; ++r) row(x + r * cols, weight, out + r * cols, cols, eps);
+  });
 }
 
-template void rms_norm(Level, const float*, const float*, float*, int64_t, int64_t, float);
-template void rms_norm(Level, const bf16*, const bf16*, bf16*, int64_t, int64_t, float);
+template void rms_norm(Level, int, const float*, const float*, float*, int64_t, int64_t, float);
+template void rms_norm(Level, int, const bf16*, const bf16*, bf16*, int64_t, int64_t, float);
 
 }  // namespace respike

@@ -21,6 +21,15 @@
 #define RESPIKE_INLINE inline
 #endif
 
+// Before a loop of few and constant turns: one after the other, without a counter.
+#if defined(__clang__)
+#define RESPIKE_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define RESPIKE_UNROLL _Pragma("GCC unroll 8")
+#else
+#define RESPIKE_UNROLL
+#endif
+
 namespace respike {
 
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();

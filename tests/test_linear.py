@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from kernels import at_level, each_level, extension, native
 from respike.layers.linear import PackedLinear, gather_packed
-from respike.ops.linear import packed_linear, packed_linear_definition
+from respike.ops.linear import (
+    packed_linear,
+    packed_linear_definition,
+    packed_linears,
+)
 from respike.ops.packed import KINDS, PackedWeight, pack, unpack
 from tolerance import assert_close
 
@@ -111,9 +115,10 @@ def test_nothing_is_written_or_read_outside_unaligned_buffers(
     if packed.scales is None:
         at["scales"] = 0
     suffix = "f32" if dtype == torch.float32 else "bf16"
-    kernel = getattr(extension(), f"packed_linear_{suffix}")
-    buffers = (at["data"], at["scales"], at["x"], at["bias"], at["out"])
-    kernel(level, 1, KINDS.index(kind), *buffers, rows, inputs, outputs, 32)
+    kernel = getattr(extension(), f"packed_linears_{suffix}")
+    buffers = (KINDS.index(kind), at["data"], at["scales"], at["bias"])
+    matrix = (*buffers, outputs, 32, at["out"], outputs)
+    kernel(level, 1, at["x"], rows, inputs, [matrix], False)
     out = guarded["out"]
     assert_close(out[33:-33].view(rows, outputs), expected)
     assert out[:33].isnan().all()
@@ -175,6 +180,41 @@ def test_a_row_does_not_depend_on_its_company(level: int) -> None:
     with at_level(level):
         together = packed_linear(x, packed, bias)
         assert torch.equal(packed_linear(x[4:], packed, bias), together[4:])
+
+
+@native
+@each_level
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poison")
+def test_several_matrices_give_what_each_gives_alone(
+    level: int, activations: str, dtype: torch.dtype
+) -> None:
+    sizes = (("int8", 70, 32), ("int4", 5, 128), ("int8", 129, 64), ("int4", 64, 32))
+    weights = [pack(torch.randn(outputs, 77), kind, group) for kind, outputs, group in sizes]
+    if activations == "exact":
+        weights += [pack(torch.randn(66, 77), kind) for kind in ("bf16", "f32")]
+    biases = [torch.randn(w.out_features) if i % 2 else None for i, w in enumerate(weights)]
+    for rows in (1, 7, 19, 243):
+        x = torch.randn(rows, 77).to(dtype)
+        with at_level(level):
+            together = packed_linears(x, weights, biases, activations)
+            alone = [
+                packed_linear(x, w, b, activations) for w, b in zip(weights, biases, strict=True)
+            ]
+        assert [t.shape for t in together] == [a.shape for a in alone]
+        assert all(torch.equal(t, a) for t, a in zip(together, alone, strict=True))
+
+
+def test_several_matrices_in_torch() -> None:
+    weights = [layer(kind, outputs, 33)[0] for kind, outputs in (("int8", 7), ("f32", 70))]
+    x = torch.randn(2, 3, 33, requires_grad=True)
+    results = packed_linears(x, weights)
+    for got, packed in zip(results, weights, strict=True):
+        assert torch.equal(got, packed_linear_definition(x, packed))
+    unchecked = getattr(packed_linears, "__wrapped__", packed_linears)
+    with pytest.raises(ValueError, match="1 biases for 2 weights"):
+        unchecked(x, weights, [None])
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -30,7 +30,7 @@ def by_kernel(level: int, x: Tensor, weight: Tensor) -> Tensor:
     out = torch.full_like(x, torch.nan)
     rows, cols = x.numel() // x.shape[-1], x.shape[-1]
     pointers = (x.data_ptr(), weight.data_ptr(), out.data_ptr())
-    kernel_for(x.dtype)(level, *pointers, rows, cols, EPS)
+    kernel_for(x.dtype)(level, 1, *pointers, rows, cols, EPS)
     return out
 
 
@@ -75,7 +75,7 @@ def test_nothing_is_written_or_read_outside_the_buffers(level: int, dtype: torch
         x, weight = inputs(3, cols, dtype=dtype)
         guard = torch.full((32,), torch.nan, dtype=dtype)
         padded = [torch.cat([guard, t.flatten(), guard]) for t in (x, weight, torch.zeros_like(x))]
-        kernel(level, *(t.data_ptr() + 32 * dtype.itemsize for t in padded), 3, cols, EPS)
+        kernel(level, 1, *(t.data_ptr() + 32 * dtype.itemsize for t in padded), 3, cols, EPS)
         assert_close(padded[2][32:-32].view(3, cols), rms_norm_definition(x, weight, EPS))
         assert padded[2][:32].isnan().all()
         assert padded[2][-32:].isnan().all()

@@ -11,6 +11,7 @@ import torch
 
 from kernels import native
 from respike.ops.linear import packed_linear
+from respike.ops.norm import rms_norm
 from respike.ops.packed import PackedWeight, pack
 
 pytestmark = native
@@ -28,14 +29,27 @@ def layer() -> tuple[torch.Tensor, PackedWeight]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 33])
-def test_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_bits_do_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, rows: int, activations: str
+) -> None:
     x, packed = layer()
     x = x[:rows].to(dtype)
     results = []
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        results += [packed_linear(x, packed) for _ in range(20)]
+        results += [packed_linear(x, packed, None, activations) for _ in range(20)]
     assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+def test_a_norm_is_cut_by_rows_and_its_bits_are_the_same() -> None:
+    x, weight = torch.randn(333, 97), torch.randn(97)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(rms_norm(x, weight, 1e-5))
+    assert torch.equal(*results)
+    assert torch.equal(results[0][-1:], rms_norm(x[-1:], weight, 1e-5))
 
 
 def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:

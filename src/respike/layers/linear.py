@@ -16,21 +16,27 @@ class PackedLinear(nn.Module):
     Args:
         packed: The weight.
         bias: One number for each output, kept in float32; None has none.
+        activations: How the input is read, one of `respike.ops.linear.ACTIVATIONS`.
     """
 
     data: Tensor
     scales: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, packed: PackedWeight, bias: Tensor | None = None, activations: str = "exact"
+    ) -> None:
         super().__init__()
+        self.activations = activations
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.set_packed(packed)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, kind: str, group_size: int = 32) -> "PackedLinear":
+    def from_linear(
+        cls, linear: nn.Linear, kind: str, group_size: int = 32, activations: str = "exact"
+    ) -> "PackedLinear":
         """The same layer with its weight rounded to ``kind``, see `respike.ops.packed.pack`."""
-        return cls(pack(linear.weight.detach(), kind, group_size), linear.bias)
+        return cls(pack(linear.weight.detach(), kind, group_size), linear.bias, activations)
 
     def set_packed(self, packed: PackedWeight) -> None:
         """Exchange the weight."""
@@ -52,7 +58,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return packed_linear(x, self.packed, self._buffers["bias"])
+        return packed_linear(x, self.packed, self._buffers["bias"], self.activations)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves to another device, never casts: what each bit means is fixed by the layout."""
@@ -62,7 +68,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows in the parentheses."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, kind={self.kind}, bias={self.bias is not None}"
+        how = f"kind={self.kind}, activations={self.activations}"
+        return f"{sizes}, {how}, bias={self.bias is not None}"
 
 
 @torch.no_grad()

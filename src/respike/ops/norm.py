@@ -56,7 +56,8 @@ def rms_norm(
     out = torch.empty_like(x)
     rows = x.numel() // cols if cols else 0
     kernel = getattr(kernels.module, f"rms_norm_{_SUFFIX[x.dtype]}")
-    kernel(kernels.level, x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, cols, eps)
+    pointers = [t.data_ptr() for t in (x, weight, out)]
+    kernel(kernels.level, torch.get_num_threads(), *pointers, rows, cols, eps)
     return out
 
 
