@@ -85,8 +85,9 @@ struct Engine<T>::Call {
 };
 
 template <class T>
-Engine<T>::Engine(DecoderShape shape, std::vector<LayerWeights<T>> layers)
-    : shape_(std::move(shape)), layers_(std::move(layers)) {}
+Engine<T>::Engine(DecoderShape shape, Activations activations,
+                  std::vector<LayerWeights<T>> layers)
+    : shape_(std::move(shape)), activations_(activations), layers_(std::move(layers)) {}
 
 template <class T>
 void Engine<T>::run(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
@@ -122,14 +123,25 @@ void Engine<T>::project(const Call& call, size_t layer) {
   const LayerWeights<T>& weights = layers_[layer];
   const Workspace<T>& work = call.work;
   const int64_t rows = call.rows();
-  rms_norm(call.level, work.x, weights.norm, work.normed, rows, shape_.hidden, shape_.eps);
-  packed_linear(call.level, call.threads, work.normed, weights.q, work.q, rows);
-  packed_linear(call.level, call.threads, work.normed, weights.k, work.k, rows);
-  packed_linear(call.level, call.threads, work.normed, weights.v, work.v, rows);
+  rms_norm(call.level, call.threads, work.x, weights.norm, work.normed, rows, shape_.hidden,
+           shape_.eps);
+  linears(call, work.normed, {{weights.q, work.q, weights.q.outputs},
+                              {weights.k, work.k, weights.k.outputs},
+                              {weights.v, work.v, weights.v.outputs}});
   if (weights.q_norm == nullptr) return;
   const int64_t dim = shape_.head_dim;
-  rms_norm(call.level, work.q, weights.q_norm, work.q, rows * shape_.heads, dim, shape_.eps);
-  rms_norm(call.level, work.k, weights.k_norm, work.k, rows * shape_.groups, dim, shape_.eps);
+  rms_norm(call.level, call.threads, work.q, weights.q_norm, work.q, rows * shape_.heads, dim,
+           shape_.eps);
+  rms_norm(call.level, call.threads, work.k, weights.k_norm, work.k, rows * shape_.groups, dim,
+           shape_.eps);
+}
+
+// Layers that read the same rows.
+template <class T>
+void Engine<T>::linears(const Call& call, const T* x,
+                        std::initializer_list<PackedLinearJob<T>> jobs) const {
+  packed_linears(call.level, call.threads, x, call.rows(), jobs.begin(),
+                 static_cast<int64_t>(jobs.size()), activations_);
 }
 
 template <class T>
@@ -142,13 +154,12 @@ void Engine<T>::finish(const Call& call, size_t layer) {
   T* gate = grown(gate_, rows * width);
   T* up = grown(up_, rows * width);
   T* gated = grown(gated_, rows * width);
-  packed_linear(call.level, call.threads, work.mixed, weights.o, added, rows);
+  linears(call, work.mixed, {{weights.o, added, shape_.hidden}});
   add_rms_norm(call.level, call.threads, work.x, added, weights.mlp_norm, work.x, work.normed, rows,
                shape_.hidden, shape_.eps);
-  packed_linear(call.level, call.threads, work.normed, weights.gate, gate, rows);
-  packed_linear(call.level, call.threads, work.normed, weights.up, up, rows);
+  linears(call, work.normed, {{weights.gate, gate, width}, {weights.up, up, width}});
   swiglu(call.level, call.threads, gate, width, up, width, gated, rows, width);
-  packed_linear(call.level, call.threads, gated, weights.down, added, rows);
+  linears(call, gated, {{weights.down, added, shape_.hidden}});
   add(call.level, call.threads, work.x, added, work.x, rows, shape_.hidden);
 }
 

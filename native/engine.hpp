@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <vector>
@@ -85,7 +86,7 @@ struct Workspace {
 template <class T>
 class Engine {
  public:
-  Engine(DecoderShape shape, std::vector<LayerWeights<T>> layers);
+  Engine(DecoderShape shape, Activations activations, std::vector<LayerWeights<T>> layers);
 
   // x after layers [first, last). `buffers` has those of every mixer of these layers, in order.
   void run(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
@@ -127,7 +128,10 @@ class Engine {
                    std::int64_t to, const T* keys, T* out);
   const Tables& tables(const Call& call, std::int64_t reach, std::int64_t back);
 
+  void linears(const Call& call, const T* x, std::initializer_list<PackedLinearJob<T>> jobs) const;
+
   DecoderShape shape_;
+  Activations activations_;  // of the linear layers' inputs
   std::vector<LayerWeights<T>> layers_;
   std::mutex busy_;  // the scratch below serves one call at a time
 

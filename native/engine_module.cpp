@@ -71,14 +71,15 @@ void bind(nb::module_& m, const char* name) {
           "__init__",
           [](Engine* self, int64_t hidden, int64_t heads, int64_t groups, int64_t head_dim,
              int64_t intermediate, float eps, const std::vector<double>& frequencies,
-             const nb::tuple& layers) {
+             bool rounded, const nb::tuple& layers) {
             std::vector<respike::LayerWeights<T>> made;
             for (nb::handle item : layers) made.push_back(layer<T>(item));
             new (self) Engine({hidden, heads, groups, head_dim, intermediate, eps, frequencies},
+                              rounded ? respike::Activations::int8 : respike::Activations::exact,
                               std::move(made));
           },
           "hidden"_a, "heads"_a, "groups"_a, "head_dim"_a, "intermediate"_a, "eps"_a,
-          "frequencies"_a, "layers"_a)
+          "frequencies"_a, "rounded"_a, "layers"_a)
       .def(
           "run",
           [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,

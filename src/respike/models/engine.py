@@ -84,6 +84,7 @@ class Engine:
             first.mlp.down_proj.in_features,
             first.input_layernorm.eps,
             self._frequencies.tolist(),
+            first.mlp.down_proj.activations == "int8",
             tuple(map(self._layer, self._layers, self._native)),
         )
 
