@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from context import count_of, lengths_of, predicted_seconds
-from machine import provenance
 from torch.nn.functional import normalize
 
+from respike.bench.machine import provenance
 from respike.cli.show import progress, table
 from respike.device import dtype_name, get_dtype, set_threads
 from respike.errors import RespikeError

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import provenance
 
+from respike.bench.machine import provenance
 from respike.cli.show import human_bytes, progress, table
 from respike.device import dtype_name, set_threads
 from respike.errors import BackendError, RespikeError

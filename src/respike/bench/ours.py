@@ -1,0 +1,148 @@
+"""Our engine in a process of its own: see `respike.bench.child` for how it is talked to.
+
+A job names a ``task``, the ``threads``, and a ``model``: the ``path`` of one, or the ``shape`` and
+``recipe`` of one with random weights.
+"""
+
+import time
+from array import array
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+WARM_UP_TOKENS = 512
+"""The first call of a kernel, a thread or a buffer is slow once in the life of a process."""
+
+Job = Mapping[str, Any]
+
+
+def prepare(job: Job) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
+    """What the model is, and the task."""
+    marks = {"interpreter, imports": time.time()}
+    from respike.device import set_threads
+
+    set_threads(job["threads"])
+    if job["task"] == "cold":
+        import respike.generation  # noqa: F401 - what `respike generate` imports
+
+        marks["interpreter, imports"] = time.time()
+        model = load_model(job["model"])
+        marks["load"] = time.time()
+        return facts(model.decoder), lambda: cold(model, job, marks)
+    if job["task"] == "quality":
+        from respike.bench.quality import quality
+
+        return {}, lambda: quality(job)
+    decoder = load_model(job["model"]).decoder
+    run = {"measure": measure, "logits": logits}[job["task"]]
+    return facts(decoder), lambda: run(decoder, job)
+
+
+def load_options(spec: Job) -> dict[str, Any]:
+    """Of `respike.load`, as the command line gave them."""
+    from respike.errors import UnsupportedError
+
+    if spec.get("weights") is not None:
+        raise UnsupportedError("--weights: loading does not pack weights yet; leave it out")
+    return {"dtype": spec.get("dtype")}
+
+
+def load_model(spec: Job) -> Any:
+    """A `respike.Model`; of a shape, without tokenizer and files."""
+    from respike.loading import Model, load, load_decoder
+
+    options = load_options(spec)
+    if spec.get("shape") is None:
+        return load(spec["path"], **options)
+    from respike.bench.shapes import random_checkpoint, shape_config
+    from respike.recipe import Recipe
+
+    recipe = Recipe.model_validate(spec["recipe"])
+    source = random_checkpoint(shape_config(spec["shape"]), recipe)
+    tokenizer: Any = None
+    decoder = load_decoder(source, **options)
+    return Model(decoder, tokenizer, source.config, source.path, source.files)
+
+
+def facts(decoder: Any) -> dict[str, Any]:
+    """What the model is, and the bytes of weights that one decoding step reads."""
+    from respike.account import state_parts
+    from respike.device import dtype_name
+
+    config = decoder.config
+    weights = sum(parameter.nbytes for parameter in decoder.parameters())
+    looked_up = 0 if config.tie_word_embeddings else decoder.embedding.nbytes
+    return {
+        "dtype": dtype_name(decoder.embedding.dtype),
+        "weight_bytes": weights,
+        "step_weight_bytes": weights - looked_up,
+        "memory_bytes": state_parts(config, 0)["memory"],
+        "kv_groups": config.num_hidden_layers * config.num_key_value_heads,
+        "softmax_groups": len(config.softmax_groups()),
+        "trained_tokens": config.max_position_embeddings,
+    }
+
+
+def tokens_of(job: Job) -> Any:
+    """The prompt (1, T)."""
+    import torch
+
+    ids = array("i", Path(job["tokens_file"]).read_bytes())
+    return torch.tensor(ids, dtype=torch.int64)[None]
+
+
+def measure(decoder: Any, job: Job) -> dict[str, Any]:
+    """Prefill to the first chosen token, then decode at that depth.
+
+    One decoding step before the timed ones is not counted: it is where a growing cache makes
+    room, once in a quarter of its length.
+    """
+    import torch
+
+    tokens = tokens_of(job)
+    with torch.inference_mode():
+        warm = tokens[:, -WARM_UP_TOKENS:].flip(1)
+        _, state = decoder(warm, logits="last")
+        decoder(warm[:, :1], state, logits="last")
+        del state
+        start = time.perf_counter()
+        scores, state = decoder(tokens, logits="last")
+        token = scores[:, 0].argmax(-1, keepdim=True)
+        first = time.perf_counter()
+        state_bytes = state.nbytes()
+        begin = first
+        for step in range(job["decode_tokens"] + 1):
+            if step == 1:
+                begin = time.perf_counter()
+            scores, state = decoder(token, state, logits="last")
+            token = scores[:, 0].argmax(-1, keepdim=True)
+        end = time.perf_counter()
+    return {
+        "ttft_seconds": first - start,
+        "decode_seconds": end - begin,
+        "state_bytes": state_bytes,
+    }
+
+
+def logits(decoder: Any, job: Job) -> dict[str, Any]:
+    """Logits of every token of the prompt, float32, written to a file."""
+    import torch
+
+    with torch.inference_mode():
+        found = decoder(tokens_of(job))[0][0].float().contiguous()
+    Path(job["logits_file"]).write_bytes(found.numpy().tobytes())
+    return {"vocab_size": found.shape[1]}
+
+
+def cold(model: Any, job: Job, marks: dict[str, float]) -> dict[str, Any]:
+    """Seconds of each step from the start of the process to the text of a first token."""
+    import torch
+
+    tokens = tokens_of(job)
+    with torch.inference_mode():
+        scores, state = model.decoder(tokens[:, :-1], logits="none")
+        marks["prefill"] = time.time()
+        scores, _ = model.decoder(tokens[:, -1:], state, logits="last")
+        text = model.tokenizer.decode([int(scores[0, 0].argmax())]) if model.tokenizer else ""
+    marks["first token"] = time.time()
+    return {"marks": marks, "text": text}
