@@ -1,6 +1,7 @@
 """Result files of earlier runs in benchmarks/results: labelled, never mixed with this run's."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,30 @@ def read_committed(folder: Path) -> Committed:
     for result in sorted(frontiers, key=lambda r: r["date"]):
         by_model[result["model"]] = result
     return Committed(newest, list(by_model.values()))
+
+
+def as_context(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report shows of a `respike bench`: the model and its original, by those names."""
+    roles = {"ours": "converted", "original": "original"}
+    names = {p["contender"]: p["facts"] for p in report["points"] if "facts" in p}
+    rows = [row for row in report["rows"] if row["group"] in roles]
+    groups = {row["contender"]: row["group"] for row in rows}
+    return {
+        **{key: report[key] for key in ("machine", "date", "commit")},
+        "settings": report["settings"] | {"path": "every point in a process of its own"},
+        "models": {
+            roles[group]: {
+                "fingerprint": report["found"]["fingerprints"].get(group, "random weights"),
+                "dtype": names[name]["dtype"],
+            }
+            for name, group in groups.items()
+        },
+        "rows": [{**row, "model": roles[row["group"]]} for row in rows],
+        "skipped": [
+            {"model": gap["contender"], "context_tokens": gap["length"], "reason": gap["reason"]}
+            for gap in report["skipped"]
+        ],
+    }
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

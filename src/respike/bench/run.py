@@ -1,5 +1,6 @@
 """`respike bench` as one function: the gate, the points, the quality beside them, the report."""
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -88,6 +89,7 @@ def bench(
     results = Results(out, _key(subject, settings, run), _head(settings, everyone))
     tokenizer = load_tokenizer(open_checkpoint(subject.path)) if subject.path else None
     prompts = Prompts(tokenizer, everyone.config)
+    results.keep("fingerprints", _fingerprints(everyone))
     report(0, 1, "how long it will take")
     plan = predict(everyone.config, settings.lengths, settings.threads, run.ours, run.cache_folder)
     results.keep("planned", plan)
@@ -120,9 +122,18 @@ def _key(subject: Subject, settings: Settings, run: Run) -> dict[str, Any]:
     }
 
 
+def _fingerprints(everyone: Field) -> dict[str, str]:
+    """Of the model and its original, where they are on disk."""
+    models = {c.group: c.job["model"] for c in everyone.contenders if "model" in c.job}
+    opened = {g: open_checkpoint(m["path"]) for g, m in models.items() if "path" in m}
+    return {group: fingerprint(source.config, source.files) for group, source in opened.items()}
+
+
 def _head(settings: Settings, everyone: Field) -> dict[str, Any]:
     head = provenance()
-    head["machine"] |= {"threads": settings.threads, "kernels": kernel_names()}
+    head["machine"] |= {
+        "cores": os.cpu_count(), "threads": settings.threads, "kernels": kernel_names(),
+    }  # fmt: skip
     return {**head, "settings": asdict(settings), "notes": everyone.notes}
 
 
