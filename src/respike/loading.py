@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from respike.checkpoint import Checkpoint, GgufCheckpoint, fingerprint, open_checkpoint
 from respike.checkpoint.families import expected_tensors
@@ -16,6 +18,22 @@ from respike.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """What a decoder is made of: a checkpoint, or something that makes weights up."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shapes and mixers."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype to compute in when none is asked for."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, by our name of it."""
 
 
 @dataclass
@@ -42,7 +60,7 @@ def load_tokenizer(source: Checkpoint) -> Tokenizer:
 
 
 def load_decoder(
-    source: Checkpoint,
+    source: Weights,
     *,
     device: str = "cpu",
     dtype: str | None = None,
@@ -51,7 +69,7 @@ def load_decoder(
     """A decoder with the checkpoint's weights, ready to run, without gradients.
 
     Args:
-        source: From `respike.checkpoint.open_checkpoint`.
+        source: Such as `respike.checkpoint.open_checkpoint` opens.
         device: Name for `respike.device.get_device`.
         dtype: f32, bf16 or f16; None takes the checkpoint's own.
         progress: Called after each tensor.

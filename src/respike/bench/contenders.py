@@ -17,7 +17,7 @@ from respike.errors import BackendError, CheckpointError, RespikeError, UsageErr
 from respike.recipe import Recipe, load_recipe
 
 PEERS = ("original", "transformers", "llama.cpp", "rwkv7")
-PACKAGES = {"transformers": "transformers", "llama.cpp": "llama-cpp-python"}
+PACKAGES = {"transformers": "transformers accelerate", "llama.cpp": "llama-cpp-python"}
 MODULES = {
     "transformers": "peer_transformers",
     "llama.cpp": "peer_llama_cpp",
@@ -130,7 +130,7 @@ def field_of(
     found, original_path, original_config = _subject(subject, names, ours, common)
     wanted = [name for name in names if name != "original"]
     for name in wanted:
-        _check_installed(name, peer_python)
+        _check_installed(name, peer_python, original_path)
     if "transformers" in wanted:
         assert original_path is not None
         job = {"path": str(original_path), "dtype": "bfloat16", **common}
@@ -242,11 +242,11 @@ def _is_original(path: Path, hashes: Mapping[str, str]) -> bool:
     return {file_sha256(file) for file in files} == set(hashes.values())
 
 
-def _check_installed(name: str, python: str) -> None:
+def _check_installed(name: str, python: str, path: Path | None) -> None:
     try:
-        run_child(MODULES[name], {"task": "version"}, python=python)
+        run_child(MODULES[name], {"task": "version", "path": str(path)}, python=python)
     except ChildError as error:
-        package = PACKAGES.get(name, "llama-cpp-python")
+        package = PACKAGES.get(name, PACKAGES["llama.cpp"])
         raise BackendError(
             f"--vs {name}: {package} does not run in {python}: {error}",
             hint=f"run `{python} -m pip install {package}`, or name another --peer-python",

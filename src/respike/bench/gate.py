@@ -152,7 +152,7 @@ def narrowed(config: ModelConfig) -> ModelConfig:
 def _logits(config: ModelConfig, dtype: torch.dtype) -> Tensor:
     """Of a prompt longer than any window but huge ones, and of a few steps after it."""
     source = RandomCheckpoint(config, load_recipe("constant"), dtype, spread=0.1)
-    decoder = load_decoder(source)  # type: ignore[arg-type]  # it has all that is used of one
+    decoder = load_decoder(source)
     windows = [part.window_tokens for _, part in config.mixers() if part.mixer == "window"]
     length = min(2 * max(windows, default=64) + 37, 1100)
     draw = torch.Generator().manual_seed(1)

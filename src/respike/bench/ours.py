@@ -33,7 +33,7 @@ def prepare(job: Job) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
         from respike.bench.quality import quality
 
         return {}, lambda: quality(job)
-    decoder = load_model(job["model"]).decoder
+    decoder = load_decoder_of(job["model"])
     run = {"measure": measure, "logits": logits}[job["task"]]
     return facts(decoder), lambda: run(decoder, job)
 
@@ -48,20 +48,24 @@ def load_options(spec: Job) -> dict[str, Any]:
 
 
 def load_model(spec: Job) -> Any:
-    """A `respike.Model`; of a shape, without tokenizer and files."""
-    from respike.loading import Model, load, load_decoder
+    """The `respike.Model` at a path."""
+    from respike.loading import load
 
-    options = load_options(spec)
+    return load(spec["path"], **load_options(spec))
+
+
+def load_decoder_of(spec: Job) -> Any:
+    """Its decoder, or that of a shape with random weights."""
     if spec.get("shape") is None:
-        return load(spec["path"], **options)
+        return load_model(spec).decoder
     from respike.bench.shapes import random_checkpoint, shape_config
+    from respike.loading import load_decoder
     from respike.recipe import Recipe
 
     recipe = Recipe.model_validate(spec["recipe"])
-    source = random_checkpoint(shape_config(spec["shape"]), recipe)
-    tokenizer: Any = None
-    decoder = load_decoder(source, **options)
-    return Model(decoder, tokenizer, source.config, source.path, source.files)
+    return load_decoder(
+        random_checkpoint(shape_config(spec["shape"]), recipe), **load_options(spec)
+    )
 
 
 def facts(decoder: Any) -> dict[str, Any]:
@@ -143,6 +147,6 @@ def cold(model: Any, job: Job, marks: dict[str, float]) -> dict[str, Any]:
         scores, state = model.decoder(tokens[:, :-1], logits="none")
         marks["prefill"] = time.time()
         scores, _ = model.decoder(tokens[:, -1:], state, logits="last")
-        text = model.tokenizer.decode([int(scores[0, 0].argmax())]) if model.tokenizer else ""
+        text = model.tokenizer.decode([int(scores[0, 0].argmax())])
     marks["first token"] = time.time()
     return {"marks": marks, "text": text}

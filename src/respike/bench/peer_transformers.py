@@ -22,6 +22,8 @@ def prepare(job: Job) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
     import transformers
 
     about: dict[str, Any] = {"version": version("transformers")}
+    if job["path"].endswith(".gguf"):
+        about["accelerate"] = version("accelerate")  # without it transformers reads no GGUF
     if job["task"] == "version":
         return about, dict
     logging.disable(logging.WARNING)

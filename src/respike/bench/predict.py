@@ -112,7 +112,7 @@ def _measure(config: ModelConfig, part: Mixer, options: Mapping[str, Any]) -> li
         }
     )
     source = RandomCheckpoint(one, load_recipe("constant"))
-    decoder = load_decoder(source, **load_options(options))  # type: ignore[arg-type]
+    decoder = load_decoder(source, **load_options(options))
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (1, PREFILL_CHUNK_TOKENS), generator=draw)
     times: list[float] = []

@@ -5,8 +5,7 @@ Numbers from the models' public config.json files.
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -94,9 +93,6 @@ class RandomCheckpoint:
     config: ModelConfig
     recipe: Recipe
     stored_dtype: torch.dtype = torch.bfloat16
-    path: Path = Path("random")
-    files: list[Path] = field(default_factory=list)
-    license: str = "none"
     spread: float = 0.02
     noise: Tensor = field(init=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False)
@@ -105,11 +101,6 @@ class RandomCheckpoint:
         self.shapes = dict(expected_tensors(self.config))
         generator = torch.Generator().manual_seed(0)
         self.noise = (self.spread * torch.randn(BLOCK, generator=generator)).to(self.stored_dtype)
-
-    @property
-    def stored_as(self) -> dict[str, str]:
-        """Nothing is stored."""
-        return {}
 
     def read(self, name: str) -> Tensor:
         """A tensor of noise, of ones for a norm, or a mixer's own start with its gates open."""
@@ -124,6 +115,6 @@ class RandomCheckpoint:
         return self.noise.repeat(-(-count // BLOCK))[:count].view(shape)
 
 
-def random_checkpoint(source: ModelConfig, recipe: Recipe) -> Any:
+def random_checkpoint(source: ModelConfig, recipe: Recipe) -> RandomCheckpoint:
     """``source`` converted by ``recipe``, with random weights; for `load_decoder`."""
     return RandomCheckpoint(apply_recipe(recipe, source), recipe)

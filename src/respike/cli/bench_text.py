@@ -111,6 +111,7 @@ def _quality_text(data: Data) -> str:
             f"  {q['length']:,} tokens: KL {q['kl_nats']:.4f}, beyond {q['beyond_tokens']} "
             f"{q['kl_beyond_nats']:.4f} ({low:.4f} to {high:.4f}); {', '.join(found)}"
         )
+        lines += [f"    not asked: {why}" for why in q["not_asked"]]
     return "\n".join(lines)
 
 
