@@ -480,7 +480,15 @@ def test_bench_measures_model_and_original_and_goes_on(
     words = ("bench", "win", "--vs", "original", *SHORT, "-o", out, "--quality-cap", 64)
     code, text, err = respike(*words, "--lengths", "64,128", "--plot", picture)
     assert code == 0, err
-    for word in ("original", "win", "ours against", "quality of model", "reads", "copy lag 32", "KL"):
+    for word in (
+        "original",
+        "win",
+        "ours against",
+        "quality of model",
+        "reads",
+        "copy lag 32",
+        "KL",
+    ):
         assert word in text, word
     assert picture.exists()
     stored = json.loads(out.read_text())
