@@ -31,6 +31,7 @@ from respike.bench.session import Session, Settings, parse_lengths
 from respike.bench.shapes import SHAPES, random_checkpoint, shape_config
 from respike.checkpoint import open_checkpoint
 from respike.cli import main
+from respike.cli.bench_text import best_of_groups
 from respike.conversion import convert, plan
 from respike.errors import BackendError, CheckpointError, DataError, RespikeError, UsageError
 from respike.loading import load_decoder, load_tokenizer
@@ -312,10 +313,13 @@ def test_a_setting_beaten_at_both_is_dropped_at_longer_lengths(tmp_path: Path) -
     times = {"peer, good": 1.0, "peer, bad": 1.6, "peer, close": 1.4, "other": 9.0}
     fake = Fake(lambda name, _: times[name])
     names = [contender(n, n.partition(",")[0]) for n in times]
-    made = measured(fake, names, settings(8, 16), Results(None, {}, {}), tmp_path)
-    assert [name for name, n in fake.calls if n == 16] == ["peer, good", "peer, close", "other"]
-    (gap,) = made.skipped
-    assert gap["contender"] == "peer, bad"
+    made = measured(fake, names, settings(8, 16, 32), Results(None, {}, {}), tmp_path)
+    for length in (16, 32):
+        left = [name for name, n in fake.calls if n == length]
+        assert left == ["peer, good", "peer, close", "other"]
+    gap, later = made.skipped
+    assert gap["contender"] == later["contender"] == "peer, bad"
+    assert made.beaten == {"peer, bad"}
     assert "1.6 times slower than peer, good" in gap["reason"]
 
 
@@ -388,8 +392,10 @@ def test_the_best_of_a_peer_is_chosen_for_prefill_and_decode_apart() -> None:
     assert (found["ttft_best"], found["decode_best"]) == ("p, a", "p, b")
     assert (found["ttft_times"], found["decode_times"]) == (3, 4)
     assert found["decode_times_of_ideal"] == pytest.approx(10 / (1e4 / 1300))
-    data = {"rows": [ours, quick, steady]}
-    assert quoted(data) == ["x", "p, a", "p, b"]
+    neither = row_of(contender("p, c", "p"), [point(50, 5.0, 5.0)], 10, 1e4)
+    rows = [ours, quick, neither, steady]
+    assert quoted({"rows": rows}) == ["x", "p, a", "p, b"]
+    assert best_of_groups(rows) == [ours, quick, steady]
 
 
 def test_the_picture_shows_measured_and_fitted(tmp_path: Path) -> None:

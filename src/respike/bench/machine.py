@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +28,15 @@ def processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def l3_bytes() -> int | None:
+    """Size of the last cache before memory, where the system tells."""
+    file = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    text = file.read_text(encoding="ascii").strip() if file.exists() else ""
+    unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+    digits = text.rstrip("KM")
+    return int(digits) * unit if digits.isdigit() else None
 
 
 def commit() -> str:
@@ -71,15 +79,16 @@ def kernel_names() -> dict[str, str]:
 
 
 def read_bytes_per_second(threads: int) -> float:
-    """How fast this machine reads memory that is in no cache: median of a few rounds.
+    """How fast this machine can read memory that is in no cache: the best of a few rounds.
 
-    By the native kernel where it is built, else by torch's sum, which may be slower.
+    The best, as it is a bound that all else only lowers. By the native kernel where it is built,
+    else by torch's sum, which may be slower.
     """
     words = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     ready = backends.kernels()
     if ready is None:
         times = [_seconds(words.sum) for _ in range(READ_ROUNDS)]
-        return words.nbytes / median(times)
+        return words.nbytes / min(times)
     module, parts = ready.module, words.chunk(threads)
 
     def read(part: torch.Tensor) -> None:
@@ -87,7 +96,7 @@ def read_bytes_per_second(threads: int) -> float:
 
     with ThreadPoolExecutor(threads) as pool:
         times = [_seconds(lambda: list(pool.map(read, parts))) for _ in range(READ_ROUNDS)]
-    return words.nbytes / median(times)
+    return words.nbytes / min(times)
 
 
 def _seconds(work: Any) -> float:

@@ -111,18 +111,18 @@ def ratios(rows: Sequence[Row], fitted: Sequence[Row]) -> list[Row]:
         others = [r for r in everyone if r["context_tokens"] == length and r["group"] != "ours"]
         for group in dict.fromkeys(r["group"] for r in others):
             part = [r for r in others if r["group"] == group]
-            first = min(part, key=lambda r: _value(r["ttft_seconds"]))
-            step = max(part, key=lambda r: _value(r["decode_tokens_per_second"]))
+            first = min(part, key=lambda r: middle(r["ttft_seconds"]))
+            step = max(part, key=lambda r: middle(r["decode_tokens_per_second"]))
             ideal = max(r["ideal_decode_tokens_per_second"] for r in part)
-            rate = _value(mine["decode_tokens_per_second"])
+            rate = middle(mine["decode_tokens_per_second"])
             found.append(
                 {
                     "group": group,
                     "context_tokens": length,
-                    "ttft_times": _value(first["ttft_seconds"]) / _value(mine["ttft_seconds"]),
+                    "ttft_times": middle(first["ttft_seconds"]) / middle(mine["ttft_seconds"]),
                     "ttft_best": first["contender"],
                     "ttft_fitted": bool(first.get("fitted")),
-                    "decode_times": rate / _value(step["decode_tokens_per_second"]),
+                    "decode_times": rate / middle(step["decode_tokens_per_second"]),
                     "decode_best": step["contender"],
                     "decode_fitted": bool(step.get("fitted")),
                     "ours_fitted": bool(mine.get("fitted")),
@@ -132,5 +132,6 @@ def ratios(rows: Sequence[Row], fitted: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _value(figure: Any) -> float:
+def middle(figure: Any) -> float:
+    """The median of a measured figure, or the fitted one."""
     return float(figure["median"] if isinstance(figure, Mapping) else figure)

@@ -11,7 +11,13 @@ import torch
 
 from respike.bench.contenders import Contender, Field, Subject, field_of
 from respike.bench.gate import check_kernels, check_model, check_peer
-from respike.bench.machine import kernel_names, processor, provenance, read_bytes_per_second
+from respike.bench.machine import (
+    kernel_names,
+    l3_bytes,
+    processor,
+    provenance,
+    read_bytes_per_second,
+)
 from respike.bench.predict import predict
 from respike.bench.process import ChildError, run_child
 from respike.bench.prompts import Prompts
@@ -98,10 +104,10 @@ def bench(
         results.keep("gate", _gate(everyone, settings, prompts, folder, report))
         session = Session(everyone.contenders, settings, results, prompts, folder)
         session.run(report)
-    if not results.find("read_bytes_per_second"):
-        results.keep("read_bytes_per_second", read_bytes_per_second(settings.threads))
+    known = results.find("read_bytes_per_second") or plan["read_bytes_per_second"]
+    results.keep("read_bytes_per_second", max(known, read_bytes_per_second(settings.threads)))
     qualities = _qualities(everyone, settings, quality_cap, results, report)
-    return _finish(results, everyone, settings, session.skipped, qualities)
+    return _finish(results, everyone, session, qualities)
 
 
 def _key(subject: Subject, settings: Settings, run: Run) -> dict[str, Any]:
@@ -132,7 +138,8 @@ def _fingerprints(everyone: Field) -> dict[str, str]:
 def _head(settings: Settings, everyone: Field) -> dict[str, Any]:
     head = provenance()
     head["machine"] |= {
-        "cores": os.cpu_count(), "threads": settings.threads, "kernels": kernel_names(),
+        "cores": os.cpu_count(),
+        "l3_bytes": l3_bytes(), "threads": settings.threads, "kernels": kernel_names(),
     }  # fmt: skip
     return {**head, "settings": asdict(settings), "notes": everyone.notes}
 
@@ -229,12 +236,11 @@ def _qualities(
 def _finish(
     results: Results,
     everyone: Field,
-    settings: Settings,
-    skipped: Sequence[Mapping[str, Any]],
+    session: Session,
     qualities: list[dict[str, Any]] | str,
 ) -> dict[str, Any]:
     """Rows, fits and ratios, written with the points."""
-    read = results.find("read_bytes_per_second")
+    read, settings = results.find("read_bytes_per_second"), session.settings
     rows, fitted = [], []
     for length in settings.lengths:
         for contender in everyone.contenders:
@@ -245,13 +251,14 @@ def _finish(
             if good:
                 rows.append(row_of(contender, good, settings.decode_tokens, read))
     for contender in everyone.contenders:
-        fitted += fitted_rows(contender, rows, settings.lengths, read)
+        if contender.name not in session.beaten:
+            fitted += fitted_rows(contender, rows, settings.lengths, read)
     results.data |= {
         "read_bytes_per_second": read,
         "rows": rows,
         "fitted": fitted,
         "ratios": ratios(rows, fitted),
-        "skipped": list(skipped),
+        "skipped": session.skipped,
         "quality": qualities,
     }
     results.write()

@@ -82,6 +82,8 @@ class Session:
         self.contenders, self.settings, self.results = contenders, settings, results
         self.prompts, self.folder = prompts, folder
         self.skipped: list[dict[str, Any]] = []
+        self.beaten: set[str] = set()
+        """Settings that were given up because another of the same peer is faster."""
 
     def run(self, report: Report) -> None:
         """Measure; ``self.skipped`` then says what was not, and why."""
@@ -162,10 +164,11 @@ class Session:
         for other in self.contenders:
             if mine is None or other.group != contender.group or other is contender:
                 continue
-            theirs = last_medians(self._good(other.name), length)
+            theirs = last_medians(self._good(other.name), mine[0] + 1)
             if theirs is None or theirs[0] != mine[0]:
                 continue
             if all(a > BEATEN_BY * b for a, b in zip(mine[1:], theirs[1:], strict=True)):
+                self.beaten.add(contender.name)
                 times = min(a / b for a, b in zip(mine[1:], theirs[1:], strict=True))
                 return (
                     f"{times:.1f} times slower than {other.name} at prefill and decode of "

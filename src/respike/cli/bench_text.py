@@ -1,6 +1,6 @@
 """What bench and plan print."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from respike.cli.show import human_bytes, pairs, table
@@ -26,8 +26,33 @@ def _rows_table(data: Data) -> str:
         "tokens", "contender", "n", "first token, s", "prefill tok/s", "decode tok/s",
         "state", "peak", "MB/token", "GB/s", "of read", "ideal tok/s",
     )  # fmt: skip
-    rows = sorted([*data["rows"], *data["fitted"]], key=lambda r: (r["context_tokens"], r["group"]))
-    return table(header, [_cells(row) for row in rows])
+    everyone = [*data["rows"], *data["fitted"]]
+    rows = sorted(best_of_groups(everyone), key=lambda r: (r["context_tokens"], r["group"]))
+    shown = table(header, [_cells(row) for row in rows])
+    if len(rows) < len(everyone):
+        shown += (
+            f"\n{len(everyone) - len(rows)} rows of settings that are best at neither are left "
+            "out; -o and --json have them"
+        )
+    return shown
+
+
+def best_of_groups(rows: Sequence[Data]) -> list[Data]:
+    """Of each group at each length, the rows with the best prefill and the best decoding."""
+    from respike.bench.report import middle  # not above: `--help` does without torch
+
+    found = []
+    for row in rows:
+        same = [
+            r
+            for r in rows
+            if r["group"] == row["group"] and r["context_tokens"] == row["context_tokens"]
+        ]
+        first = min(same, key=lambda r: middle(r["ttft_seconds"]))
+        step = max(same, key=lambda r: middle(r["decode_tokens_per_second"]))
+        if row is first or row is step:
+            found.append(row)
+    return found
 
 
 def _cells(row: Data) -> tuple[str, ...]:
@@ -129,6 +154,11 @@ def _notes(data: Data) -> list[str]:
                 f"{peer} on the original weights: KL {found['kl_nats']:.4f} from our engine, same "
                 f"first choice for {100 * found['agreement_frac']:.0f} %"
             )
+    if machine["l3_bytes"]:
+        lines.append(
+            f"its L3 cache holds {human_bytes(machine['l3_bytes'])}: steps that move not much more "
+            "than that may read faster than memory"
+        )
     planned = data["found"]["planned"]["seconds"].items()
     lines.append(
         "planned before the run: " + ", ".join(f"{int(n):,} in {s:.3g} s" for n, s in planned)
