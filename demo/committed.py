@@ -9,6 +9,7 @@ from typing import Any
 from respike.errors import DataError
 
 CONTEXT_KEYS = ("machine", "date", "commit", "models", "rows", "skipped", "settings")
+BENCH_KEYS = ("machine", "date", "commit", "rows", "skipped", "settings", "points", "found")
 FRONTIER_KEYS = ("machine", "date", "commit", "model", "text", "rows")
 
 
@@ -17,7 +18,7 @@ class Committed:
     """What was found; each result carries its file name under ``file``."""
 
     context: dict[str, Any] | None = None
-    """The newest context_*.json."""
+    """The newest context_*.json or bench_*.json of a model on disk."""
     frontiers: list[dict[str, Any]] = field(default_factory=list)
     """The newest frontier_*.json of each model."""
 
@@ -48,6 +49,8 @@ def read_committed(folder: Path) -> Committed:
         DataError: A file is not JSON or lacks what its kind must have.
     """
     contexts = [_read(p, CONTEXT_KEYS) for p in sorted(folder.glob("context_*.json"))]
+    benches = [_read(p, BENCH_KEYS) for p in sorted(folder.glob("bench_*.json"))]
+    contexts += [as_context(b) | {"file": b["file"]} for b in benches if b["found"]["fingerprints"]]
     frontiers = [_read(p, FRONTIER_KEYS) for p in sorted(folder.glob("frontier_*.json"))]
     newest = max(contexts, key=lambda r: r["date"], default=None)
     by_model: dict[str, dict[str, Any]] = {}

@@ -469,7 +469,7 @@ def shown(run: stage.Run) -> dict[str, Any]:
 # ---- what a bench looks like to the report ---------------------------------------------------
 
 
-def test_of_a_bench_the_report_shows_the_model_and_its_original() -> None:
+def test_of_a_bench_the_report_shows_the_model_and_its_original(tmp_path: Path) -> None:
     facts = {"dtype": "bf16"}
     bench = {
         "machine": {}, "date": "2026-01-02", "commit": "abc1234", "settings": {"repeats": 2},
@@ -491,6 +491,10 @@ def test_of_a_bench_the_report_shows_the_model_and_its_original() -> None:
         "model": "original", "context_tokens": 128, "reason": "too slow"
     }  # fmt: skip
     assert "process of its own" in shown["settings"]["path"]
+    (tmp_path / "bench_x.json").write_text(json.dumps(bench))
+    read = read_committed(tmp_path).context
+    assert read is not None
+    assert read == shown | {"file": "bench_x.json"}
 
 
 # ---- benchmarks/chunked.py -------------------------------------------------------------------

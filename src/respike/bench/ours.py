@@ -28,14 +28,14 @@ def prepare(job: Job) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
         marks["interpreter, imports"] = time.time()
         model = load_model(job["model"])
         marks["load"] = time.time()
-        return facts(model.decoder), lambda: cold(model, job, marks)
+        return facts(model.decoder, job["model"]), lambda: cold(model, job, marks)
     if job["task"] == "quality":
         from respike.bench.quality import quality
 
         return {}, lambda: quality(job)
     decoder = load_decoder_of(job["model"])
     run = {"measure": measure, "logits": logits}[job["task"]]
-    return facts(decoder), lambda: run(decoder, job)
+    return facts(decoder, job["model"]), lambda: run(decoder, job)
 
 
 def load_options(spec: Job) -> dict[str, Any]:
@@ -68,16 +68,20 @@ def load_decoder_of(spec: Job) -> Any:
     )
 
 
-def facts(decoder: Any) -> dict[str, Any]:
+def facts(decoder: Any, spec: Job) -> dict[str, Any]:
     """What the model is, and the bytes of weights that one decoding step reads."""
-    from respike.account import state_parts
+    from respike.account import BITS, num_parameters, state_parts
     from respike.device import dtype_name
 
     config = decoder.config
-    weights = sum(parameter.nbytes for parameter in decoder.parameters())
-    looked_up = 0 if config.tie_word_embeddings else decoder.embedding.nbytes
+    dtype = dtype_name(decoder.embedding.dtype)
+    bits = BITS[spec.get("weights") or dtype]
+    weights = int(num_parameters(config) * bits / 8)
+    looked_up = 0
+    if not config.tie_word_embeddings:
+        looked_up = int(config.vocab_size * config.hidden_size * bits / 8)
     return {
-        "dtype": dtype_name(decoder.embedding.dtype),
+        "dtype": dtype,
         "weight_bytes": weights,
         "step_weight_bytes": weights - looked_up,
         "memory_bytes": state_parts(config, 0)["memory"],
