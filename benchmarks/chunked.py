@@ -24,10 +24,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from context import count_of, lengths_of, predicted_seconds
-from machine import provenance
 from torch.nn.functional import normalize
 
+from respike.bench.fits import predicted_seconds
+from respike.bench.machine import provenance
 from respike.cli.show import progress, table
 from respike.device import dtype_name, get_dtype, set_threads
 from respike.errors import RespikeError
@@ -194,6 +194,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-o", "--output", type=Path, required=True)
     made.add_argument("--force", action="store_true", help="replace the output file")
     return made
+
+
+def lengths_of(text: str) -> list[int]:
+    try:
+        lengths = [int(n) for n in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected counts such as 1024,2048")
+    return lengths
+
+
+def count_of(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a count of at least 1")
+    return int(text)
 
 
 def main() -> None:

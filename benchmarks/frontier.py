@@ -13,9 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from machine import provenance
-
 from respike.account import state_bytes
+from respike.bench.machine import provenance
 from respike.checkpoint import fingerprint
 from respike.config import ModelConfig
 from respike.device import dtype_name, set_threads

@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import provenance
 from torch import Tensor
 from torch.nn.functional import linear
 
+from respike.bench.machine import provenance
 from respike.device import set_threads
 from respike.ops import backends
 from respike.ops.linear import ACTIVATIONS, packed_linear

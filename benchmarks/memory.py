@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import provenance
 
 from respike.account import REPORT_LENGTHS, num_parameters, state_bytes
+from respike.bench.machine import provenance
 from respike.conversion import convert, plan
 from respike.device import dtype_name, set_threads
 from respike.errors import UsageError

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 
 from frontier import wear
-from machine import provenance
 
+from respike.bench.machine import provenance
 from respike.device import dtype_name, set_threads
 from respike.evaluation import mean_interval, negative_log_likelihood
 from respike.loading import load

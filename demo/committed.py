@@ -1,6 +1,7 @@
 """Result files of earlier runs in benchmarks/results: labelled, never mixed with this run's."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from respike.errors import DataError
 
 CONTEXT_KEYS = ("machine", "date", "commit", "models", "rows", "skipped", "settings")
+BENCH_KEYS = ("machine", "date", "commit", "rows", "skipped", "settings", "points", "found")
 FRONTIER_KEYS = ("machine", "date", "commit", "model", "text", "rows")
 
 
@@ -16,7 +18,7 @@ class Committed:
     """What was found; each result carries its file name under ``file``."""
 
     context: dict[str, Any] | None = None
-    """The newest context_*.json."""
+    """The newest context_*.json or bench_*.json of a model on disk."""
     frontiers: list[dict[str, Any]] = field(default_factory=list)
     """The newest frontier_*.json of each model."""
 
@@ -47,12 +49,38 @@ def read_committed(folder: Path) -> Committed:
         DataError: A file is not JSON or lacks what its kind must have.
     """
     contexts = [_read(p, CONTEXT_KEYS) for p in sorted(folder.glob("context_*.json"))]
+    benches = [_read(p, BENCH_KEYS) for p in sorted(folder.glob("bench_*.json"))]
+    contexts += [as_context(b) | {"file": b["file"]} for b in benches if b["found"]["fingerprints"]]
     frontiers = [_read(p, FRONTIER_KEYS) for p in sorted(folder.glob("frontier_*.json"))]
     newest = max(contexts, key=lambda r: r["date"], default=None)
     by_model: dict[str, dict[str, Any]] = {}
     for result in sorted(frontiers, key=lambda r: r["date"]):
         by_model[result["model"]] = result
     return Committed(newest, list(by_model.values()))
+
+
+def as_context(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report shows of a `respike bench`: the model and its original, by those names."""
+    roles = {"ours": "converted", "original": "original"}
+    names = {p["contender"]: p["facts"] for p in report["points"] if "facts" in p}
+    rows = [row for row in report["rows"] if row["group"] in roles]
+    groups = {row["contender"]: row["group"] for row in rows}
+    return {
+        **{key: report[key] for key in ("machine", "date", "commit")},
+        "settings": report["settings"] | {"path": "every point in a process of its own"},
+        "models": {
+            roles[group]: {
+                "fingerprint": report["found"]["fingerprints"].get(group, "random weights"),
+                "dtype": names[name]["dtype"],
+            }
+            for name, group in groups.items()
+        },
+        "rows": [{**row, "model": roles[row["group"]]} for row in rows],
+        "skipped": [
+            {"model": gap["contender"], "context_tokens": gap["length"], "reason": gap["reason"]}
+            for gap in report["skipped"]
+        ],
+    }
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

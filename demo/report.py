@@ -100,7 +100,7 @@ def speed_line(results: Results) -> str:
     return (
         f"At {lengths[-1]:,} tokens: first token after {first[0]:.1f} s against {first[1]:.1f} s "
         f"({page.times(first[1], first[0])}), decode {decode[0]:.1f} against {decode[1]:.1f} "
-        f"tokens/s ({page.times(decode[0], decode[1])}); plain PyTorch path."
+        f"tokens/s ({page.times(decode[0], decode[1])})."
     )
 
 
@@ -179,7 +179,7 @@ def limits(results: Results, _committed: Committed) -> str:
         grows,
         f"The original was trained for {results['original']['trained_tokens']:,} tokens. Quality "
         f"was measured up to {check['context_tokens']:,}; times at longer contexts are times only.",
-        "Times are of random tokens, one sequence, and the plain PyTorch path: attention and "
+        "Times are of one sequence, and the plain PyTorch path: attention and "
         "matrix products have no native kernels yet.",
         "This is a small model, where attention is a large share of the work: the gain in time "
         "shrinks as models grow.",

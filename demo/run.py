@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from committed import read_committed
-from machine import provenance
 from report import render, summary_lines
 from stage import Run, perform
 from steps import STEPS
 
+from respike.bench.machine import provenance
 from respike.device import set_threads
 from respike.errors import RespikeError, UsageError
 

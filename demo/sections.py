@@ -311,8 +311,9 @@ def speed(results: Results, committed: Committed) -> str:
     )
     settings = report["settings"]
     text = (
-        f"Random tokens, the two models taking turns, {settings['repeats']} repeats after a "
-        f"warm-up, {page.plural(report['machine']['threads'], 'thread')}; {settings['path']}. "
+        "Real text in new pieces each time, the two models taking turns, "
+        f"{settings['repeats']} repeats after a warm-up, "
+        f"{page.plural(report['machine']['threads'], 'thread')}; {settings['path']}. "
         "Brackets are the smallest and the largest value. Differences below "
         f"{page.TIE}x are a tie: machines drift."
     )

@@ -5,9 +5,10 @@ share. To show it: a section in `report.py`.
 """
 
 import shlex
+import sys
 from typing import Any
 
-import context
+from committed import as_context
 from stage import Run, Step, bar, indented, parse_task
 from worth import TRIALS, memory_commands, memory_worth
 
@@ -18,7 +19,12 @@ from respike.account import (
     state_bytes,
     state_parts,
 )
+from respike.bench.contenders import Subject
+from respike.bench.run import Run as Engines
+from respike.bench.run import bench
+from respike.bench.session import Settings
 from respike.checkpoint import open_checkpoint
+from respike.cli.bench_text import bench_text
 from respike.cli.show import human_bytes, table
 from respike.config import ModelConfig
 from respike.conversion import convert, plan
@@ -46,8 +52,10 @@ STATE_LENGTHS = tuple(1 << n for n in range(8, 21))
 LIVE_LENGTHS = (1024, 2048, 8192)
 """Two short ones tell whether the long one can be afforded."""
 LIVE_REPEATS = 2
-LIVE_MAX_SECONDS = 40.0
-"""A timed run expected to take longer is skipped, so that slow machines finish too."""
+LIVE_MAX_MINUTES = 1.0
+"""A timed run expected to take longer, loading included, is skipped, so that slow machines finish
+too."""
+LIVE_DECODE = 16
 FACT = "The key to the archive is kept in the blue tin on the top shelf."
 QUESTION = "Where is the key to the archive kept?"
 ANSWER_TOKENS = 48
@@ -244,14 +252,17 @@ def ask_the_same(run: Run) -> None:
 
 def time_and_memory(run: Run) -> None:
     run.forget()
-    timed = {role: run.paths[role] for role in ROLES[:2]}
+    settings = Settings(
+        LIVE_LENGTHS, LIVE_REPEATS, LIVE_DECODE, set_threads(run.threads), 60 * LIVE_MAX_MINUTES
+    )
     with bar("prefill and decode, taking turns (tokens)") as step:
-        report = context.measure(
-            timed, LIVE_LENGTHS, repeats=LIVE_REPEATS, threads=run.threads, dtype=run.dtype,
-            max_seconds=LIVE_MAX_SECONDS, progress=step,
+        report = bench(
+            Subject(path=run.paths["converted"], original=run.model), ["original"], settings,
+            Engines(run.dtype, None, sys.executable, run.out / "cache"),
+            quality_cap=None, out=None, report=step,
         )  # fmt: skip
-    run.results["context"] = report
-    print(indented(context.text_table(report)))
+    run.results["context"] = as_context(report)
+    print(indented(bench_text(report)))
     at_1m = STATE_LENGTHS.index(1 << 20)
     sizes = {r: human_bytes(b[at_1m]) for r, b in run.results["state"]["bytes"].items()}
     print(
@@ -260,11 +271,12 @@ def time_and_memory(run: Run) -> None:
 
 
 def context_command(run: Run) -> list[str]:
-    paths = " ".join(f"{role}={shlex.quote(str(run.paths[role]))}" for role in ROLES[:2])
+    converted, original = (shlex.quote(str(run.paths[role])) for role in ("converted", "original"))
     lengths = ",".join(map(str, LIVE_LENGTHS))
     return [
-        f"python benchmarks/context.py {paths} --lengths {lengths} --repeats {LIVE_REPEATS} "
-        f"--max-seconds {LIVE_MAX_SECONDS:g} -o {run.out / 'context.json'}"
+        f"respike bench {converted} --vs original --original {original} --lengths {lengths} "
+        f"--repeats {LIVE_REPEATS} --decode {LIVE_DECODE} --time-limit {LIVE_MAX_MINUTES:g} "
+        "--no-quality"
     ]
 
 

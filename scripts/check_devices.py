@@ -14,9 +14,10 @@ FOLDERS = ("src", "native", "demo", "benchmarks")
 ALLOWED = Path("src/respike/device.py")
 SUFFIXES = {".c", ".cmake", ".cpp", ".h", ".hpp", ".py", ".pyi", ".sh", ".toml", ".txt", ".yaml"}
 
-# Also as the start of a longer word (cudaMalloc, triton_ops).
+# Also as the start of a longer word (cudaMalloc, triton_ops). flash_attn_type is no package but a
+# setting of llama.cpp's processor build, which `bench` switches.
 STEMS = (
-    "cambricon cublas cuda cudnn flash_?attn flashinfer habana hccl ipex miopen "
+    "cambricon cublas cuda cudnn flash_?attn(?!_type) flashinfer habana hccl ipex miopen "
     "nccl nvcc nvidia oneapi rocm tilelang torch_npu torch_xla triton xformers"
 )
 # Only as a whole word: short enough to turn up inside others.

@@ -113,6 +113,40 @@ def chunked_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def bench_table(path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = [
+        f"`{result['command']}`: {machine['processor']}, {machine['threads']} threads, "
+        f"{result['read_bytes_per_second'] / 1e9:.1f} GB/s read, {result['date']}, commit "
+        f"{result['commit']}, model {result['key']['model'][:12]}. Median [least, most]; fitted "
+        "figures in italics.",
+        "",
+        "| tokens | contender | n | first token, s | decode, tokens/s | state, MiB | peak, MiB | "
+        "of read speed | ideal decode |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in sorted([*result["rows"], *result["fitted"]], key=lambda r: r["context_tokens"]):
+        begin = f"| {row['context_tokens']:,} | {row['contender']}"
+        ideal = f"{row['ideal_decode_tokens_per_second']:.1f}"
+        if row.get("fitted"):
+            first, step = row["ttft_seconds"], row["decode_tokens_per_second"]
+            lines.append(f"{begin} | fitted | *{first:.1f}* | *{step:.1f}* | | | | {ideal} |")
+            continue
+        peak = row["peak_rss_bytes"]
+        cells = [spread_cell(row["ttft_seconds"], 2)]
+        cells.append(spread_cell(row["decode_tokens_per_second"], 1))
+        cells += [f"{row['state_bytes'] / 2**20:,.1f}", f"{peak / 2**20:,.0f}" if peak else "-"]
+        cells += [f"{100 * row['read_frac']:.0f} %", ideal]
+        lines.append(f"{begin} | {row['n']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread_cell(part: dict[str, float], digits: int) -> str:
+    low, high = f"{part['min']:.{digits}f}", f"{part['max']:.{digits}f}"
+    return f"{part['median']:.{digits}f} [{low}, {high}]"
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Replace what stands between ``<!-- marker -->`` and ``<!-- end -->``."""
     begin, end = f"<!-- {marker} -->", "<!-- end -->"
@@ -125,7 +159,10 @@ def fill(text: str, marker: str, content: str) -> str:
 def generated() -> dict[Path, str]:
     files = {ROOT / "docs/reference/cli.md": cli_reference()}
     readme, results = ROOT / "README.md", ROOT / "docs/results.md"
-    kinds = {"frontier": frontier_table, "memory": memory_table, "chunked": chunked_table}
+    kinds = {
+        "frontier": frontier_table, "memory": memory_table, "chunked": chunked_table,
+        "bench": bench_table,
+    }  # fmt: skip
     tables = {
         path.stem: make(path)
         for kind, make in kinds.items()

@@ -21,14 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 import chunked
-import context
 import report
 import stage
 import steps
 import worth
-from committed import Committed, read_committed
+from committed import Committed, as_context, read_committed
 
-from respike.errors import BackendError, DataError
+from respike.errors import DataError
 from respike.evaluation import Reference, Task, Vocabulary, recall
 from respike.loading import load
 from respike.ops import backends
@@ -74,23 +73,26 @@ def recall_row(task: str, reach: int, found: tuple[float, float, float]) -> dict
     return {"task": task, "trials": 6, "chance_frac": 0.01, "reach_tokens": reach, "scores": scores}
 
 
+def around(value: float) -> dict[str, float]:
+    return {"median": value, "min": 0.9 * value, "max": 1.2 * value}
+
+
 def timing(models: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, Any]:
     rows = []
     for length in lengths:
         for number, model in enumerate(models):
             seconds = length / 1000 * (1 + length / (8000 * (1 + 3 * number)))
-            runs = [
+            rate = 40 / (1 + length / 8000 / (1 + number))
+            rows.append(
                 {
-                    "ttft_seconds": seconds * drift,
-                    "prefill_tokens_per_second": length / seconds / drift,
-                    "decode_tokens_per_second": 40 / (1 + length / 8000 / (1 + number)),
+                    "model": model, "context_tokens": length, "n": 3,
+                    "ttft_seconds": around(seconds),
+                    "prefill_tokens_per_second": around(length / seconds),
+                    "decode_tokens_per_second": around(rate),
                     "state_bytes": 23040 * length // (1 + 4 * number),
-                    "base_rss_bytes": 500 << 20,
                     "peak_rss_bytes": 700 << 20,
                 }
-                for drift in (0.9, 1.0, 1.2)
-            ]
-            rows.append(context.summary(model, length, runs))
+            )  # fmt: skip
     machine = {
         "processor": "Made-up 9000", "cores": 2, "threads": 2, "cpu_features": ["avx2", "fma"],
         "kernels": {"rms_norm": "native avx2"},
@@ -98,7 +100,7 @@ def timing(models: tuple[str, ...], lengths: tuple[int, ...]) -> dict[str, Any]:
     return {
         "machine": machine, "date": "2026-01-02", "commit": "abc1234", "rows": rows,
         "skipped": [{"model": "original", "context_tokens": 1 << 20, "reason": "too slow here"}],
-        "settings": {"repeats": 3, "path": context.PATH_NOTE},
+        "settings": {"repeats": 3, "path": "made-up kernels"},
         "models": {m: {"fingerprint": f"{m}-print", "dtype": "bf16"} for m in models},
     }  # fmt: skip
 
@@ -466,120 +468,35 @@ def shown(run: stage.Run) -> dict[str, Any]:
     return {key: run.results[key] for key in ("convert", "memory", "state")}
 
 
-# ---- the timing script -----------------------------------------------------------------------
+# ---- what a bench looks like to the report ---------------------------------------------------
 
 
-class Local:
-    """A `context.Child` without a process; it may be told to end before a length."""
-
-    def __init__(self, path: str, dtype: str | None, threads: int) -> None:
-        self.runner = context.Runner(path, dtype, threads)
-        self.facts = self.runner.facts()
-        self.calls: list[int] = []
-        self.ends_at = 10**9
-
-    def run(self, length: int, decode_tokens: int, seed: int) -> dict[str, float]:
-        if length >= self.ends_at:
-            raise context.ChildError("its process has ended")
-        self.calls.append(length)
-        return self.runner.run(length, decode_tokens, seed)
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.fixture
-def pico(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny model on disk; measurements stay in this process and leave its memory marks alone."""
-    monkeypatch.setattr(context, "Child", Local)
-    monkeypatch.setattr(context, "WARM_UP_TOKENS", 8)
-    save_tiny(tmp_path)
-    return tmp_path
-
-
-def test_rows_hold_what_was_measured(pico: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    result = context.measure(
-        {"a": pico, "b": pico}, [64, 32], repeats=2, decode_tokens=3, threads=1,
-        dtype="f32", progress=lambda *step: seen.append(step),
-    )  # fmt: skip
-    assert [(r["context_tokens"], r["model"], r["n"]) for r in result["rows"]] == [
-        (32, "a", 2), (32, "b", 2), (64, "a", 2), (64, "b", 2),
-    ]  # fmt: skip
-    per_token = 2 * 4 * 3 * 8 * 4  # k and v, layers, groups, head_dim, f32
-    assert [r["state_bytes"] for r in result["rows"]] == [n * per_token for n in (32, 32, 64, 64)]
-    for row in result["rows"]:
-        assert 0 < row["ttft_seconds"]["min"] <= row["ttft_seconds"]["median"]
-        assert row["peak_rss_bytes"] >= row["base_rss_bytes"] > 1 << 20
-    assert seen[-1] == (384, 384)
-    assert result["skipped"] == []
-    assert result["models"]["a"]["fingerprint"]
-    assert result["machine"]["cores"]
-    assert "plain PyTorch" in result["settings"]["path"]
-    json.dumps(result)
-    assert "32" in context.text_table(result)
-
-
-def test_lengths_that_would_take_too_long_are_skipped(pico: Path) -> None:
-    result = context.measure(
-        {"a": pico}, [32, 64], repeats=1, decode_tokens=1, threads=1, max_seconds=1e-9
-    )
-    assert [r["context_tokens"] for r in result["rows"]] == [32]
-    (gap,) = result["skipped"]
-    assert gap["context_tokens"] == 64
-    assert "more than 1e-09 s" in gap["reason"]
-    assert "skipped: a at 64" in context.text_table(result)
-
-
-def test_a_child_that_dies_costs_only_its_own_points(pico: Path) -> None:
-    children = {name: Local(str(pico), "f32", 1) for name in ("a", "b")}
-    children["b"].ends_at = 64
-    seen: list[int] = []
-    session = context.Session(children, 1, 1, 600)
-    for length in (32, 64, 128):
-        session.measure(length, seen.append)
-    assert [(r["model"], r["context_tokens"]) for r in session.rows] == [
-        ("a", 32), ("b", 32), ("a", 64), ("a", 128),
-    ]  # fmt: skip
-    assert [(g["model"], g["context_tokens"]) for g in session.skipped] == [("b", 64), ("b", 128)]
-
-
-def test_models_take_turns() -> None:
-    order: list[str] = []
-    seen: list[int] = []
-
-    class Fake:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def run(self, *_: int) -> dict[str, float]:
-            order.append(self.name)
-            keys = ("ttft_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
-            sizes = ("state_bytes", "base_rss_bytes", "peak_rss_bytes", "seconds")
-            return {key: 1.0 for key in (*keys, *sizes)}
-
-    context.Session({n: Fake(n) for n in "ab"}, 3, 1, 600).measure(8, seen.append)
-    assert seen[-1] == 6 * 8
-    assert order == ["a", "b", "b", "a", "a", "b"]
-
-
-def test_seconds_are_predicted_by_the_last_trend() -> None:
-    assert context.predicted_seconds([], 64) == 0
-    assert context.predicted_seconds([(10, 1.0)], 20) == 4
-    assert context.predicted_seconds([(10, 1.0), (20, 2.0)], 40) == pytest.approx(4)
-    assert context.predicted_seconds([(10, 1.0), (20, 9.0)], 40) == pytest.approx(36)
-    assert context.predicted_seconds([(10, 2.0), (20, 1.0)], 40) == pytest.approx(2)
-
-
-def test_a_model_that_is_not_there_is_an_error_and_not_a_hang() -> None:
-    class End:
-        def recv(self) -> object:
-            return BackendError("no such model")
-
-    child = object.__new__(context.Child)
-    child.path, child.pipe = "x", End()
-    with pytest.raises(BackendError, match="no such model"):
-        child._answer()
+def test_of_a_bench_the_report_shows_the_model_and_its_original(tmp_path: Path) -> None:
+    facts = {"dtype": "bf16"}
+    bench = {
+        "machine": {}, "date": "2026-01-02", "commit": "abc1234", "settings": {"repeats": 2},
+        "points": [
+            {"contender": "folder", "facts": facts}, {"contender": "original", "facts": facts},
+            {"contender": "folder", "error": "no"}, {"contender": "peer", "facts": {}},
+        ],
+        "found": {"fingerprints": {"ours": "f00", "original": "0f0"}},
+        "rows": [
+            {"contender": name, "group": group, "context_tokens": 64}
+            for name, group in (("folder", "ours"), ("original", "original"), ("peer", "peer"))
+        ],
+        "skipped": [{"contender": "original", "length": 128, "reason": "too slow"}],
+    }  # fmt: skip
+    shown = as_context(bench)
+    assert [row["model"] for row in shown["rows"]] == ["converted", "original"]
+    assert shown["models"]["original"] == {"fingerprint": "0f0", "dtype": "bf16"}
+    assert shown["skipped"][0] == {
+        "model": "original", "context_tokens": 128, "reason": "too slow"
+    }  # fmt: skip
+    assert "process of its own" in shown["settings"]["path"]
+    (tmp_path / "bench_x.json").write_text(json.dumps(bench))
+    read = read_committed(tmp_path).context
+    assert read is not None
+    assert read == shown | {"file": "bench_x.json"}
 
 
 # ---- benchmarks/chunked.py -------------------------------------------------------------------

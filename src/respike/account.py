@@ -59,3 +59,54 @@ def memory_values(memory: AnyMemory, head_dim: int) -> int:
 def growth_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
     """Bytes each further token adds to the state: 0 for a constant-memory model."""
     return 2 * len(config.softmax_groups()) * config.head_dim * bytes_per_value
+
+
+BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "int8": 8.5, "int4": 4.5}
+"""Of a stored weight; int8 and int4 with a float16 scale for each 32."""
+
+
+def moved_bytes_per_token(config: ModelConfig, num_tokens: int, weights: str = "bf16") -> int:
+    """Bytes a decoding step must move after ``num_tokens`` tokens, if no cache holds any.
+
+    Every weight but those of an embedding that is only looked up, the whole state, and memories
+    once more, as they are written too.
+
+    Args:
+        config: The model.
+        num_tokens: Tokens seen.
+        weights: A key of `BITS`.
+    """
+    read = num_parameters(config)
+    if not config.tie_word_embeddings:
+        read -= config.vocab_size * config.hidden_size
+    parts = state_parts(config, num_tokens)
+    return int(read * BITS[weights] / 8) + sum(parts.values()) + parts["memory"]
+
+
+def flops_per_token(config: ModelConfig, num_tokens: int) -> dict[str, int]:
+    """Multiplications and additions of the token that has ``num_tokens`` before it.
+
+    Returns:
+        ``linear``: matrices of the layers. ``head``: the output matrix, where logits are asked
+        for. ``softmax``: scores and sums over what is attended. ``memory``: reading and writing.
+    """
+    parts = {"linear": 0, "head": 2 * config.vocab_size * config.hidden_size}
+    parts |= {"softmax": 0, "memory": 0}
+    ends = ("embed_tokens.weight", "lm_head.weight")
+    for name, shape in expected_tensors(config):
+        if len(shape) == 2 and not name.endswith(ends):
+            parts["linear"] += 2 * math.prod(shape)
+    for _, part in config.mixers():
+        groups, heads = len(part.groups), len(part.groups) * config.heads_per_group
+        seen = num_tokens + 1 if part.mixer == "full" else 0
+        if part.mixer == "window":
+            seen = min(num_tokens + 1, part.window_tokens + part.sink_tokens)
+        parts["softmax"] += 4 * heads * config.head_dim * seen
+        if part.mixer == "full" or part.memory is None:
+            continue
+        values = memory_values(part.memory, config.head_dim)
+        passes = {"delta": 2}.get(part.memory.kind, 1)  # delta reads before it writes
+        parts["memory"] += 2 * values * (heads + passes * groups)
+        if part.memory.kind == "far":
+            parts["memory"] += 2 * part.memory.features * config.head_dim * (heads + groups)
+    return parts

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from respike.checkpoint import Checkpoint, GgufCheckpoint, fingerprint, open_checkpoint
 from respike.checkpoint.families import expected_tensors
@@ -18,6 +20,22 @@ from respike.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """What a decoder is made of: a checkpoint, or something that makes weights up."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shapes and mixers."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype to compute in when none is asked for."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, by our name of it."""
 
 
 @dataclass
@@ -51,7 +69,7 @@ def load_tokenizer(source: Checkpoint) -> Tokenizer:
 
 
 def load_decoder(
-    source: Checkpoint,
+    source: Weights,
     *,
     device: str = "cpu",
     dtype: str | None = None,
@@ -60,7 +78,7 @@ def load_decoder(
     """A decoder with the checkpoint's weights, ready to run, without gradients.
 
     Args:
-        source: From `respike.checkpoint.open_checkpoint`.
+        source: Such as `respike.checkpoint.open_checkpoint` opens.
         device: Name for `respike.device.get_device`.
         dtype: f32, bf16 or f16; None takes the checkpoint's own.
         progress: Called after each tensor.
@@ -76,6 +94,22 @@ def load_decoder(
             progress(done, len(tensors))
     decoder.load_state_dict(weights, strict=True, assign=True)
     return decoder.requires_grad_(False).eval()
+
+
+def fast_decoder(
+    source: Weights,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    weights: str = "stored",
+    progress: Progress | None = None,
+) -> Decoder:
+    """`load_decoder`, packed for the native engine where that can run it; see `load`."""
+    decoder = load_decoder(source, device=device, dtype=dtype, progress=progress)
+    like = decoder.embedding
+    if weights != "stored" or engine_obstacle(like.dtype, like.device) is None:
+        pack_decoder(decoder, weights)
+    return decoder
 
 
 def load(
@@ -104,9 +138,6 @@ def load(
         BackendError: Device or dtype is not to be had, or ``weights`` cannot be rounded there.
     """
     source = open_checkpoint(path)
-    decoder = load_decoder(source, device=device, dtype=dtype, progress=progress)
-    like = decoder.embedding
-    if weights != "stored" or engine_obstacle(like.dtype, like.device) is None:
-        pack_decoder(decoder, weights)
+    decoder = fast_decoder(source, device=device, dtype=dtype, weights=weights, progress=progress)
     tokenizer = load_tokenizer(source)
     return Model(decoder, tokenizer, source.config, source.path, source.files, weights)

@@ -25,6 +25,8 @@ VERBS = {
     "eval": ("measure", "Perplexity by position, or recall."),
     "generate": ("talk", "Continue a prompt."),
     "chat": ("talk", "Talk with a model."),
+    "bench": ("bench", "Speed and memory against length, beside peers."),
+    "plan": ("bench", "What a conversion needs: bytes, FLOPs, minutes here."),
     "recipes": ("model", "List the built-in recipes, or print one."),
     "doctor": ("model", "What can run here, and why the rest cannot."),
 }

@@ -99,8 +99,11 @@ def human_bytes(count: int) -> str:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr while the block runs; silent when stderr is not a terminal."""
+def progress(label: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr while the block runs; silent when stderr is not a terminal.
+
+    Call what it yields with (done, total), and with what runs if that changes.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -122,8 +125,8 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     ) as bar:
         task = bar.add_task(label, total=None)
 
-        def step(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def step(done: int, total: int, what: str = label) -> None:
+            bar.update(task, completed=done, total=total, description=what)
 
         yield step
 
