@@ -179,8 +179,7 @@ def limits(results: Results, _committed: Committed) -> str:
         grows,
         f"The original was trained for {results['original']['trained_tokens']:,} tokens. Quality "
         f"was measured up to {check['context_tokens']:,}; times at longer contexts are times only.",
-        "Times are of one sequence, and the plain PyTorch path: attention and "
-        "matrix products have no native kernels yet.",
+        "Times are of one sequence at a time.",
         "This is a small model, where attention is a large share of the work: the gain in time "
         "shrinks as models grow.",
         f"Samples are small: {check['contexts']} contexts of {check['text']}, {trials} trials a "

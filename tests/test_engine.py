@@ -170,8 +170,11 @@ def test_a_shut_memory_is_not_kept() -> None:
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_rounded_weights_are_those_of_the_packed_layers(weights: str) -> None:
-    """Against the layers' definitions in torch. A rounded input may fall on the other side of a
-    half there, which moves an output by a step of one product: as bfloat16 may, not as float32."""
+    """Against the layers' definitions in torch.
+
+    A rounded input may fall on the other side of a half there, which moves an output by a step of
+    one product: as bfloat16 may, not as float32.
+    """
     fast, plain = pair(CONFIGS["biases"], weights=weights)
     for name, module in fast.named_modules():
         if isinstance(module, PackedLinear):

@@ -28,14 +28,14 @@ def prepare(job: Job) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
         marks["interpreter, imports"] = time.time()
         model = load_model(job["model"])
         marks["load"] = time.time()
-        return facts(model.decoder, job["model"]), lambda: cold(model, job, marks)
+        return facts(model.decoder), lambda: cold(model, job, marks)
     if job["task"] == "quality":
         from respike.bench.quality import quality
 
         return {}, lambda: quality(job)
     decoder = load_decoder_of(job["model"])
     run = {"measure": measure, "logits": logits}[job["task"]]
-    return facts(decoder, job["model"]), lambda: run(decoder, job)
+    return facts(decoder), lambda: run(decoder, job)
 
 
 def load_options(spec: Job) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def load_decoder_of(spec: Job) -> Any:
     )
 
 
-def facts(decoder: Any, spec: Job) -> dict[str, Any]:
+def facts(decoder: Any) -> dict[str, Any]:
     """What the model is, and the bytes of weights that one decoding step reads."""
     from respike.account import num_parameters, state_parts
     from respike.device import dtype_name

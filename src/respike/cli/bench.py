@@ -53,7 +53,7 @@ def bench_options(command: Any) -> Any:
             click.option(
                 "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"
             ),
-            click.option("--weights", type=click.Choice(WEIGHTS), help="Packed weights, ours."),
+            weights_option,
             click.option(
                 "--original", type=click.Path(), metavar="PATH",
                 help="What MODEL was converted from.  [default: looked for beside it]",

@@ -19,17 +19,20 @@ threads_option = click.option(
 )
 
 
+weights_option = click.option(
+    "--weights",
+    type=click.Choice(["stored", "int8", "int4"]),
+    default="stored",
+    show_default=True,
+    help="Round the model's linear layers; int4 keeps the head at int8.",
+)
+
+
 def run_options(command: Command) -> Command:
     """Options of every verb that runs a model: how, never what."""
     for option in (
         threads_option,
-        click.option(
-            "--weights",
-            type=click.Choice(["stored", "int8", "int4"]),
-            default="stored",
-            show_default=True,
-            help="Round the model's linear layers; int4 keeps the head at int8.",
-        ),
+        weights_option,
         click.option(
             "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"
         ),
