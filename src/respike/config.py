@@ -143,9 +143,7 @@ class BlockMixer(Frozen):
         return self
 
 
-Mixer = Annotated[
-    FullMixer | WindowMixer | LinearMixer | BlockMixer, Field(discriminator="mixer")
-]
+Mixer = Annotated[FullMixer | WindowMixer | LinearMixer | BlockMixer, Field(discriminator="mixer")]
 
 
 class LayerConfig(Frozen):

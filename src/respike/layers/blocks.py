@@ -145,5 +145,6 @@ class BlockState:
             self.parts[name] = Rows(tensor[:, :, :0])
             self.parts[name].reserve(-(-count // size) * size)
             self.parts[name].data[:, :, :count] = tensor
-        self.summaries = Rows(self.summaries.data.new_zeros(*tensors["k"].shape[:2], 0, tensors["k"].shape[3]))
+        batch, groups, _, width = tensors["k"].shape
+        self.summaries = Rows(self.summaries.data.new_zeros(batch, groups, 0, width))
         self._summarise(0, count)

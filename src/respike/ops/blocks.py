@@ -1,19 +1,19 @@
 """Block-sparse softmax: the sinks, a window, and of everything older the best few blocks.
 
 Positions are cut into blocks of ``block_tokens``. A query at p always sees the blocks its window
-reaches into and those that hold sinks, whole. Of the others each KV group sees ``top_blocks``: those
-whose summaries score highest with any of its query heads. A summary is the mean of
+reaches into and those that hold sinks, whole. Of the others each KV group sees ``top_blocks``:
+those whose summaries score highest with any of its query heads. A summary is the mean of
 ``summary_tokens`` keys in a row; a block's score is that of its best summary, less the head's
 logarithm of the sum of the exponentials of all candidates' scores, so that heads are comparable.
 
 Keys are cached rotated to their place within their block, ``j - b`` for token j of the block that
-begins at b. A query is rotated by the block's distance ``p - b``, which gives the true rotary score;
-any other distance makes the block as a whole look nearer, without touching the cache. Distances of
-blocks outside the window are held below a reach (InfLLM holds them all at one distance, too), so
-that no rotary distance leaves the range the weights were trained on.
+begins at b. A query is rotated by the block's distance ``p - b``, which gives the true rotary
+score; a smaller distance makes the whole block look nearer, without touching the cache. Distances
+of blocks outside the window are held below a reach (InfLLM holds them all at one distance), so that
+no rotary distance leaves the range the weights were trained on.
 
-Letters: B batch, T tokens, S slots of a cache, N blocks, C summaries of a block, M tokens or
-summaries of a block, H query heads, G KV groups, K key dim, V value dim, R = K / 2 frequencies.
+Letters: B batch, T tokens, S slots of a cache, N blocks, M tokens or summaries of a block, Z
+summaries, H query heads, G KV groups, K key dim, V value dim, R = K / 2 frequencies.
 Source: Xiao et al., InfLLM, arXiv:2402.04617; Lu et al., MoBA, arXiv:2502.13189.
 """
 
@@ -120,7 +120,7 @@ def _seen_blocks(
     """Blocks that the heads (H/G, K) of a group see at ``p``, and at what distance."""
     size, near = rule.block_tokens, max(0, p - rule.window_tokens + 1) // rule.block_tokens
     seen = {b: p - b * size for b in range(near, p // size + 1)}
-    far = {}
+    far: dict[int, int] = {}
     for b in range(near):
         is_sink = b < rule.sink_blocks
         reach = rule.sink_reach_tokens if is_sink else rule.reach_tokens
@@ -130,7 +130,8 @@ def _seen_blocks(
         return seen
     scores = torch.zeros(len(query), len(far))
     for column, (b, distance) in enumerate(far.items()):
-        block = keys[b * size : (b + 1) * size].unflatten(0, (-1, rule.summary_tokens))
+        block = keys[b * size : (b + 1) * size]
+        block = block.view(-1, rule.summary_tokens, block.shape[-1])
         means = block.float().mean(1).to(keys.dtype).float()
         scores[:, column] = (_turned(query, distance, frequencies) @ means.T).amax(-1)
     scores *= query.shape[-1] ** -0.5
@@ -140,16 +141,16 @@ def _seen_blocks(
     return seen | {blocks[i]: far[blocks[i]] for i in order}
 
 
-def summarise(
-    k: Float[Tensor, "B G S K"], summary_tokens: int
-) -> Float[Tensor, "B G S/{summary_tokens} K"]:
+def summarise(k: Float[Tensor, "B G S K"], summary_tokens: int) -> Float[Tensor, "B G Z K"]:
     """Means of ``summary_tokens`` cached keys in a row, taken in float32.
 
     Args:
         k: Keys, rotated within their blocks; S is a multiple of ``summary_tokens``.
         summary_tokens: See `BlockRule`.
     """
-    return k.unflatten(2, (-1, summary_tokens)).float().mean(3).to(k.dtype)
+    B, G, S, K = k.shape
+    means = k.reshape(B, G, S // summary_tokens, summary_tokens, K).float().mean(3)
+    return means.to(k.dtype)
 
 
 def block_attend(
@@ -177,7 +178,7 @@ def block_attend(
     blocks = min(-(-last // rule.block_tokens), k.shape[2] // rule.block_tokens)
     k, v = (x[:, :, : blocks * rule.block_tokens] for x in (k, v))
     summaries = summaries[:, :, : blocks * (rule.block_tokens // rule.summary_tokens)]
-    keys, means = _Turned(k, blocks, frequencies), _Turned(summaries, blocks, frequencies)
+    keys, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
     step = max(1, TILE_SCORES // (B * H * k.shape[2]))
     outputs = []
     for begin in range(0, T, step):
@@ -194,28 +195,28 @@ def block_attend(
     return torch.cat(outputs, 1)
 
 
-class _Turned:
-    """Rows of blocks (B, G, N, M, K) in float32: as cached, and rotated to their positions."""
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of blocks (B, G, N, M, K), float32: rotated within their blocks, and to their places."""
 
-    def __init__(self, rows: Tensor, blocks: int, frequencies: Tensor) -> None:
-        self.within = rows.float().unflatten(2, (blocks, -1))
-        size = self.within.shape[3]
-        self.size = size
-        self.blocks = blocks
-        self.frequencies = frequencies
-        self._placed: Tensor | None = None
+    within: Tensor
+    placed: Tensor
 
-    def placed(self, block_tokens: int) -> Tensor:
-        if self._placed is None:
-            starts = torch.arange(self.blocks)[None] * block_tokens
-            cos, sin = (x.to(self.within.device) for x in rotary_tables(starts, self.frequencies))
-            flat = self.within.flatten(0, 1)
-            self._placed = rotate_definition(flat, cos, sin).view_as(self.within)
-        return self._placed
+    @property
+    def blocks(self) -> int:
+        return self.within.shape[2]
+
+
+def _rows(rows: Tensor, blocks: int, frequencies: Tensor, block_tokens: int) -> _Rows:
+    B, G, _, K = rows.shape
+    within = rows.float().reshape(B, G, blocks, -1, K)
+    starts = torch.arange(blocks)[None] * block_tokens
+    cos, sin = (x.to(rows.device) for x in rotary_tables(starts, frequencies))
+    return _Rows(within, rotate_definition(within.flatten(0, 1), cos, sin).view_as(within))
 
 
 def _scores(
-    q: Tensor, rows: _Turned, positions: Tensor, frequencies: Tensor, rule: BlockRule
+    q: Tensor, rows: _Rows, positions: Tensor, frequencies: Tensor, rule: BlockRule
 ) -> Tensor:
     """Scores (B, G, H/G, T, N, M) of queries with rows, each block at its distance."""
     B, T, H, K = q.shape
@@ -223,10 +224,10 @@ def _scores(
 
     def product(at: Tensor, keys: Tensor) -> Tensor:
         cos, sin = (x.to(q.device) for x in rotary_tables(at, frequencies))
-        turned = rotate_definition(q, cos, sin).view(B, T, G, H // G, K)
-        return torch.einsum("btghk,bgnmk->bghtnm", turned, keys) * K**-0.5
+        turned = rotate_definition(q, cos, sin).view(B, T, G, H // G, K) * K**-0.5
+        return torch.einsum("btghk,bgnmk->bghtnm", turned, keys)
 
-    scores = product(positions, rows.placed(size))
+    scores = product(positions, rows.placed)
     starts = torch.arange(rows.blocks) * size
     far = torch.arange(rows.blocks) < rule.first_near(positions)[:, :, None]
     for part, reach in (
@@ -244,7 +245,7 @@ def _scores(
 
 
 def _choose(
-    q: Tensor, means: _Turned, positions: Tensor, frequencies: Tensor, rule: BlockRule
+    q: Tensor, means: _Rows, positions: Tensor, frequencies: Tensor, rule: BlockRule
 ) -> Bool[Tensor, "B G T N"]:
     """Blocks that each token sees in each group."""
     block = torch.arange(means.blocks)
@@ -261,4 +262,4 @@ def _choose(
         best = (scores - mass).amax(2)
         top = best.topk(min(rule.top_blocks, means.blocks), -1).indices
         chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, top, True)
-    return seen | chosen & ~always
+    return seen | (chosen & ~always)
