@@ -24,6 +24,8 @@ inline float load(const bf16* p) {
   return value;
 }
 
+inline float load(const std::int8_t* p) { return *p; }
+
 inline void store(float* p, float value) { *p = value; }
 inline void store(bf16* p, float value) {
   std::uint32_t bits;

@@ -1,5 +1,6 @@
 // Compiles the file RESPIKE_KERNELS once for each level, inside the level's namespace of vec.hpp.
-// RESPIKE_TARGET marks the functions of a level; no include guard, on purpose.
+// RESPIKE_TARGET marks the functions of a level; no include guard, on purpose. Who defines
+// RESPIKE_PAIRS gets level avx512bf16 too, whose cells are pairs of bfloat16.
 
 #define RESPIKE_LEVEL portable
 #define RESPIKE_TARGET
@@ -20,6 +21,14 @@
 #include RESPIKE_KERNELS
 #undef RESPIKE_LEVEL
 #undef RESPIKE_TARGET
+
+#ifdef RESPIKE_PAIRS
+#define RESPIKE_LEVEL avx512bf16
+#define RESPIKE_TARGET RESPIKE_AVX512BF16
+#include RESPIKE_KERNELS
+#undef RESPIKE_LEVEL
+#undef RESPIKE_TARGET
+#endif
 
 #endif
 

@@ -1,11 +1,17 @@
 // Python bindings and nothing else. Tensors arrive as addresses (torch's data_ptr()), because this
 // module does not link against torch; respike.ops checks shape, dtype and contiguity before.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
+#include <utility>
+#include <vector>
+
 #include "kernels.hpp"
 #include "pool.hpp"
+#include "softmax.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -65,6 +71,58 @@ void rotate(int level, int threads, uintptr_t x, int64_t stride, uintptr_t cos, 
                   tokens, heads, half);
 }
 
+// Addresses of k, v and their scales, steps from one sequence and from one group to the next: of k,
+// of v, of scales; the steps from row to row of k and v; rows.
+using Cache = std::array<int64_t, 13>;
+
+template <class E>
+respike::Keys<E> keys_of(const Cache& c, int64_t b, int64_t g) {
+  const auto at = [&](int address, int steps) {
+    return std::pair{static_cast<uintptr_t>(c[address]), b * c[steps] + g * c[steps + 1]};
+  };
+  const auto scales = [&](int address) -> const float* {
+    if (c[address] == 0) return nullptr;
+    return buffer<const float>(at(address, 8).first) + at(address, 8).second;
+  };
+  const auto [k, k_at] = at(0, 4);
+  const auto [v, v_at] = at(1, 6);
+  return {buffer<const E>(k) + k_at, buffer<const E>(v) + v_at, c[10], c[12], scales(2), scales(3),
+          c[11]};
+}
+
+// shape: sequences, groups, tokens, heads of a group, head_dim, value_dim; q and out contiguous.
+template <class T, class E>
+void softmax_jobs(int level, int threads, uintptr_t q, uintptr_t q_sink, const Cache& keys,
+                  const Cache& sinks, uintptr_t out, uintptr_t log_mass,
+                  const std::array<int64_t, 6>& shape, int64_t first, int64_t start,
+                  int64_t window, float scale) {
+  const auto [sequences, groups, tokens, heads, head_dim, value_dim] = shape;
+  std::vector<respike::SoftmaxJob<T, E>> jobs;
+  for (int64_t b = 0; b < sequences; ++b) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t head = b * tokens * groups * heads + g * heads;
+      jobs.push_back({buffer<const T>(q) + head * head_dim,
+                      buffer<const T>(q_sink) + head * head_dim, groups * heads * head_dim,
+                      keys_of<E>(sinks, b, g), keys_of<E>(keys, b, g), first, start, tokens, heads,
+                      head_dim, value_dim, window, scale, buffer<T>(out) + head * value_dim,
+                      groups * heads * value_dim, buffer<float>(log_mass) + head,
+                      groups * heads});
+    }
+  }
+  respike::softmax(respike::checked_level(level), threads, jobs.data(),
+                   static_cast<int64_t>(jobs.size()));
+}
+
+
+template <class T>
+void softmax(bool int8, int level, int threads, uintptr_t q, uintptr_t q_sink, const Cache& keys,
+             const Cache& sinks, uintptr_t out, uintptr_t log_mass,
+             const std::array<int64_t, 6>& shape, int64_t first, int64_t start, int64_t window,
+             float scale) {
+  const auto run = int8 ? softmax_jobs<T, std::int8_t> : softmax_jobs<T, T>;
+  run(level, threads, q, q_sink, keys, sinks, out, log_mass, shape, first, start, window, scale);
+}
+
 // Binds NAME_f32 and NAME_bf16; the GIL is released while they run.
 template <class F32, class BF16, class... Extra>
 void def_both(nb::module_& m, const std::string& name, F32 f32, BF16 b16, const Extra&... extra) {
@@ -94,6 +152,10 @@ NB_MODULE(_native, m) {
            "gate_stride"_a, "up"_a, "up_stride"_a, "out"_a, "rows"_a, "cols"_a);
   def_both(m, "rotate", &rotate<float>, &rotate<respike::bf16>, "level"_a, "threads"_a, "x"_a,
            "stride"_a, "cos"_a, "sin"_a, "out"_a, "out_stride"_a, "tokens"_a, "heads"_a, "half"_a);
+
+  def_both(m, "softmax", &softmax<float>, &softmax<respike::bf16>, "int8"_a, "level"_a, "threads"_a,
+           "q"_a, "q_sink"_a, "keys"_a, "sinks"_a, "out"_a, "log_mass"_a, "shape"_a, "first"_a,
+           "start"_a, "window"_a, "scale"_a);
 
   m.def(
       "advise_huge_pages",

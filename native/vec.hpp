@@ -3,9 +3,15 @@
 // A kernel file is included once for each level, by each_level.hpp, in the level's namespace:
 // V is its vector, width its number of lanes. weights() reads lanes [column, column + width) of a
 // packed row, before scaling.
+//
+// Products of matrices are written over cells of 32 bits, of which V holds `width`: a cell is one
+// float32 (Cell = float) or, at level avx512bf16, two bfloat16 (Cell = bf16) whose products dot()
+// adds to the same lane, exact and in float32, subnormals taken as zero.
 #pragma once
 
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "packed.hpp"
 
@@ -16,6 +22,8 @@
 #endif
 
 namespace respike {
+
+constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
 // ---- portable: the compiler makes of it what it can
 
@@ -71,6 +79,53 @@ template <class Kind>
 RESPIKE_INLINE V weights(Kind kind, const std::uint8_t* row, int column) {
   return each([=](int i) { return weight_at(kind, row, column + i); });
 }
+RESPIKE_INLINE V sub(const V& a, const V& b) {
+  return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+RESPIKE_INLINE V larger(const V& a, const V& b) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+// 2^x for x below 127; of -inf exactly 0.
+RESPIKE_INLINE V two_to(const V& x) {
+  return each([&](int i) { return std::exp2(x.lane[i]); });
+}
+// Whether a lane of a is above the same of b; NaN is not.
+RESPIKE_INLINE bool any_above(const V& a, const V& b) {
+  for (int i = 0; i < width; ++i) {
+    if (a.lane[i] > b.lane[i]) return true;
+  }
+  return false;
+}
+RESPIKE_INLINE float highest(const V& v) {
+  float found = v.lane[0];
+  for (int i = 1; i < width; ++i) found = v.lane[i] > found ? v.lane[i] : found;
+  return found;
+}
+RESPIKE_INLINE float total(const V& v) {
+  float sum = 0.0f;
+  for (int i = 0; i < width; ++i) sum += v.lane[i];
+  return sum;
+}
+// v in lanes [from, to), other elsewhere.
+RESPIKE_INLINE V within(const V& v, const V& other, int from, int to) {
+  return each([&](int i) { return i >= from && i < to ? v.lane[i] : other.lane[i]; });
+}
+RESPIKE_INLINE void transpose(V (&rows)[width]) {
+  for (int i = 0; i < width; ++i) {
+    for (int j = 0; j < i; ++j) std::swap(rows[i].lane[j], rows[j].lane[i]);
+  }
+}
+
+using Cell = float;
+template <class T>
+RESPIKE_INLINE V cells(const T* p) {
+  return get(p);
+}
+RESPIKE_INLINE V same_cell(const float* p) { return same(*p); }
+RESPIKE_INLINE V dot(const V& sum, const V& a, const V& b) { return fma(a, b, sum); }
+RESPIKE_INLINE void put_cells(float* p, const V& v) { put(p, v); }
+// Two rows, column by column, as cells of a panel; without pairs there is but one row.
+RESPIKE_INLINE void put_rows(float* panel, const V& row, const V&) { put(panel, row); }
 
 }  // namespace portable
 
@@ -82,6 +137,9 @@ constexpr float ln2_high = 0.693359375f;
 constexpr float ln2_low = -2.12194440e-4f;
 constexpr float exp_terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+// 2^r for r from 0 to 1, relative error 2e-7.
+constexpr float two_to_terms[] = {1.877576695e-3f, 8.989339694e-3f, 5.582631752e-2f,
+                                  2.401536107e-1f, 6.931530833e-1f, 9.999999404e-1f};
 
 // ---- AVX2
 
@@ -143,6 +201,66 @@ RESPIKE_OP V weights(WeightInt4, const std::uint8_t* row, int column) {
   const __m256i high = column < 32 ? _mm256_slli_epi32(wide, 28) : wide;
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(high, column < 32 ? 28 : 4));
 }
+
+RESPIKE_OP V get(const std::int8_t* p) {
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+}
+RESPIKE_OP V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+RESPIKE_OP V larger(V a, V b) { return _mm256_max_ps(a, b); }
+RESPIKE_OP V two_to(V x) {
+  const V limited = _mm256_max_ps(same(-126.0f), x);  // keeps NaN, as in silu
+  const V n = _mm256_floor_ps(limited);
+  const V r = _mm256_sub_ps(limited, n);
+  V p = same(two_to_terms[0]);
+  for (int i = 1; i < 6; ++i) p = _mm256_fmadd_ps(p, r, same(two_to_terms[i]));
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, same(-126.0f), _CMP_LT_OQ), p);
+}
+RESPIKE_OP bool any_above(V a, V b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
+RESPIKE_OP float highest(V v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+RESPIKE_OP float total(V v) { return sum8(v); }
+RESPIKE_OP V within(V v, V other, int from, int to) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(from), lane);
+  const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lane);
+  return _mm256_blendv_ps(other, v, _mm256_castsi256_ps(_mm256_andnot_si256(before, inside)));
+}
+RESPIKE_OP void transpose(V (&rows)[width]) {
+  V t[width];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  V u[width];
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    rows[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+
+using Cell = float;
+template <class T>
+RESPIKE_OP V cells(const T* p) {
+  return get(p);
+}
+RESPIKE_OP V same_cell(const float* p) { return same(*p); }
+RESPIKE_OP V dot(V sum, V a, V b) { return fma(a, b, sum); }
+RESPIKE_OP void put_cells(float* p, V v) { put(p, v); }
+RESPIKE_OP void put_rows(float* panel, V row, V) { put(panel, row); }
 
 #undef RESPIKE_OP
 
@@ -208,9 +326,101 @@ RESPIKE_OP V weights(WeightInt4, const std::uint8_t* row, int column) {
   return _mm512_permutexvar_ps(column < 32 ? wide : _mm512_srli_epi32(wide, 4), table);
 }
 
+RESPIKE_OP V get(const std::int8_t* p) {
+  const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
+}
+RESPIKE_OP V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+RESPIKE_OP V larger(V a, V b) { return _mm512_max_ps(a, b); }
+RESPIKE_OP V two_to(V x) {
+  const V r = _mm512_reduce_ps(x, 1);  // x - floor(x); of infinities 0
+  V p = same(two_to_terms[0]);
+  for (int i = 1; i < 6; ++i) p = _mm512_fmadd_ps(p, r, same(two_to_terms[i]));
+  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
+}
+RESPIKE_OP bool any_above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+RESPIKE_OP float highest(V v) { return _mm512_reduce_max_ps(v); }
+RESPIKE_OP float total(V v) { return _mm512_reduce_add_ps(v); }
+RESPIKE_OP V within(V v, V other, int from, int to) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __mmask16 after = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(from));
+  return _mm512_mask_mov_ps(
+      other, _mm512_mask_cmplt_epi32_mask(after, lane, _mm512_set1_epi32(to)), v);
+}
+RESPIKE_OP void transpose(V (&rows)[width]) {
+  V t[width];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  V u[width];
+  for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // u[i + 4 j]: columns i, 4 + i, .. of rows 4 j to 4 j + 3
+    const V a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+    const V b = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+    const V c = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+    const V d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+    rows[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    rows[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    rows[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    rows[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
+using Cell = float;
+template <class T>
+RESPIKE_OP V cells(const T* p) {
+  return get(p);
+}
+RESPIKE_OP V same_cell(const float* p) { return same(*p); }
+RESPIKE_OP V dot(V sum, V a, V b) { return fma(a, b, sum); }
+RESPIKE_OP void put_cells(float* p, V v) { put(p, v); }
+RESPIKE_OP void put_rows(float* panel, V row, V) { put(panel, row); }
+
 #undef RESPIKE_OP
 
 }  // namespace avx512
+
+// ---- AVX512-BF16: float32 vectors as for AVX-512, cells of two bfloat16
+
+namespace avx512bf16 {
+
+#define RESPIKE_OP RESPIKE_AVX512BF16 RESPIKE_INLINE
+
+using namespace avx512;
+using Cell = bf16;
+
+RESPIKE_OP V cells(const bf16* p) { return _mm512_loadu_ps(p); }
+RESPIKE_OP V cells(const std::int8_t* p) {
+  return (V)_mm512_cvtne2ps_pbh(get(p + width), get(p));
+}
+RESPIKE_OP V same_cell(const bf16* p) {
+  int bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+}
+RESPIKE_OP V dot(V sum, V a, V b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+RESPIKE_OP void put_cells(bf16* p, V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+}
+RESPIKE_OP void put_rows(float* panel, V first, V second) {
+  const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i low = _mm512_add_epi32(  // words i and 32 + i of both
+      _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), _mm512_set1_epi32(32 << 16));
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_storeu_si512(panel + width, _mm512_permutex2var_epi16(a, high, b));
+}
+
+#undef RESPIKE_OP
+
+}  // namespace avx512bf16
 
 #endif  // RESPIKE_X86
 
