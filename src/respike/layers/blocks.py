@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from respike.errors import UnsupportedError
 from respike.layers.mixer import Mixer
 from respike.layers.span import Span
-from respike.layers.storage import Rows, int8_rows, rows_of_int8
-from respike.ops.blocks import BlockRule, block_attend, summarise
+from respike.layers.storage import Rows
+from respike.ops.blocks import BlockRule, block_softmax, summarise
+from respike.ops.softmax import Keys, dequantise_rows, quantise_rows
 
 
 class BlockSoftmax(Mixer):
@@ -48,18 +50,24 @@ class BlockSoftmax(Mixer):
         k = span.rotate_within(k, self.rule.block_tokens).transpose(1, 2)
         v = v.transpose(1, 2)
         state.append(k, v, span)
-        keys, values, summaries = state.read(span.end)
+        keys, summaries = state.read(span.end)
         if q.requires_grad or k.requires_grad or v.requires_grad:
-            # Caches carry no gradient: take this span's keys and values as they came.
-            if span.offset is None:
-                raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
-            old, rest = span.offset, (0, 0, 0, keys.shape[2] - span.end)
-            keys, values = (
-                torch.nn.functional.pad(torch.cat((held[:, :, :old], new), 2), rest)
-                for held, new in ((keys, k), (values, v))
-            )
-        out = block_attend(q, keys, values, summaries, span.start, span.frequencies, self.rule)
+            keys = _with_gradient(keys, k, v, span)
+        out = block_softmax(q, keys, summaries, span.start, span.frequencies, self.rule)
         return out, state
+
+
+def _with_gradient(keys: Keys, k: Tensor, v: Tensor, span: Span) -> Keys:
+    """Caches carry no gradient: this span's keys and values as they came, after the cached ones."""
+    if span.offset is None:
+        raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
+    old, rest = span.offset, keys.k.shape[2] - span.end
+    return Keys(
+        *(
+            pad(torch.cat((held[:, :, :old].to(new.dtype), new), 2), (0, 0, 0, rest))
+            for held, new in zip(keys.exact(), (k, v), strict=True)
+        )
+    )
 
 
 class BlockState:
@@ -81,8 +89,9 @@ class BlockState:
         """Store the span's keys and values, (B, G, T, K); padding is left out."""
         new = {"k": k.detach(), "v": v.detach()}
         if "k_scale" in self.parts:
-            new["k"], new["k_scale"] = int8_rows(new["k"])
-            new["v"], new["v_scale"] = int8_rows(new["v"])
+            for name in ("k", "v"):
+                new[name], scale = quantise_rows(new[name])
+                new[f"{name}_scale"] = scale[..., None]
         for name, tensor in new.items():
             self.parts[name].put(tensor, span, self.rule.block_tokens)
         self._summarise(int(span.start.min()), span.end)
@@ -93,22 +102,21 @@ class BlockState:
         first, last = start // size, end // size
         self.summaries.reserve(-(-end // self.rule.block_tokens) * self.rule.block_tokens // size)
         if first < last:
-            keys = self._rows("k", slice(first * size, last * size))
+            some = slice(first * size, last * size)
+            keys = self.parts["k"].data[:, :, some]
+            if "k_scale" in self.parts:
+                scale = self.parts["k_scale"].data[:, :, some, 0]
+                keys = dequantise_rows(keys, scale).to(self.summaries.data.dtype)
             self.summaries.data[:, :, first:last] = summarise(keys, size)
 
-    def read(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, G, S, K) and summaries of the blocks of the first tokens."""
+    def read(self, num_tokens: int) -> tuple[Keys, Tensor]:
+        """Keys, values and summaries of the blocks of the first tokens."""
         blocks = -(-num_tokens // self.rule.block_tokens)
-        some = slice(blocks * self.rule.block_tokens)
-        count = blocks * (self.rule.block_tokens // self.rule.summary_tokens)
-        return self._rows("k", some), self._rows("v", some), self.summaries.data[:, :, :count]
-
-    def _rows(self, name: str, index: slice) -> Tensor:
-        rows = self.parts[name].data[:, :, index]
-        if "k_scale" not in self.parts:
-            return rows
-        scale = self.parts[f"{name}_scale"].data[:, :, index]
-        return rows_of_int8(rows, scale, self.summaries.data.dtype)
+        size = blocks * self.rule.block_tokens
+        parts = {name: rows.data[:, :, :size] for name, rows in self.parts.items()}
+        scales = (parts[name][..., 0] for name in ("k_scale", "v_scale") if name in parts)
+        count = size // self.rule.summary_tokens
+        return Keys(parts["k"], parts["v"], *scales), self.summaries.data[:, :, :count]
 
     def nbytes(self, num_tokens: int) -> int:
         """See `MixerState.nbytes`; summaries are counted when their tokens are there."""

@@ -86,15 +86,3 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             f"{VARIABLE}={folder!r}: a cache cannot be mapped there: {error}",
             hint="name a writable directory on a disk, or unset it to keep caches in memory",
         ) from error
-
-
-def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (..., C) rounded to int8, and their float32 scales (..., 1)."""
-    scale = x.float().abs().amax(-1, keepdim=True) / 127
-    steps = x.float() / torch.where(scale > 0, scale, 1)
-    return steps.round().to(torch.int8), scale
-
-
-def rows_of_int8(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `int8_rows` gave, as ``dtype``."""
-    return (rows.float() * scale).to(dtype)

@@ -17,14 +17,19 @@ summaries, H query heads, G KV groups, K key dim, V value dim, R = K / 2 frequen
 Source: Xiao et al., InfLLM, arXiv:2402.04617; Lu et al., MoBA, arXiv:2502.13189.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from respike.ops import backends
 from respike.ops.rotary import rotary_tables, rotate_definition
+from respike.ops.softmax import Keys, cache_of
 
+_KERNEL = {torch.float32: "blocks_f32", torch.bfloat16: "blocks_bf16"}
 TILE_SCORES = 1 << 24
 """Scores the torch form holds at once."""
 
@@ -153,45 +158,107 @@ def summarise(k: Float[Tensor, "B G S K"], summary_tokens: int) -> Float[Tensor,
     return means.to(k.dtype)
 
 
-def block_attend(
+def block_softmax(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B G S K"],
-    v: Float[Tensor, "B G S V"],
+    keys: Keys,
     summaries: Float[Tensor, "B G Z K"],
     start: Int[Tensor, " B"],
     frequencies: Float[Tensor, " R"],
     rule: BlockRule,
 ) -> Float[Tensor, "B T H V"]:
-    """`blocks_definition` on a cache, in which slot = position, that holds the queries' tokens.
+    """`blocks_definition` on a cache that holds the queries' tokens, as fast as can be here.
 
     Args:
-        q: Queries, not rotated; row b's stand at ``start[b]`` and on.
-        k: Keys, rotated within their blocks; S is a multiple of the block. No slot is NaN.
-        v: Values, likewise.
+        q: Queries, not rotated; row b's stand at ``start[b]`` and on. What stands behind the cache
+            is padding, and its output means nothing.
+        keys: Slot = position, rotated within their blocks, a whole number of blocks. No slot is
+            NaN.
         summaries: From `summarise`, of every block that is complete.
-        start: Position of each row's first query.
+        start: Position of each row's first query, int64, on the processor.
         frequencies: Rotary frequencies, radians per token, float64.
         rule: What is seen.
+
+    Raises:
+        ValueError: The tensors do not fit together.
     """
+    _check(q, keys, summaries, start, frequencies, rule)
+    exact = () if keys.k_scale is not None else keys[:2]
+    kernels = backends.choose("blocks", q, summaries, *exact)
+    if kernels is None:
+        return _block_softmax(q, keys, summaries, start, frequencies, rule)
+    (B, T, H, K), (_, G, S, V) = q.shape, keys.v.shape
+    q, out = q.contiguous(), q.new_empty(B, T, H, V)
+    count = (S - start).clamp(0, T)
+    if int(count.min()) < T:
+        out.zero_()
+    keys = Keys(*(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in keys))
+    summaries = summaries if summaries[0, 0].is_contiguous() else summaries.contiguous()
+    numbers = tuple(-1 if n is None else n for n in astuple(rule))
+    getattr(kernels.module, _KERNEL[q.dtype])(
+        keys.k_scale is not None,
+        kernels.level,
+        torch.get_num_threads(),
+        _turns(numbers, tuple(frequencies.tolist())),
+        numbers,
+        q.data_ptr(),
+        cache_of(keys),
+        (summaries.data_ptr(), *summaries.stride()[:2]),
+        out.data_ptr(),
+        (G, T, H // G, K, V),
+        start.tolist(),
+        count.tolist(),
+        K**-0.5,
+    )
+    return out
+
+
+@lru_cache(maxsize=16)
+def _turns(rule: tuple[int, ...], frequencies: tuple[float, ...]) -> Any:
+    """The rotary angles that the kernels need; made once."""
+    kernels = backends.kernels()
+    assert kernels is not None
+    return kernels.module.BlockTurns(rule, frequencies)
+
+
+def _check(
+    q: Tensor, keys: Keys, summaries: Tensor, start: Tensor, frequencies: Tensor, rule: BlockRule
+) -> None:
+    (B, _, H, K), (_, G, S, V) = q.shape, keys.v.shape
+    fits = keys.k.shape == (B, G, S, K) and keys.v.shape == (B, G, S, V) and H % G == 0
+    if not fits or S % rule.block_tokens or start.shape != (B,) or 2 * len(frequencies) != K:
+        raise ValueError(
+            f"queries {tuple(q.shape)}, keys {tuple(keys.k.shape)}, values {tuple(keys.v.shape)}, "
+            f"{len(start)} starts and {len(frequencies)} frequencies do not fit together, or with "
+            f"blocks of {rule.block_tokens}"
+        )
+    if summaries.shape != (B, G, S // rule.summary_tokens, K):
+        raise ValueError(
+            f"summaries have shape {tuple(summaries.shape)}, expected "
+            f"{(B, G, S // rule.summary_tokens, K)}"
+        )
+
+
+def _block_softmax(
+    q: Tensor, keys: Keys, summaries: Tensor, start: Tensor, frequencies: Tensor, rule: BlockRule
+) -> Tensor:
+    """The torch form: scores of everything, of which what is not chosen is masked."""
     B, T, H, _ = q.shape
-    last = int(start.max()) + T
-    blocks = min(-(-last // rule.block_tokens), k.shape[2] // rule.block_tokens)
-    k, v = (x[:, :, : blocks * rule.block_tokens] for x in (k, v))
-    summaries = summaries[:, :, : blocks * (rule.block_tokens // rule.summary_tokens)]
-    keys, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
+    k, v = keys.exact()
+    blocks = k.shape[2] // rule.block_tokens
+    rows, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
+    slots = torch.arange(k.shape[2]).view(blocks, -1)
     step = max(1, TILE_SCORES // (B * H * k.shape[2]))
     outputs = []
     for begin in range(0, T, step):
         tile = q[:, begin : begin + step].float()
         positions = start[:, None] + torch.arange(begin, begin + tile.shape[1])
         seen = _choose(tile, means, positions, frequencies, rule)
-        scores = _scores(tile, keys, positions, frequencies, rule)  # B G Hg T N M
-        slots = torch.arange(k.shape[2]).view(blocks, -1)
+        scores = _scores(tile, rows, positions, frequencies, rule)  # B G H/G T N M
         past = (slots <= positions[:, :, None, None]).to(q.device)
         scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
         weights = scores.flatten(4).softmax(-1)
-        out = torch.einsum("bghts,bgsv->btghv", weights, v.float())
-        outputs.append(out.flatten(2, 3).to(v.dtype))
+        out = torch.einsum("bghts,bgsv->btghv", weights, v)
+        outputs.append(out.flatten(2, 3).to(q.dtype))
     return torch.cat(outputs, 1)
 
 

@@ -151,8 +151,8 @@ def window_softmax(
         torch.get_num_threads(),
         q.data_ptr(),
         q_sink.data_ptr(),
-        _cache(parts[0]),
-        [0] * 13 if sinks is None else _cache(parts[1]),
+        cache_of(parts[0]),
+        [0] * 13 if sinks is None else cache_of(parts[1]),
         out.data_ptr(),
         mass.data_ptr(),
         (B, G, T, H // G, K, V),
@@ -200,7 +200,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _cache(part: Keys) -> list[int]:
+def cache_of(part: Keys) -> list[int]:
     """`Cache` of native/module.cpp."""
     scales = [s for s in (part.k_scale, part.v_scale) if s is not None]
     addresses = [x.data_ptr() for x in (part.k, part.v, *scales)] + [0] * (2 - len(scales))
