@@ -29,6 +29,7 @@ constexpr int64_t scores_floats = 1 << 23;  // of a tile; longer caches have sma
 constexpr int64_t piece_blocks = 2048;      // candidates of a job of one tile are scored in pieces
 constexpr int64_t near_turns = 256;         // a number of blocks is this times one index, plus one
 constexpr int64_t far_turns = 1024;
+constexpr int64_t few_rows = 12;            // are not worth packing a block for (measured)
 constexpr float lowest = -1e30f;            // finite: a difference of two is not NaN
 
 // What scoring the candidates of a tile needs.
@@ -43,6 +44,8 @@ struct Scoring {
   float factor;            // scale * log2(e)
   const float* q;          // (rows, head_dim), rotated from the base on
   const float* q_still;    // likewise, rotated by the reach
+  int64_t q_stride;        // zeros behind head_dim
+  float* q_turned;         // scratch, for a token's rows
   float* scores;           // (rows, stride), in powers of two
   int64_t stride;
   float *panel_rows, *panel, *angles;  // scratch
@@ -63,11 +66,15 @@ struct Found {
 template <class T, class E>
 struct BlockParts {
   void (*turn_query)(const T*, float, BlockTurns::Row, int64_t, float*);
+  void (*turn_again)(const float*, float, BlockTurns::Row, int64_t, float*);
   void (*turn_cells)(const T*, float, BlockTurns::Row, int64_t, T*);
   void (*turn_key)(const E*, float, BlockTurns::Row, int64_t, T*);
   void (*score)(const Scoring<T>&, int64_t from, int64_t to);
   void (*choose)(const float* scores, int64_t stride, int64_t heads, int64_t count, int64_t top,
                  float* mass, std::vector<Found>& found);
+  void (*attend_rows)(const SoftmaxTile&, Keys<E>, const float* q, int64_t q_stride,
+                      const int64_t* at, int64_t* seen, int64_t rows);
+  int64_t step;  // of which a row of queries for attend_rows has a multiple
 };
 
 }  // namespace
@@ -175,14 +182,17 @@ class BlockTile {
     scoring_.position = position_;
     scoring_.factor = job.scale * 1.44269504f;
     scoring_.stride = (far_ + 63) / 64 * 64;
-    if (scores()) {
-      scoring_.scores = desk_.template take<float>(rows_ * scoring_.stride);
-      q_ = desk_.template take<float>(rows_ * K);
-      q_still_ = desk_.template take<float>(rows_ * K);
-      scoring_.q = q_;
-      scoring_.q_still = q_still_;
-    }
+    scoring_.q_stride = (K + own.step - 1) / own.step * own.step;
+    if (scores()) scoring_.scores = desk_.template take<float>(rows_ * scoring_.stride);
+    q_ = desk_.template take<float>(rows_ * scoring_.q_stride);
+    q_still_ = desk_.template take<float>(rows_ * scoring_.q_stride);
+    scoring_.q = q_;
+    scoring_.q_still = q_still_;
+    q_few_ = desk_.template take<float>(std::max(few_rows, job.heads) * scoring_.q_stride);
+    scoring_.q_turned = desk_.template take<float>(job.heads * scoring_.q_stride);
     mass_ = desk_.template take<float>(job.heads);
+    few_at_ = desk_.template take<int64_t>(std::max(few_rows, job.heads));
+    few_seen_ = desk_.template take<int64_t>(std::max(few_rows, job.heads));
     for (auto& cells : cells_) cells = desk_.template take<float>(rows_ * query_row(K));
     turned_ = desk_.template take<T>(rows_ * K);
     state_ = desk_.template take<float>(state_floats(rows_, job.value_dim));
@@ -200,11 +210,13 @@ class BlockTile {
   bool scores() const { return far_ - sinks_ > rule_.top; }
   int64_t candidates() const { return far_; }
 
-  // Queries as scores need them. Before any scoring.
+  // Queries as scores and few rows need them. Before any scoring.
   void prepare() {
+    std::fill(scoring_.q_turned, scoring_.q_turned + job_.heads * scoring_.q_stride, 0.0f);
     const bool still = BlockRule::beyond(last(), rule_.reach, rule_.block) > 0;
+    std::fill(q_, q_still_ + rows_ * scoring_.q_stride, 0.0f);
     each_query([&](int64_t token, int64_t row, const T* q) {
-      const int64_t at = row * job_.head_dim;
+      const int64_t at = row * scoring_.q_stride;
       const BlockTurns::Row place = turns_.tokens(position_ + token - base_);
       own_.turn_query(q, 1.0f, place, turns_.half(), q_ + at);
       if (still) own_.turn_query(q, 1.0f, turns_.reach(), turns_.half(), q_still_ + at);
@@ -220,6 +232,8 @@ class BlockTile {
     scoring_.panel = lender.scoring_.panel;
     scoring_.panel_rows = lender.scoring_.panel_rows;
     scoring_.angles = lender.scoring_.angles;
+    scoring_.q_turned = lender.scoring_.q_turned;
+    std::fill(scoring_.q_turned, scoring_.q_turned + job_.heads * scoring_.q_stride, 0.0f);
   }
 
   // The outputs, once all candidates are scored.
@@ -237,6 +251,7 @@ class BlockTile {
     block_.values = packed_values_;
     block_.window = without_window;
     std::fill(std::begin(loaded_), std::end(loaded_), false);
+    std::fill(q_few_, q_few_ + std::max(few_rows, job_.heads) * scoring_.q_stride, 0.0f);
     show_sinks();
     show_chosen();
     show_near();
@@ -318,14 +333,62 @@ class BlockTile {
     parts_.pack(rows, 0, tile_, block_);
   }
 
-  // Shows positions [from, to) to tokens [first, end) of the tile.
+  // Shows positions [from, to), which begin a block, to tokens [first, end) of the tile.
   void show(int64_t from, int64_t to, Way way, int64_t first, int64_t end) {
     if (first >= end) return;
+    if (few(end - first)) {
+      for (; from < to; from += rule_.block) {
+        begin_few(from, std::min(to, from + rule_.block), way);
+        for (int64_t t = first; t < end; ++t) add_few(t);
+        show_few();
+      }
+      return;
+    }
     take_queries(way);
     for (; from < to; from += block_keys) {
       take_keys(from, std::min(block_keys, to - from), way);
       parts_.attend(tile_, block_, first * job_.heads, end * job_.heads);
     }
+  }
+
+  // Few tokens see keys without packing them: queries are rotated instead.
+  bool few(int64_t tokens) const { return tokens == 1 || tokens * job_.heads <= few_rows; }
+  void begin_few(int64_t from, int64_t to, Way way) {
+    few_count_ = 0;
+    few_from_ = from;
+    few_to_ = to;
+    few_way_ = way;
+    if (way == Way::placed) {
+      few_angle_ = turns_.blocks((base_ - from) / rule_.block, scoring_.angles);
+    }
+  }
+  void add_few(int64_t token) {
+    for (int64_t h = 0; h < job_.heads; ++h, ++few_count_) {
+      const int64_t row = token * job_.heads + h, at = row * scoring_.q_stride;
+      float* to = q_few_ + few_count_ * scoring_.q_stride;
+      if (few_way_ == Way::placed) {
+        own_.turn_again(q_ + at, 1.0f, few_angle_, turns_.half(), to);
+      } else if (few_way_ == Way::still) {
+        std::copy_n(q_still_ + at, job_.head_dim, to);
+      } else {
+        own_.turn_query(job_.q + (first_ + token) * job_.q_stride + h * job_.head_dim, 1.0f,
+                        turns_.sink_reach(), turns_.half(), to);
+      }
+      few_at_[few_count_] = row;
+      few_seen_[few_count_] = position_ + token + 1 - few_from_;
+    }
+  }
+  void show_few() {
+    Keys<E> keys = job_.keys;
+    keys.v_stride = keys.value_stride();
+    keys.k += few_from_ * keys.stride;
+    keys.v += few_from_ * keys.v_stride;
+    if (keys.k_scale != nullptr) {
+      keys.k_scale += few_from_;
+      keys.v_scale += few_from_;
+    }
+    keys.count = few_to_ - few_from_;
+    own_.attend_rows(tile_, keys, q_few_, scoring_.q_stride, few_at_, few_seen_, few_count_);
   }
 
   // The first token of the tile whose window does not reach into a block; all do after it.
@@ -402,6 +465,16 @@ class BlockTile {
       int64_t t = begin;
       while (t < end && !chose(t)) ++t;
       if (t == end) continue;
+      int64_t tokens = 0;
+      for (int64_t i = t; i < end; ++i) tokens += chose(i);
+      if (few(tokens)) {
+        begin_few(from, from + rule_.block, way);
+        for (int64_t i = t; i < end; ++i) {
+          if (chose(i)) add_few(i);
+        }
+        show_few();
+        continue;
+      }
       take_queries(way);
       for (int64_t at = from; at < from + rule_.block; at += block_keys) {
         take_keys(at, std::min(block_keys, from + rule_.block - at), way);
@@ -427,7 +500,11 @@ class BlockTile {
   SoftmaxTile tile_{};
   KeyBlock block_{};
   bool loaded_[3] = {};
-  float *q_ = nullptr, *q_still_ = nullptr, *mass_ = nullptr, *state_ = nullptr;
+  int64_t few_count_ = 0, few_from_ = 0, few_to_ = 0;
+  Way few_way_ = Way::placed;
+  BlockTurns::Row few_angle_{};
+  int64_t *few_at_ = nullptr, *few_seen_ = nullptr;
+  float *q_ = nullptr, *q_still_ = nullptr, *q_few_ = nullptr, *mass_ = nullptr, *state_ = nullptr;
   float *cells_[3] = {}, *packed_keys_ = nullptr, *packed_values_ = nullptr;
   T *turned_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
 };
@@ -480,10 +557,8 @@ void blocks(Level level, int threads, const BlockRule& rule, const BlockTurns& t
     parallel_for(threads, tiles, [&](int64_t index, int slot) {
       // The last tiles of a long job take longest: they go first.
       BlockTile<T, E> one = tile(all[tiles - 1 - index], memory + slot * desk);
-      if (one.scores()) {
-        one.prepare();
-        one.score(0, one.candidates());
-      }
+      one.prepare();
+      if (one.scores()) one.score(0, one.candidates());
       one.attend();
     });
     return;
@@ -494,8 +569,8 @@ void blocks(Level level, int threads, const BlockRule& rule, const BlockTurns& t
   int64_t most = 0;
   for (int64_t i = 0; i < tiles; ++i) {
     BlockTile<T, E> one = own_tile(i);
-    if (!one.scores()) continue;
     one.prepare();
+    if (!one.scores()) continue;
     most = std::max(most, (one.candidates() + piece_blocks - 1) / piece_blocks);
   }
   parallel_for(threads, tiles * most, [&](int64_t index, int slot) {
