@@ -33,8 +33,8 @@ from tiny import D, V, full, model_config, random_decoder, random_tokens, window
 from tolerance import TOLERANCES, assert_close, differences
 
 B, T, G = 2, 45, 3
-LAYERS = {"softmax": tiny.MIXED, "memories": tiny.MEMORIES}
-EPS = {"softmax": 1e-5, "memories": 1e-2}
+LAYERS = {"softmax": tiny.MIXED, "memories": tiny.MEMORIES, "blocks": tiny.BLOCKS}
+EPS = {"softmax": 1e-5, "memories": 1e-2, "blocks": 1e-5}
 """Of the norms. Heads of a memory that hold almost nothing must not make rounding errors large."""
 MODELS = {
     name: random_decoder(model_config(layers, rms_norm_eps=EPS[name]))

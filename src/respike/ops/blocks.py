@@ -110,7 +110,7 @@ def blocks_definition(
 
 
 def _within_blocks(k: Tensor, frequencies: Tensor, size: int) -> Tensor:
-    positions = torch.arange(k.shape[1])[None] % size
+    positions = (torch.arange(k.shape[1]) % size).expand(k.shape[:2])
     return rotate_definition(k, *rotary_tables(positions, frequencies))
 
 
@@ -277,7 +277,7 @@ class _Rows:
 def _rows(rows: Tensor, blocks: int, frequencies: Tensor, block_tokens: int) -> _Rows:
     B, G, _, K = rows.shape
     within = rows.float().reshape(B, G, blocks, -1, K)
-    starts = torch.arange(blocks)[None] * block_tokens
+    starts = (torch.arange(blocks) * block_tokens).expand(B * G, -1)
     cos, sin = (x.to(rows.device) for x in rotary_tables(starts, frequencies))
     return _Rows(within, rotate_definition(within.flatten(0, 1), cos, sin).view_as(within))
 
