@@ -29,7 +29,7 @@ constexpr int64_t scores_floats = 1 << 23;  // of a tile; longer caches have sma
 constexpr int64_t piece_blocks = 2048;      // candidates of a job of one tile are scored in pieces
 constexpr int64_t near_turns = 256;         // a number of blocks is this times one index, plus one
 constexpr int64_t far_turns = 1024;
-constexpr int64_t few_rows = 12;            // are not worth packing a block for (measured)
+constexpr int64_t few_rows = 12;            // of a tile are not worth packing a block for
 constexpr float lowest = -1e30f;            // finite: a difference of two is not NaN
 
 // What scoring the candidates of a tile needs.
@@ -336,7 +336,7 @@ class BlockTile {
   // Shows positions [from, to), which begin a block, to tokens [first, end) of the tile.
   void show(int64_t from, int64_t to, Way way, int64_t first, int64_t end) {
     if (first >= end) return;
-    if (few(end - first)) {
+    if (few()) {
       for (; from < to; from += rule_.block) {
         begin_few(from, std::min(to, from + rule_.block), way);
         for (int64_t t = first; t < end; ++t) add_few(t);
@@ -351,8 +351,9 @@ class BlockTile {
     }
   }
 
-  // Few tokens see keys without packing them: queries are rotated instead.
-  bool few(int64_t tokens) const { return tokens == 1 || tokens * job_.heads <= few_rows; }
+  // Few rows see keys without packing them: queries are rotated instead. Of the tile, not of those
+  // that chose a block: bits must not depend on what later tokens choose.
+  bool few() const { return tokens_ == 1 || rows_ <= few_rows; }
   void begin_few(int64_t from, int64_t to, Way way) {
     few_count_ = 0;
     few_from_ = from;
@@ -465,9 +466,7 @@ class BlockTile {
       int64_t t = begin;
       while (t < end && !chose(t)) ++t;
       if (t == end) continue;
-      int64_t tokens = 0;
-      for (int64_t i = t; i < end; ++i) tokens += chose(i);
-      if (few(tokens)) {
+      if (few()) {
         begin_few(from, from + rule_.block, way);
         for (int64_t i = t; i < end; ++i) {
           if (chose(i)) add_few(i);

@@ -76,7 +76,7 @@ def in_words(q: Array, k: Array, v: Array, rule: BlockRule) -> tuple[Array, int]
 
         def score(h: int, b: int, key: Array, reach: int | None, p: int = p) -> float:
             distance = p - b * size if reach is None else min(p - b * size, reach - 1)
-            return turned(q[p, h], b * size + distance) @ key / math.sqrt(K)  # noqa: B023
+            return turned(q[p, h], b * size + distance) @ key / math.sqrt(K)
 
         best = {}
         scores = {}

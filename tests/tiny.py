@@ -123,9 +123,9 @@ MEMORIES: tuple[tuple[Mixer, ...], ...] = (
 BLOCKS: tuple[tuple[Mixer, ...], ...] = (
     (blocks(0, 1, 2, sink_reach_tokens=16, reach_tokens=20),),
     (blocks(1, summary_tokens=4, reach_tokens=None), window(0, 2)),
-    (full(0), blocks(2, 1, block_tokens=5, summary_tokens=1, top_blocks=1, cache="int8")),
+    (full(0), blocks(2, 1, block_tokens=5, summary_tokens=1, top_blocks=1)),
 )
-"""Block-sparse softmax alone and beside others: every reach, every summary, both caches."""
+"""Block-sparse softmax alone and beside others: every reach, every summary."""
 
 
 def model_config(layers: tuple[tuple[Mixer, ...], ...] = MIXED, **changes: Any) -> ModelConfig:

@@ -105,13 +105,14 @@ class DeltaOptions(Frozen):
 class BlockOptions(Frozen):
     """How block-sparse softmax is made; see `respike.ops.blocks`."""
 
-    block_tokens: BlockTokens = 32
+    block_tokens: BlockTokens = 16
     summary_tokens: BlockTokens = 16
     """Keys averaged in a summary; divides ``block_tokens``."""
-    top_blocks: BlockCount = 16
+    top_blocks: BlockCount = 64
     """Blocks outside the window that each token sees."""
-    reach_tokens: ReachTokens | Literal["trained", "true"] = "trained"
-    """Largest distance at which those are seen; trained: the source's trained length."""
+    reach_tokens: ReachTokens | Literal["trained", "unbounded"] = "trained"
+    """Largest distance at which those are seen. trained: the source's trained length; unbounded:
+    their true one."""
     cache: Literal["model", "int8"] = "model"
     """model: keys and values are kept in the model's dtype."""
 
@@ -266,7 +267,7 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         ),
     )
     union_tags = {"literal['all','rest','even','odd']", "Evenly", "literal['trained']"}
-    union_tags.add("literal['trained','true']")
+    union_tags.add("literal['trained','unbounded']")
     union_tags |= {"int", "constrained-int"}
     loc = [p for p in first["loc"] if str(p) not in union_tags and "tuple" not in str(p)]
     path, got = ".".join(map(str, loc))[:200], first["input"]
@@ -383,7 +384,7 @@ def _blocks(
     reach: int | None = None
     if options.reach_tokens == "trained":
         reach = source.max_position_embeddings
-    elif options.reach_tokens != "true":
+    elif options.reach_tokens != "unbounded":
         reach = options.reach_tokens
     return BlockMixer(
         groups=groups,

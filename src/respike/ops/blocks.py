@@ -191,7 +191,7 @@ def block_softmax(
     count = (S - start).clamp(0, T)
     if int(count.min()) < T:
         out.zero_()
-    keys = Keys(*(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in keys))
+    keys = keys._replace(k=_in_rows(keys.k), v=_in_rows(keys.v))
     summaries = summaries if summaries[0, 0].is_contiguous() else summaries.contiguous()
     numbers = tuple(-1 if n is None else n for n in astuple(rule))
     getattr(kernels.module, _KERNEL[q.dtype])(
@@ -210,6 +210,11 @@ def block_softmax(
         K**-0.5,
     )
     return out
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """``x`` with the numbers of each row together, a copy only if it must be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 @lru_cache(maxsize=16)
