@@ -330,7 +330,7 @@ class BlockTile {
     }
     block_.count = count;
     block_.first = from;
-    parts_.pack(rows, 0, tile_, block_);
+    parts_.pack(rows, tile_, block_);
   }
 
   // Shows positions [from, to), which begin a block, to tokens [first, end) of the tile.

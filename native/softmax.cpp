@@ -47,10 +47,10 @@ void clear(SoftmaxTile& tile, float* state) {
 
 namespace {
 
-constexpr int64_t tile_rows = 192;         // queries that share a packed block (measured)
-constexpr int64_t piece_keys = 1024;       // a job of one tile is cut into pieces of these, or more,
-constexpr int64_t most_pieces = 64;        // so that there are at most so many
-constexpr int64_t serial_work = 1 << 18;   // products; fewer are not worth waking a thread
+constexpr int64_t tile_rows = 192;        // queries that share a packed block (measured)
+constexpr int64_t piece_keys = 1024;      // keys of a piece, or more if there are too many pieces
+constexpr int64_t most_pieces = 64;       // of a job
+constexpr int64_t serial_work = 1 << 18;  // products; fewer are not worth waking a thread
 
 constexpr int64_t floats_of_line(int64_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -128,6 +128,21 @@ SoftmaxTile tile_of(const SoftmaxJob<T, E>& job, int64_t first, int64_t last) {
   return tile;
 }
 
+// What follows the first `count` of `all` keys.
+template <class E>
+Wanted wanted_behind(const Keys<E>& keys, int64_t count, int64_t all, const SoftmaxTile& tile) {
+  constexpr int64_t size = sizeof(E);
+  Wanted wanted{};
+  wanted.k = reinterpret_cast<const char*>(keys.k + count * keys.stride);
+  wanted.v = reinterpret_cast<const char*>(keys.v + count * keys.value_stride());
+  wanted.k_stride = keys.stride * size;
+  wanted.v_stride = keys.value_stride() * size;
+  wanted.k_bytes = tile.head_dim * size;
+  wanted.v_bytes = tile.value_dim * size;
+  wanted.count = std::min(block_keys, all - count);
+  return wanted;
+}
+
 // Shows a tile keys [from, to) of a cache.
 template <class T, class E>
 void show(const SoftmaxParts<T, E>& parts, const SoftmaxTile& tile, const Keys<E>& keys,
@@ -147,7 +162,8 @@ void show(const SoftmaxParts<T, E>& parts, const SoftmaxTile& tile, const Keys<E
       block.key_scales = scales[0];
       block.value_scales = scales[1];
     }
-    parts.pack(rest, seen.to - at - block.count, tile, block);
+    block.wanted = wanted_behind(rest, block.count, seen.to - at, tile);
+    parts.pack(rest, tile, block);
     parts.attend(tile, block, 0, tile.rows);
   }
 }

@@ -69,6 +69,14 @@ struct SoftmaxTile {
   float* out;             // (value_dim / 64, rows, 64): the numerator, likewise
 };
 
+// Rows of keys and values that will be packed next; strides and sizes in bytes.
+struct Wanted {
+  const char* k;
+  const char* v;
+  std::int64_t k_stride, v_stride, k_bytes, v_bytes;
+  std::int64_t count;  // at most 64
+};
+
 // Keys and values as the products read them.
 struct KeyBlock {
   std::int64_t count;          // 1 to 64
@@ -78,6 +86,7 @@ struct KeyBlock {
   float* values;               // (value_dim / 64, 64, 64), as cells
   const float* key_scales;     // (64), or null
   const float* value_scales;   // likewise
+  Wanted wanted;               // fetched meanwhile
 };
 
 // Numbers a row of queries takes, floats of a block and of the state of a tile.
@@ -99,10 +108,8 @@ struct SoftmaxParts {
   // Queries of `tokens` tokens as cells, query_row() floats a row.
   void (*load_queries)(const T* q, std::int64_t stride, std::int64_t tokens,
                        const SoftmaxTile& tile, void* cells);
-  // Fills block.keys and block.values from the block's first key on; `more` keys behind the block
-  // are wanted soon.
-  void (*pack)(const Keys<E>& from, std::int64_t more, const SoftmaxTile& tile,
-               const KeyBlock& block);
+  // Fills block.keys and block.values with the first block.count rows of `from`.
+  void (*pack)(const Keys<E>& from, const SoftmaxTile& tile, const KeyBlock& block);
   // Shows a block to rows [first, last) of a tile.
   void (*attend)(const SoftmaxTile& tile, const KeyBlock& block, std::int64_t first,
                  std::int64_t last);

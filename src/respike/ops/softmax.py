@@ -87,7 +87,7 @@ def window_softmax_definition(
     Returns:
         The outputs, and the logarithm of the softmax's denominator.
     """
-    B, T, H, K = q.shape
+    B, T, _, K = q.shape
     positions = (start + torch.arange(T)).expand(B, T)
     scores, values = [], []
     for part, query, begin, window in (
@@ -99,7 +99,7 @@ def window_softmax_definition(
         k, v = part.exact()
         stand = (begin + torch.arange(k.shape[2])).expand(B, -1)
         seen = visible(positions, stand, window).to(q.device)
-        rows = query.float().unflatten(2, (k.shape[1], -1))
+        rows = query.float().reshape(B, T, k.shape[1], -1, K)
         products = torch.einsum("btgrk,bgsk->btgrs", rows, k)
         products = products * (K**-0.5 if scale is None else scale)
         scores.append(products.masked_fill(~seen[:, :, None, None], -torch.inf))
@@ -133,17 +133,31 @@ def window_softmax(
     for part in parts:
         _check(q, part, keys)
     _check_seen(q.shape[1], keys, sinks, first, start, window_tokens)
-    tensors = [x for part in parts for x in part[: 2 if part.k_scale is None else 0]]
-    kernels = backends.choose("softmax", q, q_sink, *tensors)
+    exact = [x for part in parts for x in (part.k, part.v) if part.k_scale is None]
+    kernels = backends.choose("softmax", q, q_sink, *exact)
     if kernels is None:
         return window_softmax_definition(
             q, keys, sinks,
             q_sink=q_sink, first=first, start=start, window_tokens=window_tokens, scale=scale,
         )  # fmt: skip
+    window = _NO_WINDOW if window_tokens is None else window_tokens
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return _run(kernels, q, q_sink, keys, sinks, (first, start, window, scale))
+
+
+def _run(
+    kernels: backends.Kernels,
+    q: Tensor,
+    q_sink: Tensor,
+    keys: Keys,
+    sinks: Keys | None,
+    where: tuple[int, int, int, float],
+) -> tuple[Tensor, Tensor]:
+    """The kernel; ``where`` is first, start, window, scale."""
     B, T, H, K = q.shape
     G, V = keys.v.shape[1], keys.v.shape[3]
     q, q_sink = q.contiguous(), (q if q_sink is q else q_sink).contiguous()
-    parts = [Keys(*(None if x is None else _rows(x) for x in part)) for part in parts]
+    keys, sinks = _in_rows(keys), None if sinks is None else _in_rows(sinks)
     out, mass = q.new_empty(B, T, H, V), q.new_empty(B, T, H, dtype=torch.float32)
     getattr(kernels.module, _KERNEL[q.dtype])(
         keys.k_scale is not None,
@@ -151,15 +165,12 @@ def window_softmax(
         torch.get_num_threads(),
         q.data_ptr(),
         q_sink.data_ptr(),
-        cache_of(parts[0]),
-        [0] * 13 if sinks is None else cache_of(parts[1]),
+        cache_of(keys),
+        [0] * 13 if sinks is None else cache_of(sinks),
         out.data_ptr(),
         mass.data_ptr(),
         (B, G, T, H // G, K, V),
-        first,
-        start,
-        _NO_WINDOW if window_tokens is None else window_tokens,
-        K**-0.5 if scale is None else scale,
+        *where,
     )
     return out, mass
 
@@ -174,8 +185,12 @@ def _check(q: Tensor, part: Keys, like: Keys) -> None:
     scales = (part.k_scale, part.v_scale)
     int8 = part.k.dtype == part.v.dtype == torch.int8
     scaled = [s is not None and s.shape == (B, G, S) and s.dtype == torch.float32 for s in scales]
-    if (like.k.dtype == torch.int8) != int8 or not (all(scaled) if int8 else scales == (None, None)):
-        raise ValueError("int8 keys and values need float32 scales (B, G, S), others must have none")
+    if (like.k.dtype == torch.int8) != int8 or not (
+        all(scaled) if int8 else scales == (None, None)
+    ):
+        raise ValueError(
+            "int8 keys and values need float32 scales (B, G, S), others must have none"
+        )
     if any(x is not None and x.device != q.device for x in part):
         raise ValueError(f"queries are on {q.device}, keys, values or their scales are not")
 
@@ -192,12 +207,17 @@ def _check_seen(
     window = _NO_WINDOW if window_tokens is None else window_tokens
     reached = first <= start and last_seen > start + tokens - window and last_seen > first
     if not reached and (sinks is None or sinks.k.shape[2] == 0):
-        raise ValueError(f"a query sees no key: keys {first} to {last_seen - 1}, queries {start} on")
+        raise ValueError(
+            f"a query sees no key: keys {first} to {last_seen - 1}, queries {start} on"
+        )
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with the numbers of each row together, a copy only if it must be."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _in_rows(part: Keys) -> Keys:
+    """The same with the numbers of each row together, copied only if they must be."""
+    k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in part[:2])
+    if part.k_scale is None or part.v_scale is None:
+        return Keys(k, v)
+    return Keys(k, v, part.k_scale.contiguous(), part.v_scale.contiguous())
 
 
 def cache_of(part: Keys) -> list[int]:
