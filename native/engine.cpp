@@ -38,6 +38,16 @@ Keys<T> keys_at(const T* k, const T* v, int64_t dim, int64_t count) {
   return keys;
 }
 
+// The mean of `count` rows.
+template <class T>
+void summarise(const T* rows, int64_t count, int64_t dim, T* out) {
+  for (int64_t c = 0; c < dim; ++c) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < count; ++i) sum += load(rows + i * dim + c);
+    store(out + c, sum / static_cast<float>(count));
+  }
+}
+
 // Copies tokens of a ring, whose token `position` lies in slot position % slots, in order of time.
 template <class T>
 void copy_ring(const T* ring, int64_t slots, int64_t position, int64_t count, T* to, int64_t dim) {
@@ -88,6 +98,11 @@ template <class T>
 Engine<T>::Engine(DecoderShape shape, Activations activations,
                   std::vector<LayerWeights<T>> layers)
     : shape_(std::move(shape)), activations_(activations), layers_(std::move(layers)) {}
+
+template <class T>
+float Engine<T>::scale() const {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape_.head_dim)));
+}
 
 template <class T>
 void Engine<T>::run(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
@@ -163,21 +178,21 @@ void Engine<T>::finish(const Call& call, size_t layer) {
   add(call.level, call.threads, work.x, added, work.x, rows, shape_.hidden);
 }
 
-// Of the span's positions, or of `reach` - 1 where they are beyond it; or, with `back` above 0,
-// of minus the position `back` tokens before.
 template <class T>
-const typename Engine<T>::Tables& Engine<T>::tables(const Call& call, int64_t reach, int64_t back) {
-  const auto found = tables_.find({reach, back});
+const typename Engine<T>::Tables& Engine<T>::tables(const Call& call, Turn turn) {
+  const auto found = tables_.find(turn);
   if (found != tables_.end()) return found->second;
-  Tables& made = tables_[{reach, back}];
+  Tables& made = tables_[turn];
   const size_t half = shape_.frequencies.size();
   made.cos.resize(static_cast<size_t>(call.rows()) * half);
   made.sin.resize(made.cos.size());
   size_t at = 0;
   for (size_t b = 0; b < call.batch(); ++b) {
     for (int64_t t = 0; t < call.span.tokens; ++t) {
-      int64_t position = std::min(call.span.start[b] + t, reach - 1);
-      if (back > 0) position = back - position;
+      int64_t position = call.span.start[b] + t;
+      if (turn.reach > 0) position = std::min(position, turn.reach - 1);
+      if (turn.back > 0) position = turn.back - position;
+      if (turn.block > 0) position %= turn.block;
       for (size_t i = 0; i < half; ++i, ++at) {
         const double angle = static_cast<double>(position) * shape_.frequencies[i];
         made.cos[at] = static_cast<float>(std::cos(angle));
@@ -197,7 +212,7 @@ void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffe
   const int64_t k_stride = shape_.groups * dim;
   T* q = grown(q_rotated_, rows * q_stride);
   T* k = grown(k_rotated_, rows * k_stride);
-  const Tables& turn = tables(call, everything, 0);
+  const Tables& turn = tables(call, {});
   rotate(call.level, call.threads, work.q, q_stride, turn.cos.data(), turn.sin.data(), q, q_stride,
          rows, shape_.heads, dim / 2);
   rotate(call.level, call.threads, work.k, k_stride, turn.cos.data(), turn.sin.data(), k, k_stride,
@@ -210,7 +225,7 @@ void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffe
     near += static_cast<int64_t>(call.batch() * mixer.groups.size()) * near_size(call, mixer);
     const int64_t reach = mixer.sink_reach;
     if (mixer.sinks == 0 || call.last() <= reach || sink_queries_.count(reach) > 0) continue;
-    const Tables& held = tables(call, reach, 0);
+    const Tables& held = tables(call, {reach, 0, 0});
     T* q_sink = grown(q_sink_[reach], rows * q_stride);
     rotate(call.level, call.threads, work.q, q_stride, held.cos.data(), held.sin.data(), q_sink,
            q_stride, rows, shape_.heads, dim / 2);
@@ -221,10 +236,57 @@ void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffe
   near_used_ = 0;
   softmax_jobs_.clear();
   far_jobs_.clear();
-  for (size_t m = 0; m < mixers.size(); ++m) add_jobs(call, mixers[m], buffers[m]);
+  for (size_t m = 0; m < mixers.size(); ++m) {
+    if (mixers[m].turns == nullptr) {
+      add_jobs(call, mixers[m], buffers[m]);
+      continue;
+    }
+    blocks_jobs_.clear();
+    add_blocks(call, mixers[m], buffers[m]);
+    blocks(call.level, call.threads, mixers[m].rule, *mixers[m].turns, blocks_jobs_.data(),
+           static_cast<int64_t>(blocks_jobs_.size()));
+  }
   softmax(call.level, call.threads, softmax_jobs_.data(),
           static_cast<int64_t>(softmax_jobs_.size()));
   far(call.level, call.threads, far_jobs_.data(), static_cast<int64_t>(far_jobs_.size()));
+}
+
+// Stores the span's keys, rotated within their blocks, its values, and the summaries it completes.
+template <class T>
+void Engine<T>::add_blocks(const Call& call, const MixerWeights& mixer,
+                           const MixerBuffers<T>& buffers) {
+  const int64_t dim = shape_.head_dim;
+  const int64_t heads = shape_.heads / shape_.groups;
+  const int64_t q_stride = shape_.heads * dim;
+  const int64_t k_stride = shape_.groups * dim;
+  const int64_t size = mixer.rule.summary;
+  const Tables& turn = tables(call, {0, 0, mixer.rule.block});
+  T* turned = grown(k_in_blocks_, call.rows() * k_stride);
+  rotate(call.level, call.threads, call.work.k, k_stride, turn.cos.data(), turn.sin.data(), turned,
+         k_stride, call.rows(), shape_.groups, dim / 2);
+  for (size_t b = 0; b < call.batch(); ++b) {
+    const int64_t start = call.span.start[b];
+    const int64_t valid = call.span.valid[b];
+    const int64_t row = static_cast<int64_t>(b) * call.span.tokens;
+    if (valid == 0) continue;
+    for (size_t i = 0; i < mixer.groups.size(); ++i) {
+      const int64_t g = mixer.groups[i];
+      const auto place = static_cast<int64_t>(b * mixer.groups.size() + i);
+      const int64_t from = row * k_stride + g * dim;
+      const int64_t at = row * q_stride + g * heads * dim;
+      T* k = buffers.k + place * buffers.slots * dim;
+      T* v = buffers.v + place * buffers.slots * dim;
+      T* summaries = buffers.summaries + place * buffers.summary_slots * dim;
+      copy_rows(turned + from, k_stride, k + start * dim, dim, valid, dim);
+      copy_rows(call.work.v + from, k_stride, v + start * dim, dim, valid, dim);
+      for (int64_t s = start / size; s < (start + valid) / size; ++s) {
+        summarise(k + s * size * dim, size, dim, summaries + s * dim);
+      }
+      blocks_jobs_.push_back({call.work.q + at, q_stride, keys_at(k, v, dim, start + valid),
+                              summaries, start, valid, heads, dim, dim, scale(),
+                              call.work.mixed + at, q_stride});
+    }
+  }
 }
 
 // Elements of near_ for one group: keys and values of the window and of the span, and by step the
@@ -268,7 +330,7 @@ void Engine<T>::add_jobs(const Call& call, const MixerWeights& mixer,
       job.head_dim = dim;
       job.value_dim = dim;
       job.window = near.all_seen || !windowed ? everything : mixer.window;
-      job.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
+      job.scale = scale();
       job.out = call.work.mixed + at;
       job.out_stride = q_stride;
       if (mixer.far.features > 0) {
@@ -405,7 +467,7 @@ template <class T>
 void Engine<T>::rotate_back(const Call& call, const MixerWeights& mixer, size_t b, int64_t from,
                             int64_t to, const T* keys, T* out) {
   if (mixer.far.features == 0) return;
-  const Tables& turn = tables(call, everything, mixer.window);
+  const Tables& turn = tables(call, {0, mixer.window, 0});
   const int64_t half = shape_.head_dim / 2;
   const int64_t at = (static_cast<int64_t>(b) * call.span.tokens + from) * half;
   rotate(call.level, 1, keys, 2 * half, turn.cos.data() + at, turn.sin.data() + at, out, 2 * half,

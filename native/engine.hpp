@@ -9,8 +9,10 @@
 #include <initializer_list>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
+#include "blocks.hpp"
 #include "kernels.hpp"
 #include "recurrent.hpp"
 #include "softmax.hpp"
@@ -37,13 +39,16 @@ struct FarWeights {
   std::int64_t features;  // 0: no far memory
 };
 
-// Softmax for some KV groups: over everything before (window 0), or over sinks and a window.
+// Softmax for some KV groups: over everything before (window 0), over sinks and a window, or over
+// blocks by a rule.
 struct MixerWeights {
   std::vector<std::int64_t> groups;
   std::int64_t window;
   std::int64_t sinks;
   std::int64_t sink_reach;
   FarWeights far;
+  const BlockTurns* turns;  // null: no blocks
+  BlockRule rule;
 };
 
 template <class T>
@@ -63,6 +68,8 @@ struct MixerBuffers {
   T* v;
   std::int64_t slots;
   float* memory;  // (B, groups, features, K + 1)
+  T* summaries;   // of blocks (B, groups, summary_slots, K)
+  std::int64_t summary_slots;
 };
 
 // Sequence b has seen start[b] tokens and goes on by valid[b]; the rest of its T is padding.
@@ -104,6 +111,14 @@ class Engine {
   struct Tables {
     std::vector<float> cos, sin;  // (B, T, K / 2)
   };
+  // By which angles a span's tokens are turned: of their positions p; of min(p, reach - 1), if they
+  // are sinks' queries; of back - p, which undoes it for the token `back` before; of p % block.
+  struct Turn {
+    std::int64_t reach, back, block;
+    bool operator<(const Turn& other) const {
+      return std::tie(reach, back, block) < std::tie(other.reach, other.back, other.block);
+    }
+  };
   // What the queries of one group see beside sinks, and what leaves the window; by step.
   struct Near {
     Keys<T> keys;
@@ -120,14 +135,16 @@ class Engine {
   void add_jobs(const Call& call, const MixerWeights& mixer, const MixerBuffers<T>& buffers);
   FarJob<T> far_job(const Call& call, const MixerWeights& mixer, const SoftmaxJob<T>& softmax,
                     const Near& near, std::size_t b, std::size_t i) const;
+  void add_blocks(const Call& call, const MixerWeights& mixer, const MixerBuffers<T>& buffers);
   Near all_before(const Call& call, const MixerBuffers<T>& mine, std::size_t b, std::int64_t g);
   Near within_window(const Call& call, const MixerWeights& mixer, const MixerBuffers<T>& mine,
                      std::size_t b, std::int64_t g);
   std::int64_t near_size(const Call& call, const MixerWeights& mixer) const;
   void rotate_back(const Call& call, const MixerWeights& mixer, std::size_t b, std::int64_t from,
                    std::int64_t to, const T* keys, T* out);
-  const Tables& tables(const Call& call, std::int64_t reach, std::int64_t back);
+  const Tables& tables(const Call& call, Turn turn);
 
+  float scale() const;  // of scores
   void linears(const Call& call, const T* x, std::initializer_list<PackedLinearJob<T>> jobs) const;
 
   DecoderShape shape_;
@@ -135,7 +152,7 @@ class Engine {
   std::vector<LayerWeights<T>> layers_;
   std::mutex busy_;  // the scratch below serves one call at a time
 
-  std::map<std::pair<std::int64_t, std::int64_t>, Tables> tables_;  // of the span at hand
+  std::map<Turn, Tables> tables_;  // of the span at hand
   std::vector<T> q_rotated_, k_rotated_, added_, gate_, up_, gated_;
   std::map<std::int64_t, std::vector<T>> q_sink_;      // by sink reach
   std::map<std::int64_t, const T*> sink_queries_;      // those of the layer at hand
@@ -144,6 +161,8 @@ class Engine {
   std::vector<float> mass_;
   std::vector<SoftmaxJob<T>> softmax_jobs_;
   std::vector<FarJob<T>> far_jobs_;
+  std::vector<T> k_in_blocks_;
+  std::vector<BlocksJob<T>> blocks_jobs_;
 };
 
 }  // namespace respike

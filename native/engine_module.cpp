@@ -2,6 +2,7 @@
 // point to alive, and checks shapes and dtypes.
 #include "engine_module.hpp"
 
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
@@ -40,7 +41,9 @@ respike::MixerWeights mixer(nb::handle item) {
           nb::cast<int64_t>(m[2]),
           nb::cast<int64_t>(m[3]),
           {pointer<const float>(far[0]), pointer<const float>(far[1]), pointer<const float>(far[2]),
-           pointer<const float>(far[3]), pointer<const float>(far[4]), nb::cast<int64_t>(far[5])}};
+           pointer<const float>(far[3]), pointer<const float>(far[4]), nb::cast<int64_t>(far[5])},
+          m[5].is_none() ? nullptr : nb::cast<const respike::BlockTurns*>(m[5]),
+          block_rule(nb::cast<BlockRuleNumbers>(m[6]))};
 }
 
 template <class T>
@@ -85,10 +88,11 @@ void bind(nb::module_& m, const char* name) {
           [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,
              const nb::tuple& work, std::size_t first, std::size_t last, const Counts& buffers) {
             std::vector<respike::MixerBuffers<T>> states;
-            for (std::size_t i = 0; i + 3 < buffers.size(); i += 4) {
+            for (std::size_t i = 0; i + 5 < buffers.size(); i += 6) {
               states.push_back({reinterpret_cast<T*>(buffers[i]),
                                 reinterpret_cast<T*>(buffers[i + 1]), buffers[i + 2],
-                                reinterpret_cast<float*>(buffers[i + 3])});
+                                reinterpret_cast<float*>(buffers[i + 3]),
+                                reinterpret_cast<T*>(buffers[i + 4]), buffers[i + 5]});
             }
             const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
             const auto space = workspace<T>(work);

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "blocks.hpp"
 #include "engine_module.hpp"
 #include "kernels.hpp"
 #include "module_recurrent.hpp"
@@ -134,6 +135,43 @@ void softmax(bool int8, int level, int threads, uintptr_t q, uintptr_t q_sink, c
   run(level, threads, q, q_sink, keys, sinks, out, log_mass, shape, first, start, window, scale);
 }
 
+// Window, sinks, block, summary, top, reach of sinks and of blocks; none: -1.
+// shape: groups, tokens between sequences of q, heads of a group, head_dim, value_dim. Of sequence
+// b, count[b] tokens from start[b] on; summaries: address, steps from sequence to sequence and from
+// group to group.
+template <class T, class E>
+void blocks_jobs(int level, int threads, const respike::BlockTurns& turns, const BlockRuleNumbers& rule,
+                 uintptr_t q, const Cache& keys, const std::array<int64_t, 3>& summaries,
+                 uintptr_t out, const std::array<int64_t, 5>& shape,
+                 const std::vector<int64_t>& start, const std::vector<int64_t>& count,
+                 float scale) {
+  const auto [groups, tokens, heads, head_dim, value_dim] = shape;
+  std::vector<respike::BlocksJob<T, E>> jobs;
+  for (std::size_t b = 0; b < start.size(); ++b) {
+    const auto row = static_cast<int64_t>(b);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t head = row * tokens * groups * heads + g * heads;
+      jobs.push_back({buffer<const T>(q) + head * head_dim, groups * heads * head_dim,
+                      keys_of<E>(keys, row, g),
+                      buffer<const T>(static_cast<uintptr_t>(summaries[0])) + row * summaries[1] +
+                          g * summaries[2],
+                      start[b], count[b], heads, head_dim, value_dim, scale,
+                      buffer<T>(out) + head * value_dim, groups * heads * value_dim});
+    }
+  }
+  respike::blocks(respike::checked_level(level), threads, block_rule(rule), turns, jobs.data(),
+                  static_cast<int64_t>(jobs.size()));
+}
+
+template <class T>
+void blocks(bool int8, int level, int threads, const respike::BlockTurns& turns, const BlockRuleNumbers& rule,
+            uintptr_t q, const Cache& keys, const std::array<int64_t, 3>& summaries, uintptr_t out,
+            const std::array<int64_t, 5>& shape, const std::vector<int64_t>& start,
+            const std::vector<int64_t>& count, float scale) {
+  const auto run = int8 ? blocks_jobs<T, std::int8_t> : blocks_jobs<T, T>;
+  run(level, threads, turns, rule, q, keys, summaries, out, shape, start, count, scale);
+}
+
 // Binds NAME_f32 and NAME_bf16; the GIL is released while they run.
 template <class F32, class BF16, class... Extra>
 void def_both(nb::module_& m, const std::string& name, F32 f32, BF16 b16, const Extra&... extra) {
@@ -167,6 +205,18 @@ NB_MODULE(_native, m) {
   def_both(m, "softmax", &softmax<float>, &softmax<respike::bf16>, "int8"_a, "level"_a, "threads"_a,
            "q"_a, "q_sink"_a, "keys"_a, "sinks"_a, "out"_a, "log_mass"_a, "shape"_a, "first"_a,
            "start"_a, "window"_a, "scale"_a);
+
+  nb::class_<respike::BlockTurns>(m, "BlockTurns", "Rotary angles of a rule of `blocks`.")
+      .def(
+          "__init__",
+          [](respike::BlockTurns* turns, const BlockRuleNumbers& rule, const std::vector<double>& radians) {
+            new (turns) respike::BlockTurns(block_rule(rule), radians.data(),
+                                            static_cast<int64_t>(radians.size()));
+          },
+          "rule"_a, "frequencies"_a);
+  def_both(m, "blocks", &blocks<float>, &blocks<respike::bf16>, "int8"_a, "level"_a, "threads"_a,
+           "turns"_a, "rule"_a, "q"_a, "keys"_a, "summaries"_a, "out"_a, "shape"_a, "start"_a,
+           "count"_a, "scale"_a);
 
   m.def(
       "search_int4_f32",

@@ -26,6 +26,7 @@ from tiny import (
     GLA_AS_IS,
     MEMORIES,
     TIED,
+    blocks,
     full,
     linear,
     model_config,
@@ -202,6 +203,15 @@ def test_a_memory_counts_four_bytes_a_number_whatever_the_dtype(
         alone = model_config(((linear(0, 1, 2, memory=memory),),) * 2)
         assert state_bytes(alone, 10**6, width) == 2 * 3 * 4 * values
         assert growth_bytes_per_token(alone, width) == 0
+
+
+@pytest.mark.parametrize(("cache", "row"), [("model", 2 * 8 * 2), ("int8", 2 * (8 + 4))])
+def test_blocks_count_rows_and_summaries(cache: str, row: int) -> None:
+    config = model_config(((blocks(0, 2, cache=cache, block_tokens=6, summary_tokens=3), full(1)),))
+    for tokens, summaries in ((0, 0), (2, 0), (3, 1), (100, 33)):
+        kept = 2 * (row * tokens + summaries * 8 * 2)
+        assert state_bytes(config, tokens) == kept + 2 * 8 * 2 * tokens
+    assert growth_bytes_per_token(config) == math.ceil(2 * (row + 16 / 3) + 32)
 
 
 @pytest.mark.parametrize(

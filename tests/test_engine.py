@@ -23,7 +23,17 @@ from respike.models.decoder import Decoder
 from respike.models.engine import Engine
 from respike.models.packing import pack_decoder
 from respike.models.state import DecoderState
-from tiny import FAR, MEMORIES, MIXED, full, model_config, random_decoder, random_tokens, window
+from tiny import (
+    BLOCKS,
+    FAR,
+    MEMORIES,
+    MIXED,
+    full,
+    model_config,
+    random_decoder,
+    random_tokens,
+    window,
+)
 from tolerance import TOLERANCES, assert_close, differences
 
 pytestmark = native
@@ -39,6 +49,7 @@ CONFIGS = {
     "softmax": model_config(MIXED),
     "far memories": model_config(FARS),
     "mixers in Python": model_config(MEMORIES),
+    "blocks": model_config(BLOCKS),
     "biases": model_config(FARS, qkv_bias=True, o_bias=True, tie_word_embeddings=False),
     "norms of q and k": model_config(FARS, qk_norm=True),
 }
@@ -94,7 +105,7 @@ def test_it_computes_what_the_decoder_does(name: str, cuts: tuple[int, ...]) -> 
     calls=st.lists(
         st.lists(st.integers(0, 30), min_size=B, max_size=B).filter(any), min_size=1, max_size=4
     ),
-    name=st.sampled_from(["far memories", "softmax", "mixers in Python"]),
+    name=st.sampled_from(["far memories", "softmax", "blocks", "mixers in Python"]),
 )
 @settings(max_examples=20, deadline=None)
 def test_rows_of_unlike_length_go_on_in_either(calls: list[list[int]], name: str) -> None:
@@ -128,8 +139,9 @@ def test_every_level_computes_the_same(level: int, dtype: torch.dtype) -> None:
     assert got.max <= 5e-5 + slack * allowed.max
 
 
-def test_bits_do_not_depend_on_the_number_of_threads() -> None:
-    fast, _ = pair(CONFIGS["far memories"], torch.bfloat16)
+@pytest.mark.parametrize("name", ["far memories", "blocks"])
+def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
+    fast, _ = pair(CONFIGS[name], torch.bfloat16)
     ids, before = random_tokens(B, 200), torch.get_num_threads()
     try:
         results = []

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from respike.config import (
     AnyMemory,
+    BlockMixer,
     DeltaMemory,
     FarMemory,
     FullMixer,
@@ -126,6 +127,52 @@ def test_even_keeps_eight_of_thirty_layers_in_the_middles_of_eight_stretches() -
     config = apply_recipe(load_recipe("even"), model_config(((full(0, 1, 2),),) * 30))
     kept = [i for i, kind in enumerate(kinds(config)) if kind == "f"]
     assert kept == [1, 5, 9, 13, 16, 20, 24, 28]
+
+
+# ---- blocks ----------------------------------------------------------------------------------
+
+
+def test_kept_groups_may_see_blocks() -> None:
+    changes = ("softmax=blocks", "softmax_groups={1: [2], 3: [0, 1, 2]}", "window_tokens=20")
+    changes += ("blocks={block_tokens: 8, summary_tokens: 4, top_blocks: 3, cache: int8}",)
+    config = apply_recipe(load_recipe("window", changes), SOURCE)
+    part = BlockMixer(
+        groups=(2,), window_tokens=20, sink_tokens=4, sink_reach_tokens=CONTEXT, block_tokens=8,
+        summary_tokens=4, top_blocks=3, reach_tokens=CONTEXT, cache="int8",
+    )  # fmt: skip
+    assert config.layers[1].mixers[0] == part
+    assert config.layers[1].mixers[1].groups == (0, 1)
+    assert config.layers[3].mixers == (part.model_copy(update={"groups": (0, 1, 2)}),)
+    assert config.softmax_groups() == ((1, 2), (3, 0), (3, 1), (3, 2))
+
+
+@pytest.mark.parametrize(("reach", "tokens"), [("unbounded", None), (77, 77), ("trained", CONTEXT)])
+def test_a_rule_of_blocks_takes_whole_layers(reach: str | int, tokens: int | None) -> None:
+    changes = ("layers.0.mixer=blocks", f"blocks.reach_tokens={reach}")
+    config = apply_recipe(load_recipe("window", changes), SOURCE)
+    (part,) = config.layers[0].mixers
+    assert part.mixer == "blocks"
+    assert part.groups == (0, 1, 2)
+    assert part.reach_tokens == tokens
+
+
+def test_full_rules_stay_full_where_kept_groups_see_blocks() -> None:
+    config = apply_recipe(load_recipe("even", ("softmax=blocks",)), SOURCE)
+    assert "blocks" not in {part.mixer for _, part in config.mixers()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("blocks.summary_tokens=5", "not a multiple of summary_tokens 5"),
+        ("blocks.cache=int4", "'int4' is not one of model, int8"),
+        ("blocks.block=3", "expected one of block_tokens, summary_tokens"),
+        ("blocks.reach_tokens=trainde", "blocks.reach_tokens"),
+    ],
+)
+def test_options_of_blocks_that_make_no_sense_are_refused(change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe("window", (change,))
 
 
 # ---- rules -----------------------------------------------------------------------------------

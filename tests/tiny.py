@@ -22,6 +22,7 @@ from torch import Tensor
 from respike.checkpoint.families import expected_tensors
 from respike.config import (
     AnyMemory,
+    BlockMixer,
     DeltaMemory,
     FarMemory,
     FullMixer,
@@ -80,6 +81,20 @@ def window(
     )
 
 
+def blocks(*groups: int, **changes: Any) -> BlockMixer:
+    fields: dict[str, Any] = {
+        "window_tokens": 6,
+        "sink_tokens": 3,
+        "sink_reach_tokens": CONTEXT,
+        "block_tokens": 4,
+        "summary_tokens": 2,
+        "top_blocks": 2,
+        "reach_tokens": CONTEXT,
+        "cache": "model",
+    }
+    return BlockMixer(groups=groups, **fields | changes)
+
+
 def linear(*groups: int, memory: LinearMemory) -> LinearMixer:
     return LinearMixer(groups=groups, memory=memory)
 
@@ -103,6 +118,14 @@ MEMORIES: tuple[tuple[Mixer, ...], ...] = (
     (linear(2, memory=DELTA_TO_2), window(1, reach=16, memory=GLA_AS_IS), full(0)),
 )
 """Every memory, alone or beside a window, of all groups and of some."""
+
+
+BLOCKS: tuple[tuple[Mixer, ...], ...] = (
+    (blocks(0, 1, 2, sink_reach_tokens=16, reach_tokens=20),),
+    (blocks(1, summary_tokens=4, reach_tokens=None), window(0, 2)),
+    (full(0), blocks(2, 1, block_tokens=5, summary_tokens=1, top_blocks=1)),
+)
+"""Block-sparse softmax alone and beside others: every reach, every summary."""
 
 
 def model_config(layers: tuple[tuple[Mixer, ...], ...] = MIXED, **changes: Any) -> ModelConfig:

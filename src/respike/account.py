@@ -3,13 +3,16 @@
 import math
 
 from respike.checkpoint.families import expected_tensors
-from respike.config import AnyMemory, ModelConfig
+from respike.config import AnyMemory, BlockMixer, Mixer, ModelConfig
 
 REPORT_LENGTHS = (1_024, 8_192, 65_536, 1_048_576)
 """Context lengths, in tokens, at which state bytes are reported."""
 
 MEMORY_BYTES = 4
 """Bytes of a number in a linear memory: it is kept in float32 whatever the model's dtype."""
+
+SCALE_BYTES = 4
+"""Bytes of the scale of a key or value that is cached in int8."""
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -26,8 +29,8 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
         bytes_per_value: 2 for bf16 keys and values, 4 for f32.
 
     Returns:
-        ``softmax``: keys and values that grow with the sequence. ``window``: those of windows and
-        sinks. ``memory``: memories. The last two are the same at every length.
+        ``softmax``: keys, values and summaries that grow with the sequence. ``window``: those of
+        windows and sinks. ``memory``: memories. The last two are the same at every length.
     """
     pair = 2 * config.head_dim * bytes_per_value
     parts = {"softmax": 0, "window": 0, "memory": 0}
@@ -35,6 +38,11 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
         groups = len(part.groups)
         if part.mixer == "full":
             parts["softmax"] += groups * pair * num_tokens
+            continue
+        if part.mixer == "blocks":
+            row, summary = _block_bytes(part, config.head_dim, bytes_per_value)
+            count = num_tokens // part.summary_tokens
+            parts["softmax"] += groups * (row * num_tokens + summary * count)
             continue
         if part.mixer == "window":
             parts["window"] += groups * pair * (part.window_tokens + part.sink_tokens)
@@ -56,9 +64,24 @@ def memory_values(memory: AnyMemory, head_dim: int) -> int:
     return head_dim * head_dim
 
 
+def _block_bytes(part: BlockMixer, head_dim: int, bytes_per_value: int) -> tuple[int, int]:
+    """Bytes that one KV group of block-sparse softmax keeps of a token, and of a summary."""
+    summary = head_dim * bytes_per_value
+    if part.cache == "int8":
+        return 2 * (head_dim + SCALE_BYTES), summary
+    return 2 * summary, summary
+
+
 def growth_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes each further token adds to the state: 0 for a constant-memory model."""
-    return 2 * len(config.softmax_groups()) * config.head_dim * bytes_per_value
+    """Bytes each further token adds to the state, rounded up: 0 for a constant-memory model."""
+    total = 0.0
+    for _, part in config.mixers():
+        if part.mixer == "full":
+            total += len(part.groups) * 2 * config.head_dim * bytes_per_value
+        elif part.mixer == "blocks":
+            row, summary = _block_bytes(part, config.head_dim, bytes_per_value)
+            total += len(part.groups) * (row + summary / part.summary_tokens)
+    return math.ceil(total)
 
 
 BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "int8": 8.5, "int4": 4.5}
@@ -80,7 +103,24 @@ def moved_bytes_per_token(config: ModelConfig, num_tokens: int, weights: str = "
     if not config.tie_word_embeddings:
         read -= config.vocab_size * config.hidden_size
     parts = state_parts(config, num_tokens)
+    for _, part in config.mixers():
+        if part.mixer == "blocks":
+            row, _ = _block_bytes(part, config.head_dim, 2)
+            unseen = num_tokens - _seen_tokens(part, num_tokens)
+            parts["softmax"] -= len(part.groups) * row * unseen
     return int(read * BITS[weights] / 8) + sum(parts.values()) + parts["memory"]
+
+
+def _seen_tokens(part: Mixer, num_tokens: int) -> int:
+    """Tokens whose keys a softmax looks at for the token that has ``num_tokens`` before it."""
+    if part.mixer == "linear":
+        return 0
+    if part.mixer == "full":
+        return num_tokens
+    seen = part.window_tokens + part.sink_tokens
+    if part.mixer == "blocks":
+        seen += part.top_blocks * part.block_tokens
+    return min(num_tokens, seen)
 
 
 def flops_per_token(config: ModelConfig, num_tokens: int) -> dict[str, int]:
@@ -98,11 +138,12 @@ def flops_per_token(config: ModelConfig, num_tokens: int) -> dict[str, int]:
             parts["linear"] += 2 * math.prod(shape)
     for _, part in config.mixers():
         groups, heads = len(part.groups), len(part.groups) * config.heads_per_group
-        seen = num_tokens + 1 if part.mixer == "full" else 0
-        if part.mixer == "window":
-            seen = min(num_tokens + 1, part.window_tokens + part.sink_tokens)
+        seen = _seen_tokens(part, num_tokens + 1)
         parts["softmax"] += 4 * heads * config.head_dim * seen
-        if part.mixer == "full" or part.memory is None:
+        if part.mixer == "blocks":
+            summaries = num_tokens // part.summary_tokens
+            parts["softmax"] += 2 * heads * config.head_dim * summaries
+        if part.mixer == "full" or part.mixer == "blocks" or part.memory is None:
             continue
         values = memory_values(part.memory, config.head_dim)
         passes = {"delta": 2}.get(part.memory.kind, 1)  # delta reads before it writes

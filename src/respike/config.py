@@ -21,6 +21,8 @@ MEMORIES = ("far", "gla", "tied", "delta")
 WindowTokens = Annotated[int, Field(gt=0, le=1 << 24)]
 SinkTokens = Annotated[int, Field(ge=0, le=1 << 16)]
 ReachTokens = Annotated[int, Field(gt=0, le=1 << 32)]
+BlockTokens = Annotated[int, Field(gt=0, le=1 << 12)]
+BlockCount = Annotated[int, Field(gt=0, le=1 << 16)]
 FeatureCount = Annotated[int, Field(gt=0, le=1 << 12)]
 GateRank = Annotated[int, Field(gt=0, le=1 << 12)]
 GateNormalizer = Annotated[float, Field(ge=2**-10, le=1 << 10)]
@@ -112,7 +114,36 @@ class LinearMixer(Frozen):
     memory: LinearMemory
 
 
-Mixer = Annotated[FullMixer | WindowMixer | LinearMixer, Field(discriminator="mixer")]
+class BlockMixer(Frozen):
+    """Softmax over sinks, a window, and the best blocks of what is older: `respike.ops.blocks`."""
+
+    mixer: Literal["blocks"] = "blocks"
+    groups: tuple[int, ...]
+    window_tokens: WindowTokens
+    sink_tokens: SinkTokens
+    sink_reach_tokens: ReachTokens
+    """Largest distance at which a sink is seen."""
+    block_tokens: BlockTokens
+    summary_tokens: BlockTokens
+    """Keys averaged in a summary, by which blocks are chosen; divides ``block_tokens``."""
+    top_blocks: BlockCount
+    """Blocks outside the window that a token sees."""
+    reach_tokens: ReachTokens | None
+    """Largest distance at which a block outside the window is seen; None: all at their true one."""
+    cache: Literal["model", "int8"]
+    """model: keys and values are kept in the model's dtype."""
+
+    @model_validator(mode="after")
+    def _whole_summaries(self) -> "BlockMixer":
+        if self.block_tokens % self.summary_tokens:
+            raise ValueError(
+                f"block_tokens={self.block_tokens} is not a multiple of "
+                f"summary_tokens={self.summary_tokens}"
+            )
+        return self
+
+
+Mixer = Annotated[FullMixer | WindowMixer | LinearMixer | BlockMixer, Field(discriminator="mixer")]
 
 
 class LayerConfig(Frozen):
@@ -171,7 +202,7 @@ class ModelConfig(Frozen):
         """Query heads that share one KV group."""
         return self.num_attention_heads // self.num_key_value_heads
 
-    def mixers(self) -> Iterator[tuple[int, FullMixer | WindowMixer | LinearMixer]]:
+    def mixers(self) -> Iterator[tuple[int, Mixer]]:
         """Every (layer index, mixer) of the model, in order."""
         for index, layer in enumerate(self.layers):
             for part in layer.mixers:
@@ -180,7 +211,10 @@ class ModelConfig(Frozen):
     def softmax_groups(self) -> tuple[tuple[int, int], ...]:
         """(layer, KV group) pairs whose cache grows with the sequence."""
         return tuple(
-            (i, g) for i, part in self.mixers() if part.mixer == "full" for g in part.groups
+            (i, g)
+            for i, part in self.mixers()
+            if part.mixer in ("full", "blocks")
+            for g in part.groups
         )
 
 

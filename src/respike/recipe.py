@@ -1,7 +1,7 @@
 """Recipes: what a person asks a conversion to do, as YAML, checked and applied to a model's shape.
 
 The rules are read top to bottom and the first that matches a layer decides its mixer; then the
-KV groups in ``softmax_groups`` keep full softmax whatever their layer's rule says.
+KV groups in ``softmax_groups`` keep softmax whatever their layer's rule says.
 """
 
 import re
@@ -17,6 +17,9 @@ from pydantic import Field, ValidationError, model_validator
 from respike.config import (
     MEMORIES,
     AnyMemory,
+    BlockCount,
+    BlockMixer,
+    BlockTokens,
     DeltaMemory,
     FarMemory,
     FeatureCount,
@@ -54,12 +57,12 @@ class Rule(Frozen):
 
     at: Place | Evenly | tuple[int, ...]
     """all or rest, even or odd, {evenly: N}, or a list of indices (negative from the end)."""
-    mixer: Literal["keep", "full", "window", "linear"]
+    mixer: Literal["keep", "full", "blocks", "window", "linear"]
     """keep: what the source has there. linear: a memory without softmax."""
     memory: MemoryName | None = None
     """Of a window or linear rule. None: the recipe's."""
     window_tokens: WindowTokens | None = None
-    """None: the recipe's."""
+    """Of a window or blocks rule. None: the recipe's."""
     sink_tokens: SinkTokens | None = None
     """None: the recipe's."""
 
@@ -99,6 +102,30 @@ class DeltaOptions(Frozen):
     """Of the memory before any training."""
 
 
+class BlockOptions(Frozen):
+    """How block-sparse softmax is made; see `respike.ops.blocks`."""
+
+    block_tokens: BlockTokens = 16
+    summary_tokens: BlockTokens = 16
+    """Keys averaged in a summary; divides ``block_tokens``."""
+    top_blocks: BlockCount = 64
+    """Blocks outside the window that each token sees."""
+    reach_tokens: ReachTokens | Literal["trained", "unbounded"] = "trained"
+    """Largest distance at which those are seen. trained: the source's trained length; unbounded:
+    their true one."""
+    cache: Literal["model", "int8"] = "model"
+    """model: keys and values are kept in the model's dtype."""
+
+    @model_validator(mode="after")
+    def _whole_summaries(self) -> "BlockOptions":
+        if self.block_tokens % self.summary_tokens:
+            raise ValueError(
+                f"block_tokens {self.block_tokens} is not a multiple of summary_tokens "
+                f"{self.summary_tokens}"
+            )
+        return self
+
+
 class SourceShape(Frozen):
     """The shape of the model a recipe was made for; any other is refused."""
 
@@ -126,7 +153,10 @@ class Recipe(Frozen):
     sink_reach_tokens: ReachTokens | Literal["trained"] = "trained"
     """Largest distance at which sinks are seen; trained: the source's trained length."""
     softmax_groups: dict[int, tuple[int, ...]] = Field(default_factory=dict)
-    """Layer -> KV groups that keep full softmax: the retrieval groups."""
+    """Layer -> KV groups that keep softmax over all that came before: the retrieval groups."""
+    softmax: Literal["full", "blocks"] = "full"
+    """How those see it: all of it, or sinks, window and the best blocks of the rest."""
+    blocks: BlockOptions = BlockOptions()
     memory: MemoryName = "none"
     """What window and linear rules without their own remember beyond the window."""
     far: FarOptions = FarOptions()
@@ -237,6 +267,7 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         ),
     )
     union_tags = {"literal['all','rest','even','odd']", "Evenly", "literal['trained']"}
+    union_tags.add("literal['trained','unbounded']")
     union_tags |= {"int", "constrained-int"}
     loc = [p for p in first["loc"] if str(p) not in union_tags and "tuple" not in str(p)]
     path, got = ".".join(map(str, loc))[:200], first["input"]
@@ -273,6 +304,7 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
         return list(Rule.model_fields)
     parts: dict[str, type[Frozen]] = {
         "source": SourceShape, "far": FarOptions, "gla": GlaOptions, "delta": DeltaOptions,
+        "blocks": BlockOptions,
     }  # fmt: skip
     if loc[0] in parts and len(loc) > 1:
         return list(parts[loc[0]].model_fields)
@@ -317,28 +349,52 @@ def _layer(recipe: Recipe, source: ModelConfig, index: int) -> LayerConfig:
     if rule.mixer == "keep":
         return source.layers[index]
     memory = _memory(recipe, rule, index)
-    kept = everyone if rule.mixer == "full" else recipe.softmax_groups.get(index, ())
-    full = tuple(sorted(set(kept)))
-    stream = tuple(g for g in everyone if g not in full)
-    mixers: list[Mixer] = [FullMixer(groups=full)] if full else []
+    whole = rule.mixer in ("full", "blocks")
+    kept = tuple(sorted(set(everyone if whole else recipe.softmax_groups.get(index, ()))))
+    stream = tuple(g for g in everyone if g not in kept)
+    near = _near(recipe, rule, source)
+    mixers: list[Mixer] = []
+    if kept and (rule.mixer == "blocks" or (rule.mixer != "full" and recipe.softmax == "blocks")):
+        mixers.append(_blocks(recipe, source, kept, near))
+    elif kept:
+        mixers.append(FullMixer(groups=kept))
     if stream and rule.mixer == "linear":
         assert memory is not None
         assert memory.kind != "far"
         mixers.append(LinearMixer(groups=stream, memory=memory))
     elif stream:
-        reach = recipe.sink_reach_tokens
-        window = rule.window_tokens or recipe.window_tokens
-        sinks = recipe.sink_tokens if rule.sink_tokens is None else rule.sink_tokens
-        mixers.append(
-            WindowMixer(
-                groups=stream,
-                window_tokens=window,
-                sink_tokens=sinks,
-                sink_reach_tokens=source.max_position_embeddings if reach == "trained" else reach,
-                memory=memory,
-            )
-        )
+        mixers.append(WindowMixer(groups=stream, memory=memory, **near))
     return LayerConfig(mixers=tuple(mixers))
+
+
+def _near(recipe: Recipe, rule: Rule, source: ModelConfig) -> dict[str, Any]:
+    """What window and blocks mixers have in common: window, sinks, and how sinks are seen."""
+    reach = recipe.sink_reach_tokens
+    return {
+        "window_tokens": rule.window_tokens or recipe.window_tokens,
+        "sink_tokens": recipe.sink_tokens if rule.sink_tokens is None else rule.sink_tokens,
+        "sink_reach_tokens": source.max_position_embeddings if reach == "trained" else reach,
+    }
+
+
+def _blocks(
+    recipe: Recipe, source: ModelConfig, groups: tuple[int, ...], near: dict[str, Any]
+) -> BlockMixer:
+    options = recipe.blocks
+    reach: int | None = None
+    if options.reach_tokens == "trained":
+        reach = source.max_position_embeddings
+    elif options.reach_tokens != "unbounded":
+        reach = options.reach_tokens
+    return BlockMixer(
+        groups=groups,
+        block_tokens=options.block_tokens,
+        summary_tokens=options.summary_tokens,
+        top_blocks=options.top_blocks,
+        reach_tokens=reach,
+        cache=options.cache,
+        **near,
+    )
 
 
 def _memory(recipe: Recipe, rule: Rule, index: int) -> AnyMemory | None:

@@ -194,7 +194,7 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
 def mixer_tensors(config: ModelConfig, part: Mixer) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that a mixer adds to those of its source."""
     head, width, groups = config.head_dim, config.hidden_size, len(part.groups)
-    if part.mixer == "full" or part.memory is None:
+    if part.mixer == "full" or part.mixer == "blocks" or part.memory is None:
         return
     memory = part.memory
     if memory.kind == "far":

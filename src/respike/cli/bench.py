@@ -16,6 +16,7 @@ from respike.cli.show import (
     progress,
     refuse_existing,
     threads_option,
+    weights_option,
 )
 from respike.errors import UsageError
 

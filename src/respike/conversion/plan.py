@@ -112,6 +112,10 @@ def describe(layer: LayerConfig) -> str:
 def _words(part: Mixer) -> str:
     if part.mixer == "full":
         return "full"
+    if part.mixer == "blocks":
+        of = f"best {part.top_blocks} blocks of {part.block_tokens}"
+        cache = ", int8" if part.cache == "int8" else ""
+        return f"{of} + window {part.window_tokens} + {part.sink_tokens} sinks{cache}"
     memory = "" if part.memory is None else _memory_words(part.memory)
     if part.mixer == "linear":
         return memory

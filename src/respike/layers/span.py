@@ -48,7 +48,7 @@ class Span:
         """No row has seen a token yet."""
         self.end = max(s + v for s, v in zip(self.starts, self.valids, strict=True))
         self.dtype, self.device = dtype, device
-        self._frequencies = frequencies
+        self.frequencies = frequencies
         self._memo: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
 
     @cached_property
@@ -75,13 +75,18 @@ class Span:
             positions = positions.clamp(max=reach_tokens - 1)
         return rotate(x, *self._tables(("rotary", reach_tokens), positions))
 
+    def rotate_within(self, x: Tensor, block_tokens: int) -> Tensor:
+        """Rotate (B, T, G, K) by each token's place in its block of ``block_tokens``."""
+        places = self.positions % block_tokens
+        return rotate(x, *self._tables(("within", block_tokens), places))
+
     def rotate_back(self, x: Tensor, delay_tokens: int) -> Tensor:
         """Undo the rotation of (B, T, G, K), which stood ``delay_tokens`` before the span's."""
         return rotate(x, *self._tables(("back", delay_tokens), delay_tokens - self.positions))
 
     def _tables(self, key: object, positions: Tensor) -> tuple[Tensor, Tensor]:
         if key not in self._memo:
-            cos, sin = rotary_tables(positions, self._frequencies)
+            cos, sin = rotary_tables(positions, self.frequencies)
             self._memo[key] = (cos.to(self.device), sin.to(self.device))
         cos, sin = self._memo[key]
         return cos, sin

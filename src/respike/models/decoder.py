@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from respike import config as configs
 from respike.config import LayerConfig, ModelConfig, RopeConfig
 from respike.layers.attention import Attention
+from respike.layers.blocks import BlockSoftmax
 from respike.layers.far import FarSoftmax
 from respike.layers.linear import PackedLinear
 from respike.layers.memory import (
@@ -34,6 +35,7 @@ from respike.layers.span import Span
 from respike.layers.state import MixerState
 from respike.models.engine import Engine
 from respike.models.state import DecoderState
+from respike.ops.blocks import BlockRule
 from respike.ops.rotary import llama3_frequencies, rotary_frequencies
 
 PREFILL_CHUNK_TOKENS = 512
@@ -49,6 +51,8 @@ def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
         return FullSoftmax()
     if part.mixer == "linear":
         return Linear(_memory(config, part.memory, len(part.groups)), head_dim, eps)
+    if part.mixer == "blocks":
+        return BlockSoftmax(_block_rule(part), int8=part.cache == "int8")
     window = WindowSoftmax(part.window_tokens, part.sink_tokens, part.sink_reach_tokens)
     if part.memory is None:
         return window
@@ -62,6 +66,18 @@ def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
         )
     memory = _memory(config, part.memory, len(part.groups))
     return WindowBesideMemory(window, memory, head_dim, eps)
+
+
+def _block_rule(part: configs.BlockMixer) -> BlockRule:
+    return BlockRule(
+        window_tokens=part.window_tokens,
+        sink_tokens=part.sink_tokens,
+        block_tokens=part.block_tokens,
+        summary_tokens=part.summary_tokens,
+        top_blocks=part.top_blocks,
+        sink_reach_tokens=part.sink_reach_tokens,
+        reach_tokens=part.reach_tokens,
+    )
 
 
 def _memory(config: ModelConfig, memory: configs.LinearMemory, num_groups: int) -> Memory:

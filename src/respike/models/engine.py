@@ -14,6 +14,7 @@ from torch import Tensor
 
 from respike.errors import BackendError
 from respike.layers.attention import Attention
+from respike.layers.blocks import BlockSoftmax, BlockState
 from respike.layers.far import FarSoftmax
 from respike.layers.linear import PackedLinear
 from respike.layers.mixer import Mixer
@@ -22,6 +23,7 @@ from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import KVState, MixerState, PairState, WindowState
 from respike.ops import backends
+from respike.ops.blocks import block_turns
 
 _ENGINE = {torch.float32: "Engine_f32", torch.bfloat16: "Engine_bf16"}
 
@@ -70,7 +72,8 @@ class Engine:
         """Make the native engine from the layers as they are now."""
         ready = backends.kernels()
         assert ready is not None
-        self._kept: list[Tensor] = []  # what the engine points to
+        self._kept: list[Tensor] = []  # what the engine points to, as below
+        self._turns: list[object] = []
         self._arranged = [attention.groups for attention in self._attentions]
         self._mixers = [list(attention.mixers) for attention in self._attentions]
         self._native = [all(map(_is_native, mixers)) for mixers in self._mixers]
@@ -198,16 +201,22 @@ class Engine:
 
     def _mixer(self, groups: list[int], mixer: Mixer) -> tuple[Any, ...]:
         none = (0, 0, 0, 0, 0, 0)
+        whole = (None, (0,) * 7)
         if isinstance(mixer, FullSoftmax):
-            return groups, 0, 0, 0, none
+            return groups, 0, 0, 0, none, *whole
+        if isinstance(mixer, BlockSoftmax):
+            numbers = mixer.rule.numbers
+            turns = block_turns(numbers, tuple(self._frequencies.tolist()))
+            self._turns.append(turns)
+            return groups, 0, 0, 0, none, turns, numbers
         window = cast(WindowSoftmax, mixer.window if isinstance(mixer, FarSoftmax) else mixer)
         limits = (window.window_tokens, window.sink_tokens, window.sink_reach_tokens)
         if not isinstance(mixer, FarSoftmax) or bool((mixer.beta == -torch.inf).all()):
-            return groups, *limits, none
+            return groups, *limits, none, *whole
         decay = -math.log(2) * torch.exp2(-mixer.log2_half_life.float())
         parameters = (mixer.key_weight, mixer.key_bias, mixer.query_weight, mixer.beta, decay)
         far = tuple(self._keep(parameter.float().contiguous()) for parameter in parameters)
-        return groups, *limits, (*far, mixer.key_weight.shape[1])
+        return groups, *limits, (*far, mixer.key_weight.shape[1]), *whole
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.detach()
@@ -217,21 +226,31 @@ class Engine:
 
 
 def _is_native(mixer: Mixer) -> bool:
-    if mixer.off or not isinstance(mixer, FullSoftmax | WindowSoftmax | FarSoftmax):
+    if mixer.off:
+        return False
+    if isinstance(mixer, BlockSoftmax):
+        return not mixer.int8
+    if not isinstance(mixer, FullSoftmax | WindowSoftmax | FarSoftmax):
         return False
     return not (isinstance(mixer, FarSoftmax) and mixer.watch)
 
 
-def _buffers(state: MixerState, span: Span) -> tuple[int, int, int, int]:
-    """Addresses of keys, values and memory, and the number of slots."""
+def _buffers(state: MixerState, span: Span) -> tuple[int, int, int, int, int, int]:
+    """Addresses of keys and values, slots, address of memory or summaries and how many of these."""
     memory = 0
+    if isinstance(state, BlockState):
+        state.reserve(span.end)
+        k, v, summaries = state.parts["k"].data, state.parts["v"].data, state.summaries.data
+        return (
+            _address(k), _address(v), k.shape[2], 0, _address(summaries), summaries.shape[2],
+        )  # fmt: skip
     if isinstance(state, PairState):
         memory = _address(state.memory.memory)
         state = state.window
     if isinstance(state, KVState):
         state.reserve(span.end)
     assert isinstance(state, KVState | WindowState)
-    return _address(state.k), _address(state.v), state.k.shape[2], memory
+    return _address(state.k), _address(state.v), state.k.shape[2], memory, 0, 0
 
 
 def _address(tensor: Tensor) -> int:

@@ -41,6 +41,7 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "gla": _FLOATS,
     "delta": _FLOATS,
     "far": _FLOATS,
+    "blocks": _FLOATS,
 }
 """Ops that have a native kernel, and the dtypes it takes."""
 

@@ -165,8 +165,8 @@ def _run(
         torch.get_num_threads(),
         q.data_ptr(),
         q_sink.data_ptr(),
-        _cache(keys),
-        [0] * 13 if sinks is None else _cache(sinks),
+        cache_of(keys),
+        [0] * 13 if sinks is None else cache_of(sinks),
         out.data_ptr(),
         mass.data_ptr(),
         (B, G, T, H // G, K, V),
@@ -220,7 +220,7 @@ def _in_rows(part: Keys) -> Keys:
     return Keys(k, v, part.k_scale.contiguous(), part.v_scale.contiguous())
 
 
-def _cache(part: Keys) -> list[int]:
+def cache_of(part: Keys) -> list[int]:
     """`Cache` of native/module.cpp."""
     scales = [s for s in (part.k_scale, part.v_scale) if s is not None]
     addresses = [x.data_ptr() for x in (part.k, part.v, *scales)] + [0] * (2 - len(scales))

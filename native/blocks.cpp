@@ -1,0 +1,594 @@
+// Block-sparse softmax. The definition is respike.ops.blocks.blocks_definition.
+//
+// The tokens of a job are cut into tiles, as in softmax.cpp, whose parts attend to the keys. Before,
+// a tile's queries are multiplied by the summaries of all candidates, and each token chooses. A
+// chosen block is packed once a tile, and shown to the rows that chose it.
+//
+// Two blocks at different distances ask for the same query at different angles. The queries of a
+// tile are therefore rotated once, from the tile's base, and the keys of a block, once packed, to
+// their place relative to that base; at the reach, all queries are rotated alike and keys are taken
+// as they are.
+#include "blocks.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "pool.hpp"
+#include "vec.hpp"
+
+namespace respike {
+using std::int64_t;
+
+namespace {
+
+constexpr int64_t tile_rows = 192;          // queries that share a packed block, as in softmax.cpp
+constexpr int64_t most_tile_tokens = tile_rows;
+constexpr int64_t scores_floats = 1 << 23;  // of a tile; longer caches have smaller tiles
+constexpr int64_t piece_blocks = 2048;      // candidates of a job of one tile are scored in pieces
+constexpr int64_t near_turns = 256;         // a number of blocks is this times one index, plus one
+constexpr int64_t far_turns = 1024;
+constexpr int64_t few_rows = 12;            // of a tile are not worth packing a block for
+constexpr float lowest = -1e30f;            // finite: a difference of two is not NaN
+
+// What scoring the candidates of a tile needs.
+template <class T>
+struct Scoring {
+  BlockRule rule;
+  const BlockTurns* turns;
+  const T* summaries;
+  int64_t deep;  // summaries of a block
+  int64_t rows, heads, head_dim;
+  int64_t base, position;  // of the tile, and of its first token
+  float factor;            // scale * log2(e)
+  const float* q;          // (rows, head_dim), rotated from the base on
+  const float* q_still;    // likewise, rotated by the reach
+  int64_t q_stride;        // zeros behind head_dim
+  float* q_turned;         // scratch, for a token's rows
+  float* scores;           // (rows, stride), in powers of two
+  int64_t stride;
+  float *panel_rows, *panel, *angles;  // scratch
+};
+
+// Blocks before this one are seen at the reach.
+template <class T>
+int64_t limit_of(const Scoring<T>& s, int64_t position) {
+  return BlockRule::beyond(position, s.rule.reach, s.rule.block);
+}
+
+struct Found {
+  float score;
+  int64_t block;
+};
+
+// What one level does; see blocks_kernels.inc.
+template <class T, class E>
+struct BlockParts {
+  void (*turn_query)(const T*, float, BlockTurns::Row, int64_t, float*);
+  void (*turn_again)(const float*, float, BlockTurns::Row, int64_t, float*);
+  void (*turn_cells)(const T*, float, BlockTurns::Row, int64_t, T*);
+  void (*turn_key)(const E*, float, BlockTurns::Row, int64_t, T*);
+  void (*score)(const Scoring<T>&, int64_t from, int64_t to);
+  void (*choose)(const float* scores, int64_t stride, int64_t heads, int64_t count, int64_t top,
+                 float* mass, std::vector<Found>& found);
+  void (*attend_rows)(const SoftmaxTile&, Keys<E>, const float* q, int64_t q_stride,
+                      const int64_t* at, int64_t* seen, int64_t rows);
+  int64_t step;  // of which a row of queries for attend_rows has a multiple
+};
+
+}  // namespace
+}  // namespace respike
+
+#define RESPIKE_KERNELS "blocks_kernels.inc"
+#include "each_level.hpp"
+
+namespace respike {
+
+// ---- angles
+
+BlockTurns::BlockTurns(const BlockRule& rule, const double* frequencies, int64_t half)
+    : half_(half),
+      tokens_(rule.block + most_tile_tokens),
+      block_(static_cast<double>(rule.block)),
+      frequencies_(frequencies, frequencies + half) {
+  for (int64_t i = 0; i < tokens_; ++i) add(static_cast<double>(i));
+  for (const int64_t reach : {rule.reach, rule.sink_reach}) {
+    add(reach == BlockRule::everywhere ? 0.0 : static_cast<double>(reach - 1));
+  }
+  for (int64_t i = 0; i < near_turns; ++i) add(block_ * static_cast<double>(i));
+  for (int64_t i = 0; i < far_turns; ++i) add(block_ * static_cast<double>(i * near_turns));
+}
+
+void BlockTurns::add(double tokens) {
+  for (const double f : frequencies_) table_.push_back(static_cast<float>(std::cos(tokens * f)));
+  for (const double f : frequencies_) table_.push_back(static_cast<float>(std::sin(tokens * f)));
+}
+
+BlockTurns::Row BlockTurns::blocks(int64_t count, float* scratch) const {
+  const int64_t size = std::abs(count);
+  const float sign = count < 0 ? -1.0f : 1.0f;
+  float *cos = scratch, *sin = scratch + half_;
+  if (size >= near_turns * far_turns) {
+    for (int64_t i = 0; i < half_; ++i) {
+      const double angle = static_cast<double>(count) * block_ * frequencies_[i];
+      cos[i] = static_cast<float>(std::cos(angle));
+      sin[i] = static_cast<float>(std::sin(angle));
+    }
+    return {cos, sin};
+  }
+  const Row a = row(tokens_ + 2, size % near_turns);
+  const Row b = row(tokens_ + 2 + near_turns, size / near_turns);
+  for (int64_t i = 0; i < half_; ++i) {
+    cos[i] = a.cos[i] * b.cos[i] - a.sin[i] * b.sin[i];
+    sin[i] = sign * (a.sin[i] * b.cos[i] + a.cos[i] * b.sin[i]);
+  }
+  return {cos, sin};
+}
+
+namespace {
+
+template <class T, class E>
+BlockParts<T, E> block_parts([[maybe_unused]] Level level) {
+#if RESPIKE_X86
+  if (level >= Level::avx512) return avx512::parts<T, E>();
+  if (level >= Level::avx2) return avx2::parts<T, E>();
+#endif
+  return portable::parts<T, E>();
+}
+
+int64_t up_to_line(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// Memory handed out from cache line to cache line; with no memory it only counts.
+class Desk {
+ public:
+  explicit Desk(float* memory) : memory_(memory) {}
+  template <class N>
+  N* take(int64_t count) {
+    float* start = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += up_to_line((count * static_cast<int64_t>(sizeof(N)) + 3) / 4);
+    return reinterpret_cast<N*>(start);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* memory_;
+  int64_t used_ = 0;
+};
+
+// What is seen in one way: queries and what is done to keys.
+enum class Way { placed, still, sink };
+
+// One tile of a job, and what works on it.
+template <class T, class E>
+class BlockTile {
+ public:
+  BlockTile(Level level, const BlockParts<T, E>& own, const BlockRule& rule,
+            const BlockTurns& turns, const BlocksJob<T, E>& job, int64_t first, int64_t last,
+            float* memory)
+      : own_(own), parts_(softmax_parts<T, T>(level)), rule_(rule), turns_(turns), job_(job),
+        first_(first), tokens_(last - first), position_(job.start + first),
+        base_(position_ / rule.block * rule.block), rows_(tokens_ * job.heads),
+        far_(rule.first_near(position_ + tokens_ - 1)), sinks_(rule.sink_blocks()), desk_(memory) {
+    const int64_t K = job.head_dim;
+    scoring_.rule = rule;
+    scoring_.turns = &turns;
+    scoring_.summaries = job.summaries;
+    scoring_.deep = rule.block / rule.summary;
+    scoring_.rows = rows_;
+    scoring_.heads = job.heads;
+    scoring_.head_dim = K;
+    scoring_.base = base_;
+    scoring_.position = position_;
+    scoring_.factor = job.scale * 1.44269504f;
+    scoring_.stride = (far_ + 63) / 64 * 64;
+    scoring_.q_stride = (K + own.step - 1) / own.step * own.step;
+    if (scores()) scoring_.scores = desk_.template take<float>(rows_ * scoring_.stride);
+    q_ = desk_.template take<float>(rows_ * scoring_.q_stride);
+    q_still_ = desk_.template take<float>(rows_ * scoring_.q_stride);
+    scoring_.q = q_;
+    scoring_.q_still = q_still_;
+    q_few_ = desk_.template take<float>(std::max(few_rows, job.heads) * scoring_.q_stride);
+    scoring_.q_turned = desk_.template take<float>(job.heads * scoring_.q_stride);
+    mass_ = desk_.template take<float>(job.heads);
+    few_at_ = desk_.template take<int64_t>(std::max(few_rows, job.heads));
+    few_seen_ = desk_.template take<int64_t>(std::max(few_rows, job.heads));
+    for (auto& cells : cells_) cells = desk_.template take<float>(rows_ * query_row(K));
+    turned_ = desk_.template take<T>(rows_ * K);
+    state_ = desk_.template take<float>(state_floats(rows_, job.value_dim));
+    packed_keys_ = desk_.template take<float>(key_panel(K));
+    packed_values_ = desk_.template take<float>(value_panel(job.value_dim));
+    keys_ = desk_.template take<T>(block_keys * K);
+    values_ = desk_.template take<T>(block_keys * job.value_dim);
+    scoring_.panel = desk_.template take<float>(K * tile_width);
+    scoring_.panel_rows = desk_.template take<float>(tile_width * K);
+    scoring_.angles = desk_.template take<float>(K);
+  }
+
+  int64_t floats() const { return desk_.used(); }
+  // Some token has more candidates than it may choose.
+  bool scores() const { return far_ - sinks_ > rule_.top; }
+  int64_t candidates() const { return far_; }
+
+  // Queries as scores and few rows need them. Before any scoring.
+  void prepare() {
+    std::fill(scoring_.q_turned, scoring_.q_turned + job_.heads * scoring_.q_stride, 0.0f);
+    const bool still = BlockRule::beyond(last(), rule_.reach, rule_.block) > 0;
+    std::fill(q_, q_still_ + rows_ * scoring_.q_stride, 0.0f);
+    each_query([&](int64_t token, int64_t row, const T* q) {
+      const int64_t at = row * scoring_.q_stride;
+      const BlockTurns::Row place = turns_.tokens(position_ + token - base_);
+      own_.turn_query(q, 1.0f, place, turns_.half(), q_ + at);
+      if (still) own_.turn_query(q, 1.0f, turns_.reach(), turns_.half(), q_still_ + at);
+    });
+  }
+
+  // Scores of candidates [from, to).
+  void score(int64_t from, int64_t to) {
+    own_.score(scoring_, std::max(from, std::min(sinks_, far_)), to);
+  }
+  // From now on with scratch of another tile of this job.
+  void borrow(const BlockTile& lender) {
+    scoring_.panel = lender.scoring_.panel;
+    scoring_.panel_rows = lender.scoring_.panel_rows;
+    scoring_.angles = lender.scoring_.angles;
+    scoring_.q_turned = lender.scoring_.q_turned;
+    std::fill(scoring_.q_turned, scoring_.q_turned + job_.heads * scoring_.q_stride, 0.0f);
+  }
+
+  // The outputs, once all candidates are scored.
+  void attend() {
+    tile_ = {};
+    tile_.rows = rows_;
+    tile_.heads = job_.heads;
+    tile_.head_dim = job_.head_dim;
+    tile_.value_dim = job_.value_dim;
+    tile_.position = position_;
+    tile_.factor = scoring_.factor;
+    clear(tile_, state_);
+    block_ = {};
+    block_.keys = packed_keys_;
+    block_.values = packed_values_;
+    block_.window = without_window;
+    std::fill(std::begin(loaded_), std::end(loaded_), false);
+    std::fill(q_few_, q_few_ + std::max(few_rows, job_.heads) * scoring_.q_stride, 0.0f);
+    show_sinks();
+    show_chosen();
+    show_near();
+    parts_.finish(tile_, job_.out + first_ * job_.out_stride, job_.out_stride, nullptr, 0);
+  }
+
+ private:
+  int64_t last() const { return position_ + tokens_ - 1; }
+
+  template <class F>
+  void each_query(const F& use) const {
+    for (int64_t t = 0; t < tokens_; ++t) {
+      const T* q = job_.q + (first_ + t) * job_.q_stride;
+      for (int64_t h = 0; h < job_.heads; ++h) {
+        use(t, t * job_.heads + h, q + h * job_.head_dim);
+      }
+    }
+  }
+
+  // Queries as cells, made when they are first asked for.
+  void take_queries(Way way) {
+    const auto index = static_cast<std::size_t>(way);
+    tile_.q = cells_[index];
+    if (loaded_[index]) return;
+    loaded_[index] = true;
+    each_query([&](int64_t token, int64_t row, const T* q) {
+      const BlockTurns::Row angle = way == Way::placed  ? turns_.tokens(position_ + token - base_)
+                                    : way == Way::still ? turns_.reach()
+                                                        : turns_.sink_reach();
+      own_.turn_cells(q, 1.0f, angle, turns_.half(), turned_ + row * job_.head_dim);
+    });
+    parts_.load_queries(turned_, job_.heads * job_.head_dim, tokens_, tile_, cells_[index]);
+  }
+
+  // Packs positions [from, from + count), at most 64.
+  void take_keys(int64_t from, int64_t count, Way way) {
+    Keys<T> rows;
+    rows.count = count;
+    rows.stride = job_.head_dim;
+    rows.v_stride = job_.value_dim;
+    rows.k = keys_;
+    rows.v = values_;
+    constexpr bool same_type = std::is_same_v<T, E>;
+    const auto scale = [](const float* scales, int64_t at) {
+      return scales == nullptr ? 1.0f : scales[at];
+    };
+    if (!same_type || way == Way::placed) {
+      BlockTurns::Row angle{nullptr, nullptr};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = from + i;
+        if (way == Way::placed && (i == 0 || at % rule_.block == 0)) {
+          angle = turns_.blocks(at / rule_.block - base_ / rule_.block, scoring_.angles);
+        }
+        own_.turn_key(job_.keys.k + at * job_.keys.stride, scale(job_.keys.k_scale, at), angle,
+                      turns_.half(), keys_ + i * job_.head_dim);
+      }
+    }
+    if constexpr (same_type) {
+      if (way != Way::placed) {
+        rows.k = job_.keys.k + from * job_.keys.stride;
+        rows.stride = job_.keys.stride;
+      }
+      rows.v = job_.keys.v + from * job_.keys.value_stride();
+      rows.v_stride = job_.keys.value_stride();
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const E* v = job_.keys.v + (from + i) * job_.keys.value_stride();
+        T* to = values_ + i * job_.value_dim;
+        own_.turn_key(v, scale(job_.keys.v_scale, from + i), {nullptr, nullptr},
+                      job_.value_dim / 2, to);
+        if (job_.value_dim % 2 != 0) {
+          store(to + job_.value_dim - 1,
+                load(v + job_.value_dim - 1) * scale(job_.keys.v_scale, from + i));
+        }
+      }
+    }
+    block_.count = count;
+    block_.first = from;
+    parts_.pack(rows, tile_, block_);
+  }
+
+  // Shows positions [from, to), which begin a block, to tokens [first, end) of the tile.
+  void show(int64_t from, int64_t to, Way way, int64_t first, int64_t end) {
+    if (first >= end) return;
+    if (few()) {
+      for (; from < to; from += rule_.block) {
+        begin_few(from, std::min(to, from + rule_.block), way);
+        for (int64_t t = first; t < end; ++t) add_few(t);
+        show_few();
+      }
+      return;
+    }
+    take_queries(way);
+    for (; from < to; from += block_keys) {
+      take_keys(from, std::min(block_keys, to - from), way);
+      parts_.attend(tile_, block_, first * job_.heads, end * job_.heads);
+    }
+  }
+
+  // Few rows see keys without packing them: queries are rotated instead. Of the tile, not of those
+  // that chose a block: bits must not depend on what later tokens choose.
+  bool few() const { return tokens_ == 1 || rows_ <= few_rows; }
+  void begin_few(int64_t from, int64_t to, Way way) {
+    few_count_ = 0;
+    few_from_ = from;
+    few_to_ = to;
+    few_way_ = way;
+    if (way == Way::placed) {
+      few_angle_ = turns_.blocks((base_ - from) / rule_.block, scoring_.angles);
+    }
+  }
+  void add_few(int64_t token) {
+    for (int64_t h = 0; h < job_.heads; ++h, ++few_count_) {
+      const int64_t row = token * job_.heads + h, at = row * scoring_.q_stride;
+      float* to = q_few_ + few_count_ * scoring_.q_stride;
+      if (few_way_ == Way::placed) {
+        own_.turn_again(q_ + at, 1.0f, few_angle_, turns_.half(), to);
+      } else if (few_way_ == Way::still) {
+        std::copy_n(q_still_ + at, job_.head_dim, to);
+      } else {
+        own_.turn_query(job_.q + (first_ + token) * job_.q_stride + h * job_.head_dim, 1.0f,
+                        turns_.sink_reach(), turns_.half(), to);
+      }
+      few_at_[few_count_] = row;
+      few_seen_[few_count_] = position_ + token + 1 - few_from_;
+    }
+  }
+  void show_few() {
+    Keys<E> keys = job_.keys;
+    keys.v_stride = keys.value_stride();
+    keys.k += few_from_ * keys.stride;
+    keys.v += few_from_ * keys.v_stride;
+    if (keys.k_scale != nullptr) {
+      keys.k_scale += few_from_;
+      keys.v_scale += few_from_;
+    }
+    keys.count = few_to_ - few_from_;
+    own_.attend_rows(tile_, keys, q_few_, scoring_.q_stride, few_at_, few_seen_, few_count_);
+  }
+
+  // The first token of the tile whose window does not reach into a block; all do after it.
+  int64_t leaves(int64_t block) const {
+    return std::clamp((block + 1) * rule_.block + rule_.window - 1 - position_, int64_t{0},
+                      tokens_);
+  }
+  // The first token of the tile that sees a block at the reach.
+  int64_t stands(int64_t block, int64_t reach) const {
+    if (reach == BlockRule::everywhere) return tokens_;
+    return std::clamp(block * rule_.block + reach - position_, int64_t{0}, tokens_);
+  }
+
+  void show_sinks() {
+    for (int64_t b = 0; b < std::min(sinks_, far_); ++b) {
+      const int64_t from = b * rule_.block, to = from + rule_.block;
+      const int64_t left = leaves(b), still = std::max(left, stands(b, rule_.sink_reach));
+      show(from, to, Way::placed, left, still);
+      show(from, to, Way::sink, still, tokens_);
+    }
+  }
+
+  void show_near() {
+    const int64_t end = last() + 1;
+    int64_t b = rule_.first_near(position_);
+    for (; b < far_; ++b) show(b * rule_.block, (b + 1) * rule_.block, Way::placed, 0, leaves(b));
+    show(b * rule_.block, end, Way::placed, 0, tokens_);
+  }
+
+  // Each token chooses; blocks are then shown in the order of their places.
+  void show_chosen() {
+    if (far_ <= sinks_) return;
+    if (!scores()) {
+      for (int64_t b = sinks_; b < far_; ++b) show_to(b, leaves(b), tokens_);
+      return;
+    }
+    thread_local std::vector<Found> found;
+    thread_local std::vector<std::uint64_t> chosen;  // bit t of row b: token t chose block b
+    const int64_t words = (tokens_ + 63) / 64;
+    chosen.assign(static_cast<std::size_t>(far_ * words), 0);
+    for (int64_t t = 0; t < tokens_; ++t) {
+      const int64_t count = rule_.first_near(position_ + t) - sinks_;
+      if (count <= 0) continue;
+      const float* scores = scoring_.scores + t * job_.heads * scoring_.stride + sinks_;
+      own_.choose(scores, scoring_.stride, job_.heads, count, rule_.top, mass_, found);
+      for (const Found& f : found) {
+        chosen[(sinks_ + f.block) * words + t / 64] |= std::uint64_t{1} << (t % 64);
+      }
+    }
+    for (int64_t b = sinks_; b < far_; ++b) {
+      const std::uint64_t* row = chosen.data() + b * words;
+      const auto chose = [row](int64_t t) { return (row[t / 64] >> (t % 64) & 1) != 0; };
+      bool any = false;
+      for (int64_t w = 0; w < words; ++w) any |= row[w] != 0;
+      if (!any) continue;
+      show_some(b, chose);
+    }
+  }
+
+  // Shows a block to tokens [first, end).
+  void show_to(int64_t b, int64_t first, int64_t end) {
+    const int64_t still = std::clamp(stands(b, rule_.reach), first, std::max(first, end));
+    show(b * rule_.block, (b + 1) * rule_.block, Way::placed, first, still);
+    show(b * rule_.block, (b + 1) * rule_.block, Way::still, still, end);
+  }
+
+  // Shows a block to the tokens that chose it, run by run, packed once for each way.
+  template <class F>
+  void show_some(int64_t b, const F& chose) {
+    const int64_t still = stands(b, rule_.reach), from = b * rule_.block;
+    for (const Way way : {Way::placed, Way::still}) {
+      const int64_t begin = way == Way::placed ? 0 : still;
+      const int64_t end = way == Way::placed ? still : tokens_;
+      int64_t t = begin;
+      while (t < end && !chose(t)) ++t;
+      if (t == end) continue;
+      if (few()) {
+        begin_few(from, from + rule_.block, way);
+        for (int64_t i = t; i < end; ++i) {
+          if (chose(i)) add_few(i);
+        }
+        show_few();
+        continue;
+      }
+      take_queries(way);
+      for (int64_t at = from; at < from + rule_.block; at += block_keys) {
+        take_keys(at, std::min(block_keys, from + rule_.block - at), way);
+        for (int64_t first = t; first < end;) {
+          int64_t stop = first;
+          while (stop < end && chose(stop)) ++stop;
+          parts_.attend(tile_, block_, first * job_.heads, stop * job_.heads);
+          first = stop;
+          while (first < end && !chose(first)) ++first;
+        }
+      }
+    }
+  }
+
+  const BlockParts<T, E>& own_;
+  const SoftmaxParts<T, T> parts_;
+  const BlockRule& rule_;
+  const BlockTurns& turns_;
+  const BlocksJob<T, E>& job_;
+  const int64_t first_, tokens_, position_, base_, rows_, far_, sinks_;
+  Desk desk_;
+  Scoring<T> scoring_{};
+  SoftmaxTile tile_{};
+  KeyBlock block_{};
+  bool loaded_[3] = {};
+  int64_t few_count_ = 0, few_from_ = 0, few_to_ = 0;
+  Way few_way_ = Way::placed;
+  BlockTurns::Row few_angle_{};
+  int64_t *few_at_ = nullptr, *few_seen_ = nullptr;
+  float *q_ = nullptr, *q_still_ = nullptr, *q_few_ = nullptr, *mass_ = nullptr, *state_ = nullptr;
+  float *cells_[3] = {}, *packed_keys_ = nullptr, *packed_values_ = nullptr;
+  T *turned_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
+};
+
+// float32 memory from a cache line on; kept, because the next call needs it again.
+float* kept(std::vector<float>& memory, int64_t floats) {
+  const auto size = static_cast<std::size_t>(floats) + 16;
+  if (memory.size() < size) memory.resize(size);
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+template <class T, class E>
+int64_t tile_tokens(const BlockRule& rule, const BlocksJob<T, E>& job) {
+  const int64_t far = std::max<int64_t>(1, rule.first_near(job.start + job.tokens - 1));
+  const int64_t rows = std::min(tile_rows, scores_floats / far);
+  return std::clamp<int64_t>(rows / job.heads, 1, most_tile_tokens);
+}
+
+struct Unit {
+  int64_t job, first, last;
+};
+
+}  // namespace
+
+template <class T, class E>
+void blocks(Level level, int threads, const BlockRule& rule, const BlockTurns& turns,
+            const BlocksJob<T, E>* jobs, int64_t count) {
+  thread_local std::vector<float> desks, alone;
+  thread_local std::vector<Unit> units;
+  const BlockParts<T, E> own = block_parts<T, E>(level);
+  threads = std::clamp(threads, 1, max_threads);
+  const auto tile = [&](const Unit& u, float* memory) {
+    return BlockTile<T, E>(level, own, rule, turns, jobs[u.job], u.first, u.last, memory);
+  };
+  int64_t desk = 0;
+  units.clear();
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t step = tile_tokens(rule, jobs[j]);
+    for (int64_t first = 0; first < jobs[j].tokens; first += step) {
+      const Unit unit{j, first, std::min(jobs[j].tokens, first + step)};
+      desk = std::max(desk, tile(unit, nullptr).floats());
+      units.push_back(unit);
+    }
+  }
+  const std::vector<Unit>& all = units;  // what tasks name is the caller's, not their own thread's
+  const auto tiles = static_cast<int64_t>(all.size());
+  float* memory = kept(desks, desk * threads);
+  if (tiles >= 2 * threads) {
+    parallel_for(threads, tiles, [&](int64_t index, int slot) {
+      // The last tiles of a long job take longest: they go first.
+      BlockTile<T, E> one = tile(all[tiles - 1 - index], memory + slot * desk);
+      one.prepare();
+      if (one.scores()) one.score(0, one.candidates());
+      one.attend();
+    });
+    return;
+  }
+  // Few tiles, such as decoding steps: candidates are scored in pieces by all threads.
+  float* tables = kept(alone, desk * tiles);
+  const auto own_tile = [&](int64_t index) { return tile(all[index], tables + index * desk); };
+  int64_t most = 0;
+  for (int64_t i = 0; i < tiles; ++i) {
+    BlockTile<T, E> one = own_tile(i);
+    one.prepare();
+    if (!one.scores()) continue;
+    most = std::max(most, (one.candidates() + piece_blocks - 1) / piece_blocks);
+  }
+  parallel_for(threads, tiles * most, [&](int64_t index, int slot) {
+    BlockTile<T, E> one = own_tile(index / most);
+    const int64_t from = index % most * piece_blocks;
+    if (!one.scores() || from >= one.candidates()) return;
+    one.borrow(tile(all[index / most], memory + slot * desk));
+    one.score(from, std::min(one.candidates(), from + piece_blocks));
+  });
+  parallel_for(threads, tiles, [&](int64_t index, int) { own_tile(index).attend(); });
+}
+
+#define RESPIKE_FOR(T, E)                                                                 \
+  template void blocks(Level, int, const BlockRule&, const BlockTurns&,                   \
+                       const BlocksJob<T, E>*, int64_t);
+RESPIKE_FOR(float, float)
+RESPIKE_FOR(bf16, bf16)
+RESPIKE_FOR(float, std::int8_t)
+RESPIKE_FOR(bf16, std::int8_t)
+#undef RESPIKE_FOR
+
+}  // namespace respike

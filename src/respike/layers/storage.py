@@ -1,0 +1,88 @@
+"""Where growing caches live: in memory, or in a file that the system pages in and out.
+
+``RESPIKE_CACHE_DIR`` names a directory for the caches of block-sparse mixers. Each is then mapped
+from a file there that has no name any more, so nothing is left behind whatever happens; on a
+file system in memory (tmpfs) this gains nothing. Unset: memory.
+
+Letters: B batch, G KV groups, S slots, C channels.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from respike.errors import UsageError
+from respike.layers.span import Span
+
+VARIABLE = "RESPIKE_CACHE_DIR"
+MAPPED_SLOTS = 1 << 16
+"""Slots a mapped cache begins with: files have holes, so what is not written costs nothing."""
+
+
+class Rows:
+    """A growing buffer (B, G, S, C); slots that were never written are zero."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one slot of one group."""
+        return self.data.shape[3] * self.data.element_size()
+
+    def put(self, new: Tensor, span: Span, align: int) -> None:
+        """Store ``new`` (B, G, T, C) at the span's positions, padding left out.
+
+        Args:
+            new: The rows.
+            span: Where they stand.
+            align: Slots are made in multiples of this.
+        """
+        self.reserve(-(-span.end // align) * align, align)
+        if span.offset is not None:
+            self.data[:, :, span.offset : span.end] = new
+            return
+        counts = zip(span.start.tolist(), span.valid.tolist(), strict=True)
+        for row, (start, count) in enumerate(counts):
+            self.data[row, :, start : start + count] = new[row, :, :count]
+
+    def reserve(self, slots: int, align: int = 1) -> None:
+        """Make room for ``slots``, copying rarely: amortised, a slot is copied a few times."""
+        have = self.data.shape[2]
+        if slots <= have:
+            return
+        mapped = os.environ.get(VARIABLE) and self.data.device.type == "cpu"
+        slots = max(slots, MAPPED_SLOTS, 2 * have) if mapped else max(slots, have + have // 4, 64)
+        slots = -(-slots // align) * align
+        shape = (*self.data.shape[:2], slots, self.data.shape[3])
+        grown = _mapped(shape, self.data.dtype) if mapped else self.data.new_zeros(shape)
+        grown[:, :, :have] = self.data
+        self.data = grown
+
+    def copy(self, index: slice) -> Tensor:
+        """A copy of some sequences of the batch, in memory."""
+        return self.data[index].clone()
+
+    @staticmethod
+    def join(parts: Sequence["Rows"]) -> Tensor:
+        """One batch from several, in order."""
+        slots = max(part.data.shape[2] for part in parts)
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(p.data, (0, 0, 0, slots - p.data.shape[2])) for p in parts])
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    folder = os.environ[VARIABLE]
+    count = torch.Size(shape).numel()
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="respike-cache-") as file:
+            file.truncate(count * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"{VARIABLE}={folder!r}: a cache cannot be mapped there: {error}",
+            hint="name a writable directory on a disk, or unset it to keep caches in memory",
+        ) from error

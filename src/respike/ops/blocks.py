@@ -1,0 +1,342 @@
+"""Block-sparse softmax: the sinks, a window, and of everything older the best few blocks.
+
+Positions are cut into blocks of ``block_tokens``. A query at p always sees the blocks its window
+reaches into and those that hold sinks, whole. Of the others each KV group sees ``top_blocks``:
+those whose summaries score highest with any of its query heads. A summary is the mean of
+``summary_tokens`` keys in a row; a block's score is that of its best summary, less the head's
+logarithm of the sum of the exponentials of all candidates' scores, so that heads are comparable.
+
+Keys are cached rotated to their place within their block, ``j - b`` for token j of the block that
+begins at b. A query is rotated by the block's distance ``p - b``, which gives the true rotary
+score; a smaller distance makes the whole block look nearer, without touching the cache. Distances
+of blocks outside the window are held below a reach (InfLLM holds them all at one distance), so that
+no rotary distance leaves the range the weights were trained on.
+
+Letters: B batch, T tokens, S slots of a cache, N blocks, M tokens or summaries of a block, Z
+summaries, H query heads, G KV groups, K key dim, V value dim, R = K / 2 frequencies.
+Source: Xiao et al., InfLLM, arXiv:2402.04617; Lu et al., MoBA, arXiv:2502.13189.
+"""
+
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from respike.ops import backends
+from respike.ops.rotary import rotary_tables, rotate_definition
+from respike.ops.softmax import Keys, cache_of
+
+_KERNEL = {torch.float32: "blocks_f32", torch.bfloat16: "blocks_bf16"}
+TILE_SCORES = 1 << 24
+"""Scores the torch form holds at once."""
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """Which tokens a query sees, and at which distance.
+
+    Attributes:
+        window_tokens: Length of the window, self included; it is stretched to whole blocks.
+        sink_tokens: First tokens that are always seen; likewise.
+        block_tokens: Length of a block.
+        summary_tokens: Keys averaged in a summary; divides ``block_tokens``.
+        top_blocks: Blocks outside the window that a token sees beside the sinks'.
+        sink_reach_tokens: Largest distance at which sinks are seen, plus one.
+        reach_tokens: The same of chosen blocks; None: all at their true distance.
+    """
+
+    window_tokens: int
+    sink_tokens: int
+    block_tokens: int
+    summary_tokens: int
+    top_blocks: int
+    sink_reach_tokens: int
+    reach_tokens: int | None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The attributes in order, -1 for None: as the kernels take them."""
+        return tuple(-1 if n is None else n for n in astuple(self))
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks that hold a sink."""
+        return -(-self.sink_tokens // self.block_tokens)
+
+    def first_near(self, positions: Tensor) -> Tensor:
+        """First block that the window of a query at each of ``positions`` reaches into."""
+        return (positions - self.window_tokens + 1).clamp(min=0) // self.block_tokens
+
+
+def blocks_definition(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    frequencies: Float[Tensor, " R"],
+    rule: BlockRule,
+) -> Float[Tensor, "B T H V"]:
+    """Block-sparse attention of whole sequences, token by token in float32: the definition.
+
+    Keys and summaries are rounded to the dtype of ``k`` as a cache holds them.
+
+    Args:
+        q: Queries, not rotated. Query head h belongs to KV group h // (H / G).
+        k: Keys, not rotated.
+        v: Values.
+        frequencies: Rotary frequencies, radians per token, float64.
+        rule: What is seen.
+    """
+    B, T, H, _ = q.shape
+    G, size = k.shape[2], rule.block_tokens
+    cached = _within_blocks(k, frequencies, size)
+    out = v.new_zeros(B, T, H, v.shape[-1])
+    for row in range(B):
+        for group in range(G):
+            heads = slice(group * (H // G), (group + 1) * (H // G))
+            keys, values = cached[row, :, group], v[row, :, group].float()
+            for p in range(T):
+                query = q[row, p, heads]
+                seen = _seen_blocks(query, keys, p, frequencies, rule)
+                scores = torch.cat(
+                    [
+                        _turned(query, distance, frequencies)
+                        @ keys[b * size : min((b + 1) * size, p + 1)].float().T
+                        for b, distance in sorted(seen.items())
+                    ],
+                    1,
+                )
+                slots = [j for j in range(p + 1) if j // size in seen]
+                weights = (scores * q.shape[-1] ** -0.5).softmax(-1)
+                out[row, p, heads] = (weights @ values[slots]).to(v.dtype)
+    return out
+
+
+def _within_blocks(k: Tensor, frequencies: Tensor, size: int) -> Tensor:
+    positions = (torch.arange(k.shape[1]) % size).expand(k.shape[:2])
+    return rotate_definition(k, *rotary_tables(positions, frequencies))
+
+
+def _turned(x: Tensor, distance: int, frequencies: Tensor) -> Tensor:
+    tables = rotary_tables(torch.tensor([[distance]]), frequencies)
+    return rotate_definition(x.float()[None, None], *tables)[0, 0]
+
+
+def _seen_blocks(
+    query: Tensor, keys: Tensor, p: int, frequencies: Tensor, rule: BlockRule
+) -> dict[int, int]:
+    """Blocks that the heads (H/G, K) of a group see at ``p``, and at what distance."""
+    size, near = rule.block_tokens, max(0, p - rule.window_tokens + 1) // rule.block_tokens
+    seen = {b: p - b * size for b in range(near, p // size + 1)}
+    far: dict[int, int] = {}
+    for b in range(near):
+        is_sink = b < rule.sink_blocks
+        reach = rule.sink_reach_tokens if is_sink else rule.reach_tokens
+        distance = p - b * size if reach is None else min(p - b * size, reach - 1)
+        (seen if is_sink else far)[b] = distance
+    if not far:
+        return seen
+    scores = torch.zeros(len(query), len(far))
+    for column, (b, distance) in enumerate(far.items()):
+        block = keys[b * size : (b + 1) * size]
+        block = block.view(-1, rule.summary_tokens, block.shape[-1])
+        means = block.float().mean(1).to(keys.dtype).float()
+        scores[:, column] = (_turned(query, distance, frequencies) @ means.T).amax(-1)
+    scores *= query.shape[-1] ** -0.5
+    best = (scores - scores.logsumexp(-1, keepdim=True)).amax(0)
+    order = best.argsort(descending=True)[: rule.top_blocks].tolist()
+    blocks = list(far)
+    return seen | {blocks[i]: far[blocks[i]] for i in order}
+
+
+def summarise(k: Float[Tensor, "B G S K"], summary_tokens: int) -> Float[Tensor, "B G Z K"]:
+    """Means of ``summary_tokens`` cached keys in a row, taken in float32.
+
+    Args:
+        k: Keys, rotated within their blocks; S is a multiple of ``summary_tokens``.
+        summary_tokens: See `BlockRule`.
+    """
+    B, G, S, K = k.shape
+    means = k.reshape(B, G, S // summary_tokens, summary_tokens, K).float().mean(3)
+    return means.to(k.dtype)
+
+
+def block_softmax(
+    q: Float[Tensor, "B T H K"],
+    keys: Keys,
+    summaries: Float[Tensor, "B G Z K"],
+    start: Int[Tensor, " B"],
+    frequencies: Float[Tensor, " R"],
+    rule: BlockRule,
+) -> Float[Tensor, "B T H V"]:
+    """`blocks_definition` on a cache that holds the queries' tokens, as fast as can be here.
+
+    Args:
+        q: Queries, not rotated; row b's stand at ``start[b]`` and on. What stands behind the cache
+            is padding, and its output means nothing.
+        keys: Slot = position, rotated within their blocks, a whole number of blocks. No slot is
+            NaN.
+        summaries: From `summarise`, of every block that is complete.
+        start: Position of each row's first query, int64, on the processor.
+        frequencies: Rotary frequencies, radians per token, float64.
+        rule: What is seen.
+
+    Raises:
+        ValueError: The tensors do not fit together.
+    """
+    _check(q, keys, summaries, start, frequencies, rule)
+    exact = () if keys.k_scale is not None else keys[:2]
+    kernels = backends.choose("blocks", q, summaries, *exact)
+    if kernels is None:
+        return _block_softmax(q, keys, summaries, start, frequencies, rule)
+    (B, T, H, K), (_, G, S, V) = q.shape, keys.v.shape
+    q, out = q.contiguous(), q.new_empty(B, T, H, V)
+    count = (S - start).clamp(0, T)
+    if int(count.min()) < T:
+        out.zero_()
+    keys = keys._replace(k=_in_rows(keys.k), v=_in_rows(keys.v))
+    summaries = summaries if summaries[0, 0].is_contiguous() else summaries.contiguous()
+    numbers = rule.numbers
+    getattr(kernels.module, _KERNEL[q.dtype])(
+        keys.k_scale is not None,
+        kernels.level,
+        torch.get_num_threads(),
+        block_turns(numbers, tuple(frequencies.tolist())),
+        numbers,
+        q.data_ptr(),
+        cache_of(keys),
+        (summaries.data_ptr(), *summaries.stride()[:2]),
+        out.data_ptr(),
+        (G, T, H // G, K, V),
+        start.tolist(),
+        count.tolist(),
+        K**-0.5,
+    )
+    return out
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """``x`` with the numbers of each row together, a copy only if it must be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@lru_cache(maxsize=16)
+def block_turns(rule: tuple[int, ...], frequencies: tuple[float, ...]) -> Any:
+    """The rotary angles that the kernels need of a rule's `BlockRule.numbers`; made once."""
+    kernels = backends.kernels()
+    assert kernels is not None
+    return kernels.module.BlockTurns(rule, frequencies)
+
+
+def _check(
+    q: Tensor, keys: Keys, summaries: Tensor, start: Tensor, frequencies: Tensor, rule: BlockRule
+) -> None:
+    (B, _, H, K), (_, G, S, V) = q.shape, keys.v.shape
+    fits = keys.k.shape == (B, G, S, K) and keys.v.shape == (B, G, S, V) and H % G == 0
+    if not fits or S % rule.block_tokens or start.shape != (B,) or 2 * len(frequencies) != K:
+        raise ValueError(
+            f"queries {tuple(q.shape)}, keys {tuple(keys.k.shape)}, values {tuple(keys.v.shape)}, "
+            f"{len(start)} starts and {len(frequencies)} frequencies do not fit together, or with "
+            f"blocks of {rule.block_tokens}"
+        )
+    if summaries.shape != (B, G, S // rule.summary_tokens, K):
+        raise ValueError(
+            f"summaries have shape {tuple(summaries.shape)}, expected "
+            f"{(B, G, S // rule.summary_tokens, K)}"
+        )
+
+
+def _block_softmax(
+    q: Tensor, keys: Keys, summaries: Tensor, start: Tensor, frequencies: Tensor, rule: BlockRule
+) -> Tensor:
+    """The torch form: scores of everything, of which what is not chosen is masked."""
+    B, T, H, _ = q.shape
+    k, v = keys.exact()
+    blocks = k.shape[2] // rule.block_tokens
+    rows, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
+    slots = torch.arange(k.shape[2]).view(blocks, -1)
+    step = max(1, TILE_SCORES // (B * H * k.shape[2]))
+    outputs = []
+    for begin in range(0, T, step):
+        tile = q[:, begin : begin + step].float()
+        positions = start[:, None] + torch.arange(begin, begin + tile.shape[1])
+        seen = _choose(tile, means, positions, frequencies, rule)
+        scores = _scores(tile, rows, positions, frequencies, rule)  # B G H/G T N M
+        past = (slots <= positions[:, :, None, None]).to(q.device)
+        scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
+        weights = scores.flatten(4).softmax(-1)
+        out = torch.einsum("bghts,bgsv->btghv", weights, v)
+        outputs.append(out.flatten(2, 3).to(q.dtype))
+    return torch.cat(outputs, 1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of blocks (B, G, N, M, K), float32: rotated within their blocks, and to their places."""
+
+    within: Tensor
+    placed: Tensor
+
+    @property
+    def blocks(self) -> int:
+        return self.within.shape[2]
+
+
+def _rows(rows: Tensor, blocks: int, frequencies: Tensor, block_tokens: int) -> _Rows:
+    B, G, _, K = rows.shape
+    within = rows.float().reshape(B, G, blocks, -1, K)
+    starts = (torch.arange(blocks) * block_tokens).expand(B * G, -1)
+    cos, sin = (x.to(rows.device) for x in rotary_tables(starts, frequencies))
+    return _Rows(within, rotate_definition(within.flatten(0, 1), cos, sin).view_as(within))
+
+
+def _scores(
+    q: Tensor, rows: _Rows, positions: Tensor, frequencies: Tensor, rule: BlockRule
+) -> Tensor:
+    """Scores (B, G, H/G, T, N, M) of queries with rows, each block at its distance."""
+    B, T, H, K = q.shape
+    G, size = rows.within.shape[1], rule.block_tokens
+
+    def product(at: Tensor, keys: Tensor) -> Tensor:
+        cos, sin = (x.to(q.device) for x in rotary_tables(at, frequencies))
+        turned = rotate_definition(q, cos, sin).view(B, T, G, H // G, K) * K**-0.5
+        return torch.einsum("btghk,bgnmk->bghtnm", turned, keys)
+
+    scores = product(positions, rows.placed)
+    starts = torch.arange(rows.blocks) * size
+    far = torch.arange(rows.blocks) < rule.first_near(positions)[:, :, None]
+    for part, reach in (
+        (slice(0, rule.sink_blocks), rule.sink_reach_tokens),
+        (slice(rule.sink_blocks, None), rule.reach_tokens),
+    ):
+        if reach is None:
+            continue
+        beyond = (far & (positions[:, :, None] - starts >= reach))[:, :, part]
+        if beyond.any():
+            still = product(torch.full_like(positions, reach - 1), rows.within[:, :, part])
+            mask = beyond.to(q.device)[:, None, None, :, :, None]
+            scores[..., part, :] = torch.where(mask, still, scores[..., part, :])
+    return scores
+
+
+def _choose(
+    q: Tensor, means: _Rows, positions: Tensor, frequencies: Tensor, rule: BlockRule
+) -> Bool[Tensor, "B G T N"]:
+    """Blocks that each token sees in each group."""
+    block = torch.arange(means.blocks)
+    first_near = rule.first_near(positions)[:, :, None]
+    always = ((block >= first_near) | (block < rule.sink_blocks)).to(q.device)[:, None]
+    seen = always.expand(-1, means.within.shape[1], -1, -1)
+    if bool(always.all()):
+        return seen
+    with torch.no_grad():
+        scores = _scores(q, means, positions, frequencies, rule).amax(-1)
+        scores = scores.masked_fill(always[:, :, None], -torch.inf)
+        # Less what keeps a token without candidates from being NaN.
+        mass = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        best = (scores - mass).amax(2)
+        top = best.topk(min(rule.top_blocks, means.blocks), -1).indices
+        chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, top, True)
+    return seen | (chosen & ~always)
