@@ -6,8 +6,8 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from respike.errors import DataError, UnsupportedError
 
@@ -45,7 +45,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
 Entry = tuple[str, int, Callable[[], bytes]]
 
 
-def _entries(path: Path, file: BinaryIO) -> Iterator[Entry]:
+def _entries(path: Path, file: BufferedIOBase) -> Iterator[Entry]:
     if path.suffix == ".deb":
         yield from _tar(_deb_data(path, file), "r|")
     elif path.suffix in (".whl", ".zip"):
@@ -65,7 +65,7 @@ def _unzip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         return file.read(info.file_size)
 
 
-def _tar(file: BinaryIO, mode: str) -> Iterator[Entry]:
+def _tar(file: BufferedIOBase, mode: str) -> Iterator[Entry]:
     with tarfile.open(fileobj=file, mode=mode) as archive:  # type: ignore[call-overload]
         for info in archive:
             if info.isreg():
@@ -77,7 +77,7 @@ def _tar(file: BinaryIO, mode: str) -> Iterator[Entry]:
 class _Part(io.RawIOBase):
     """The next ``size`` bytes of a file."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BufferedIOBase, size: int) -> None:
         self.file, self.left = file, size
 
     def readable(self) -> bool:
@@ -92,7 +92,7 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
-def _deb_data(path: Path, file: BinaryIO) -> BinaryIO:
+def _deb_data(path: Path, file: BufferedIOBase) -> BufferedIOBase:
     """The data.tar of a Debian package, which is an ``ar`` archive (see ``man 5 deb``)."""
     if file.read(8) != b"!<arch>\n":
         raise DataError(f"{path.name}: not a Debian package")
@@ -105,11 +105,11 @@ def _deb_data(path: Path, file: BinaryIO) -> BinaryIO:
             continue
         part = io.BufferedReader(_Part(file, size))
         if name == "data.tar.xz":
-            return lzma.open(part)  # type: ignore[return-value]
+            return lzma.open(part)
         if name == "data.tar.gz":
             import gzip
 
-            return gzip.open(part)  # type: ignore[return-value]
+            return gzip.open(part)
         if name == "data.tar":
             return part
         raise UnsupportedError(

@@ -8,8 +8,9 @@ import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from respike.data.markup import html_text
 from respike.errors import BackendError, DataError
@@ -111,9 +112,9 @@ def _suffix(path: Path) -> str:
     return "" if packed and suffix == ".parquet" else suffix
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedIOBase:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]  # it reads as one
+        return gzip.open(path)
     return path.open("rb")
 
 
@@ -124,7 +125,7 @@ def _utf8(raw: bytes, where: str, begin: int = 0) -> str:
         raise DataError(f"{where}: not UTF-8 text (byte {begin + error.start})") from None
 
 
-def _texts(path: Path, file: BinaryIO, *, html: bool) -> Iterator[Document]:
+def _texts(path: Path, file: BufferedIOBase, *, html: bool) -> Iterator[Document]:
     begin = 0
     while block := file.read(MAX_TEXT_BYTES):
         if len(block) == MAX_TEXT_BYTES:
@@ -142,7 +143,7 @@ def _texts(path: Path, file: BinaryIO, *, html: bool) -> Iterator[Document]:
         begin += len(block)
 
 
-def _json_lines(path: Path, file: BinaryIO) -> Iterator[Document]:
+def _json_lines(path: Path, file: BufferedIOBase) -> Iterator[Document]:
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1

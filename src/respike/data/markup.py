@@ -140,7 +140,8 @@ def man_text(page: str) -> str:
             blocks += [[""], [_unescaped(rest.strip('"'))], [""], []]
         elif name in BREAKS:
             tag = _arguments(rest)[:1] if name == "IP" else []
-            blocks += [[""], [_unescaped(word) for word in tag]]
+            bullet = [_unescaped(word) for word in tag]
+            blocks += [[""], bullet] + [[]] * (len("".join(bullet)) > 3)
         elif name in FONTS:
             joined = ("" if len(name) == 2 and name not in ("SM", "SB") else " ").join(
                 _arguments(rest)

@@ -204,7 +204,8 @@ class Loader:
             row["loss_mask"][here] = True if sample.counted is None else sample.counted[there]
             if sample.answers is not None:
                 row["answers"][here] = sample.answers[there]
-            row["loss_mask"][used] = row["answers"][used] = False
+            row["loss_mask"][used] = False
+            row["answers"][here] &= row["loss_mask"][here]
             row["sources"][here] = name[0]
             self._used_tokens[name[0]] += size
             used += size

@@ -6,7 +6,7 @@ one number, and drawing again after a restart gives the same tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Sample:
     whole: bool = False
 
 
+@runtime_checkable
 class Source(Protocol):
     """A numbered stream of samples.
 
