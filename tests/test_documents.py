@@ -177,7 +177,8 @@ first
 
 def test_a_man_page_is_rejoined() -> None:
     assert man_text(MAN) == (
-        "NAME\n\nrain_fall - let it rain on the sea\n\nSEE ALSO\n\nint rain(int -1);\n  int two;\n\n"
+        "NAME\n\nrain_fall - let it rain on the sea\n\nSEE ALSO\n\n"
+        "int rain(int -1);\n  int two;\n\n"
         "The sun(3) and the moon shine.\n\nERROR\nfirst"
     )
 

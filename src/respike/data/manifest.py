@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -59,7 +59,7 @@ class SourceEntry(_Strict):
     about: str = ""
 
     @model_validator(mode="after")
-    def _key_with_json_only(self) -> Self:
+    def _key_with_json_only(self) -> "SourceEntry":
         if bool(self.json_key) != (self.reader == "json"):
             raise ValueError("json_key belongs to the reader json, and to no other")
         return self
@@ -86,7 +86,7 @@ class Manifest(_Strict):
     sources: Annotated[tuple[SourceEntry, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _names_differ_and_nothing_is_kept_out(self) -> Self:
+    def _names_differ_and_nothing_is_kept_out(self) -> "Manifest":
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError("two sources have the same name")
