@@ -29,7 +29,10 @@ TRAINING_FILLER = (
 )
 TRAINING_SENTENCES = tuple(f" {s}." for s in TRAINING_FILLER.strip(". ").split(". "))
 MATERIAL = Material(TRAINING_SENTENCES, DIGITS[0], re.compile(" [A-Z][a-z]{2,}"))
-MAX_SENTENCES = 400
+MIN_SENTENCES, MAX_SENTENCES = 24, 400
+SENTENCE = re.compile(r"(?:^|(?<=[.!?])|\n)\s*([A-Z][^.!?\n]{20,300})\.(?=\s|$)")
+FILLER_DOCUMENTS = 16
+"""Documents that are searched for enough sentences."""
 FILLER_TOKENS = 8192
 """Tokens of a document that filler is taken from."""
 
@@ -145,10 +148,18 @@ class RecallSource:
         turned = TRAINING_SENTENCES[begin:] + TRAINING_SENTENCES[:begin]
         if self.filler is None or rng.random() < 0.5:
             return turned
-        tokens = self.filler.draw(rng.randrange(1 << 31)).tokens
+        found: dict[str, None] = {}
+        for _ in range(FILLER_DOCUMENTS):
+            found |= dict.fromkeys(self._read(self.filler, rng))
+            if len(found) >= MIN_SENTENCES:
+                break
+        kept = tuple(s for s in found if s not in SENTENCES)
+        return kept[:MAX_SENTENCES] if len(kept) >= MIN_SENTENCES else turned
+
+    def _read(self, filler: TextSource, rng: random.Random) -> list[str]:
+        """Sentences of one document, from a random place on if it is long."""
+        tokens = filler.draw(rng.randrange(1 << 31)).tokens
         place = rng.randrange(max(1, len(tokens) - FILLER_TOKENS))
         text = self.vocabulary.tokenizer.decode(tokens[place : place + FILLER_TOKENS].tolist())
-        found = re.findall(r"(?:^|(?<=[.!?]))\s+([A-Z][^.!?\n]{20,300})\.(?=\s)", text)
-        unknown = [f" {' '.join(s.split())}." for s in found[:MAX_SENTENCES]]
-        kept = tuple(s for s in unknown if s not in SENTENCES)
-        return kept if len(kept) >= 8 else turned
+        found = SENTENCE.findall(text)
+        return [f" {' '.join(sentence.split())}." for sentence in found]

@@ -6,6 +6,7 @@ the settings and n alone, so an interrupted run is taken up where it stopped.
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ TOPICS = (
     "electric motors", "earthquakes", "the alphabet", "clouds", "libraries", "soap",
 )  # fmt: skip
 MAX_TOPICS = 20_000
+HEADING = re.compile(r"[^\W\d_][\w ,'-]{2,59}")
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class ChatSettings:
 
 
 def headings(documents: Iterable[Document]) -> list[str]:
-    """Topics: the first line of each document, where it is short enough to be a heading."""
+    """Topics: the first line of each document, where it is short and of words only."""
     found: dict[str, None] = {}
     for document in documents:
         first = document.text.lstrip().split("\n", 1)[0].strip(" #.:")
-        if 3 <= len(first) <= 60 and first[0].isalpha():
+        if HEADING.fullmatch(first):
             found[first] = None
         if len(found) >= MAX_TOPICS:
             break
