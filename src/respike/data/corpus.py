@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import translate
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -68,23 +69,12 @@ def build_corpus(
     _check_out(out, force)
     cleaner = Cleaner(document.text for document in _heldout(exclude_near))
     staging = out.parent / f".{out.name}.partial"
-    steps = 2 * len(manifest.sources)
     new = staging / "new"
     try:
-        staging.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)
         (new / "licences").mkdir(parents=True)
-        read = []
-        for number, entry in enumerate(manifest.sources, start=1):
-            archive = fetch(entry.archive, Path(packages or staging / "packages"))
-            read.append(_read(entry, archive, staging))
-            if progress:
-                progress(number, steps)
-        rows = []
-        for number, (entry, raw) in enumerate(zip(manifest.sources, read, strict=True), start=1):
-            rows.append(_write_source(entry, raw, new, cleaner, tokenizer))
-            if progress:
-                progress(len(manifest.sources) + number, steps)
+        kept = Path(packages or staging / "packages")
+        rows = _write_sources(manifest, kept, staging, cleaner, tokenizer, progress)
         receipt = _receipt(manifest, rows, exclude_near, tokenizer)
         text = json.dumps(receipt, indent=1, ensure_ascii=False)
         (new / RECEIPT).write_text(text + "\n", encoding="utf-8")
@@ -95,6 +85,28 @@ def build_corpus(
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
     shutil.rmtree(staging)
     return receipt
+
+
+def _write_sources(
+    manifest: Manifest,
+    packages: Path,
+    staging: Path,
+    cleaner: Cleaner,
+    tokenizer: Tokenizer | None,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Read every source, then clean and write them in the manifest's order; the receipt's rows."""
+    done, steps = count(1), 2 * len(manifest.sources)
+    read, rows = [], []
+    for entry in manifest.sources:
+        read.append(_read(entry, fetch(entry.archive, packages), staging))
+        if progress:
+            progress(next(done), steps)
+    for entry, raw in zip(manifest.sources, read, strict=True):
+        rows.append(_write_source(entry, raw, staging / "new", cleaner, tokenizer))
+        if progress:
+            progress(next(done), steps)
+    return rows
 
 
 def _check_out(out: Path, force: bool) -> None:

@@ -158,7 +158,7 @@ class RecallSource:
 
     def _read(self, filler: TextSource, rng: random.Random) -> list[str]:
         """Sentences of one document, from a random place on if it is long."""
-        tokens = filler.draw(rng.randrange(1 << 31)).tokens
+        tokens = filler.draw(rng.randrange(filler.epoch_samples or 1)).tokens
         place = rng.randrange(max(1, len(tokens) - FILLER_TOKENS))
         text = self.vocabulary.tokenizer.decode(tokens[place : place + FILLER_TOKENS].tolist())
         found = SENTENCE.findall(text)

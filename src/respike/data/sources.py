@@ -16,6 +16,8 @@ from respike.errors import DataError, UsageError
 MAX_DOCUMENT_TOKENS = 1 << 15
 """Longer documents are drawn in pieces, so that one book does not fill a whole run."""
 HELDOUT_FRAC = 0.01
+KEPT_ORDERS = 4
+"""Orders of epochs that are remembered: lanes of a batch can be in two, filler is from the first."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class TextSource:
             key = np.array([self.seed, epoch], np.uint64)
             # Raw bits and a stable sort: the same order with every version of numpy.
             drawn = np.random.Philox(key=key).random_raw(len(self._spans))
-            if len(self._orders) > 1:  # lanes of a batch can be in two epochs, hardly in three
-                del self._orders[min(self._orders)]
+            if len(self._orders) == KEPT_ORDERS:
+                del self._orders[next(iter(self._orders))]
             self._orders[epoch] = np.argsort(drawn, kind="stable")
         return self._orders[epoch]
 

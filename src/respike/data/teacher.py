@@ -110,10 +110,7 @@ def write_chats(
         tokens = 0
         with path.open("ab") as file:
             for number in range(done, count):
-                question = prompt(number, settings.seed, topics)
-                answer, size = _answer(model, question, number, settings)
-                turns = [("user", question), ("assistant", answer)]
-                messages = [{"role": role, "content": content} for role, content in turns]
+                messages, size = _chat(model, number, settings, topics)
                 line = json.dumps({"messages": messages, "made_by": made_by}, ensure_ascii=False)
                 file.write((line + "\n").encode())
                 file.flush()
@@ -122,24 +119,24 @@ def write_chats(
                     progress(number + 1, count)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from None
-    return {
-        "chats": max(done, count),
-        "new": max(0, count - done),
-        "new_tokens": tokens,
-        "made_by": made_by,
-    }
+    new = max(0, count - done)
+    return {"chats": done + new, "new": new, "new_tokens": tokens, "made_by": made_by}
 
 
-def _answer(model: Model, question: str, number: int, settings: ChatSettings) -> tuple[str, int]:
+def _chat(
+    model: Model, number: int, settings: ChatSettings, topics: Sequence[str]
+) -> tuple[list[dict[str, str]], int]:
+    """A question and its answer, and the answer's tokens."""
     sampling = Sampling(
         temperature=settings.temperature,
         top_p=settings.top_p,
         seed=random.Random(f"answer {settings.seed}/{number}").getrandbits(62),
     )
-    tokens = model.tokenizer.chat([{"role": "user", "content": question}])
+    messages = [{"role": "user", "content": prompt(number, settings.seed, topics)}]
+    tokens = model.tokenizer.chat(messages)
     text = stream(model, tokens, max_tokens=settings.max_tokens, sampling=sampling)
-    answer = "".join(text).strip()
-    return answer, len(text.result.tokens)
+    messages.append({"role": "assistant", "content": "".join(text).strip()})
+    return messages, len(text.result.tokens)
 
 
 def _lines_done(path: Path, made_by: dict[str, Any]) -> int:
