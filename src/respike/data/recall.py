@@ -6,6 +6,7 @@ capitalised words, the filler is other sentences, and random tokens come from ot
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,11 +137,11 @@ class RecallSource:
     def _pairs(self, length: int) -> int:
         """The most pairs whose questions and answers fit."""
         kind, most = FAMILIES["multi-query"], len(self.vocabulary.words) // 2
-        line = kind.tokens(self.vocabulary, Task("multi-query", 1)) // 2
-        pairs = min(max(2, length // line), most)
-        while pairs > 2 and kind.tokens(self.vocabulary, Task("multi-query", pairs)) > length:
-            pairs -= 1
-        return pairs
+
+        def tokens(pairs: int) -> int:
+            return kind.tokens(self.vocabulary, Task("multi-query", pairs))
+
+        return 1 + bisect_right(range(2, most + 1), length, key=tokens)
 
     def _sentences(self, rng: random.Random) -> tuple[str, ...]:
         """Filler: sentences of a document, or the built-in ones from a random place on."""

@@ -17,7 +17,7 @@ MAX_DOCUMENT_TOKENS = 1 << 15
 """Longer documents are drawn in pieces, so that one book does not fill a whole run."""
 HELDOUT_FRAC = 0.01
 KEPT_ORDERS = 4
-"""Orders of epochs that are remembered: lanes of a batch can be in two, filler is from the first."""
+"""Epochs whose order is remembered: lanes can be in two, filler comes from the first."""
 
 
 @dataclass(frozen=True)
