@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 
 def main(name: str, model: str, out: str) -> None:
     torch.set_num_threads(1)
+    began_as = provenance()
     began, used = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "pydoc_data.txt"
@@ -51,7 +52,7 @@ def main(name: str, model: str, out: str) -> None:
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time() - used,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        **provenance(),
+        **began_as,
         **receipt,
     }
     path = HERE / "results" / f"corpus_{name}.json"
