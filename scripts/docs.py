@@ -147,6 +147,32 @@ def spread_cell(part: dict[str, float], digits: int) -> str:
     return f"{part['median']:.{digits}f} [{low}, {high}]"
 
 
+def corpus_table(path: Path) -> str:
+    result = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"{result['documents']:,} documents of {result['documents_read']:,} read, "
+        f"{result['bytes'] / 1e6:.1f} MB, {result['tokens']:,} tokens ({result['model']}), "
+        f"from {sum(row['download_bytes'] for row in result['sources']) / 1e6:.0f} MB of packages; "
+        f"{result['processor_seconds']:.0f} s of one thread, {result['seconds']:.0f} s in all on a "
+        f"busy machine, at most {result['peak_bytes'] / 2**20:,.0f} MiB of memory. "
+        f"{result['machine']['processor']}, {result['date']}, commit {result['commit']}.",
+        "",
+        "| source | package | licence | documents | MB | tokens | repeated paragraphs | "
+        "near duplicates | near held-out |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["sources"]:
+        dropped = row["dropped"]
+        kinds = ("paragraphs_repeated", "documents_near_duplicate", "documents_near_heldout")
+        lines.append(
+            f"| {row['name']} | {row['package']} | {row['licence']} | {row['documents']:,} | "
+            f"{row['bytes'] / 1e6:.1f} | {row['tokens']:,} | "
+            + " | ".join(f"{dropped.get(kind, 0):,}" for kind in kinds)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
 def fill(text: str, marker: str, content: str) -> str:
     """Replace what stands between ``<!-- marker -->`` and ``<!-- end -->``."""
     begin, end = f"<!-- {marker} -->", "<!-- end -->"
@@ -161,14 +187,14 @@ def generated() -> dict[Path, str]:
     readme, results = ROOT / "README.md", ROOT / "docs/results.md"
     kinds = {
         "frontier": frontier_table, "memory": memory_table, "chunked": chunked_table,
-        "bench": bench_table,
+        "bench": bench_table, "corpus": corpus_table,
     }  # fmt: skip
     tables = {
         path.stem: make(path)
         for kind, make in kinds.items()
         for path in sorted(RESULTS.glob(f"{kind}_*.json"))
     }
-    for page in (readme, results):
+    for page in (readme, results, ROOT / "docs/corpus.md"):
         text = page.read_text(encoding="utf-8")
         for name, table in tables.items():
             if f"<!-- {name} -->" in text:

@@ -723,3 +723,64 @@ def test_an_interrupted_convert_leaves_what_was_there(
     else:
         assert os.listdir(tmp_path) == ["out"]
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+# ---- corpus ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packages(place: Path, tmp_path: Path) -> Path:
+    """A manifest of one package made here, and the folder that package waits in."""
+    from packages import entry, make_whl
+    from respike.data.manifest import load_manifest
+
+    del place
+    text = {f"{i}.txt": f"Page {i}\n\n" + f"rain number {i} in the sea. " * 20 for i in range(3)}
+    wheel = make_whl(tmp_path / "rain.whl", {**text, "copyright": "MIT"})
+    manifest = {"name": "small", "kept_out": ["brown"], "sources": [entry(wheel)]}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(manifest))
+    (source,) = load_manifest(tmp_path / "small.yaml").sources
+    wheel.rename(tmp_path / source.archive.file_name)
+    return tmp_path
+
+
+def test_corpus_dry_run_shows_sizes_and_licences_and_fetches_nothing(
+    respike: Program, packages: Path
+) -> None:
+    plain = succeeded(respike("corpus", packages / "out", "--manifest", "docs-en", "--dry-run"))
+    for words in ("python3.11-doc", "PSF-2.0", "to download: ", "kept out", "debian-handbook"):
+        assert words in plain.out
+    small = ("corpus", packages / "out", "--manifest", packages / "small.yaml", "--dry-run")
+    plan = succeeded(respike(*small, "--json")).json
+    assert plan["licences"] == ["MIT"]
+    assert plan["download_bytes"] == plan["sources"][0]["bytes"] > 100
+    assert not (packages / "out").exists()
+
+
+def test_corpus_builds_counts_and_adds_chats_that_go_on_where_they_stopped(
+    respike: Program, packages: Path
+) -> None:
+    out = packages / "out"
+    words = ("corpus", out, "--manifest", packages / "small.yaml", "--packages", packages)
+    run = succeeded(respike(*words, "--tokenizer", "tiny"))
+    assert "tokens are counted" in run.out
+    assert f"wrote {out}" in run.err
+    assert json.loads((out / "corpus.json").read_text())["documents"] == 3
+    assert "already exists" in respike(*words).err
+    chat = ("corpus", out, "--teacher", "tiny", "--max-tokens", "3", *ONE, "--json")
+    first = succeeded(respike(*chat, "--chats", "2")).json
+    assert first["chats"]["new"] == 2
+    assert "Page " in (out / "chat.jsonl").read_text()
+    assert succeeded(respike(*chat, "--chats", "3")).json["chats"]["new"] == 1
+    assert succeeded(respike(*words, "--force", "--json")).json["tokens_are"] == "estimated"
+    assert not (out / "chat.jsonl").exists()
+
+
+def test_corpus_says_what_is_missing(respike: Program, packages: Path) -> None:
+    nothing = respike("corpus", packages / "out")
+    assert nothing.code == 2
+    assert "--manifest or --teacher is needed" in nothing.err
+    none = respike("corpus", packages / "out", "--teacher", "tiny")
+    assert "not a corpus" in none.err
+    unknown = respike("corpus", packages / "out", "--manifest", "docs-eng")
+    assert unknown.err.splitlines()[-1] == "hint: did you mean `docs-en`?"

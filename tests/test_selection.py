@@ -12,11 +12,11 @@ from torch import Tensor
 from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation import Task, Vocabulary
-from respike.evaluation.tasks import make_trials
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.models.decoder import Decoder
 from respike.recipe import apply_recipe, dump_recipe, load_recipe
 from respike.selection import Budget, Group, Selection, select, selected_recipe
+from respike.tasks import make_trials
 from respike.tokenizer import Tokenizer
 from tiny import full, model_config, random_decoder, random_tokens, save_tokenizer
 

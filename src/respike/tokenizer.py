@@ -4,6 +4,7 @@ Text is untrusted: ``<|im_start|>`` typed by a user stays text. Only `Tokenizer.
 ``special=True``, and a chat template's own words, become control tokens.
 """
 
+import hashlib
 import json
 import re
 import secrets
@@ -80,6 +81,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Tokens, special ones included; a model's embedding may have more rows."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def sha256(self) -> str:
+        """Of all that decides how text and conversations become tokens."""
+        facts = [self._core.to_str(), self.named, self.add_bos, self.chat_template]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def token(self, index: int) -> str | None:
         """The token of an id as the vocabulary spells it, or None for an id it has not."""

@@ -86,7 +86,7 @@ def measure_recall(loaded: dict[str, Any], options: dict[str, Any]) -> dict[str,
     """
     from respike.evaluation import Vocabulary
     from respike.evaluation.columns import Column, five_columns, row, window_tokens
-    from respike.evaluation.tasks import make_trials
+    from respike.tasks import make_trials
 
     window = window_tokens(loaded["model"].config)
     vocabulary = Vocabulary(loaded["model"].tokenizer)

@@ -9,7 +9,7 @@ from respike.evaluation.distance import (
 from respike.evaluation.recall import Score, recall
 from respike.evaluation.share import MemoryShare, memory_shares
 from respike.evaluation.stats import mean_interval, wilson
-from respike.evaluation.tasks import Task, Vocabulary, make_trials
+from respike.tasks import Task, Vocabulary, make_trials
 
 __all__ = [
     "Distances",

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from respike.evaluation.distance import HEAD_TOKENS
 from respike.evaluation.stats import mean_interval, wilson
-from respike.evaluation.tasks import FAMILIES, Task, Trial, Vocabulary, make_trials
 from respike.models.decoder import Decoder
+from respike.tasks import FAMILIES, Task, Trial, Vocabulary, make_trials
 
 BATCH_TOKENS = 8192
 """Tokens of trials that run side by side."""

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from respike.evaluation.columns import LABELS
-from respike.evaluation.tasks import FAMILIES, Task, parse_task
+from respike.tasks import FAMILIES, Task, parse_task
 
 STYLES = dict(zip(LABELS, ("C0-", "C1-", "C2--", "C4-.", "C3:"), strict=True))
 """Colour and dashes of a column, the same in every picture."""

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from respike.config import ModelConfig
 from respike.errors import UsageError
-from respike.evaluation.tasks import Task, Trial, Vocabulary, make_trials
 from respike.layers.mixer import Mixer
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
 from respike.models.state import DecoderState
 from respike.recipe import Recipe, Rule, SourceShape
+from respike.tasks import Task, Trial, Vocabulary, make_trials
 from respike.tokenizer import Tokenizer
 
 Group = tuple[int, int]

@@ -7,13 +7,15 @@ variables    Chains in filler: a name has a number, another name has that name's
              last name of one chain is asked for. Score: all digits of its number right.
 multi-query  Word pairs, then some keys again, shuffled. Score: values predicted right.
 
-To add a family: a function that makes a trial, and an entry in `FAMILIES`.
+To add a family: a function that makes a trial, and an entry in `FAMILIES`. Evaluation and training
+share the makers and never the material: see `Material`.
 """
 
+import copy
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from respike.errors import UsageError
@@ -28,11 +30,39 @@ EXAMPLES = 2
 MAX_HOPS = 8
 ASKED_PAIRS = 16
 """Keys that a multi-query trial asks for, at most."""
-WORD = re.compile(" [a-z]{3,}")
 FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 )
 SENTENCES = tuple(f" {sentence}." for sentence in FILLER.strip(". ").split(". "))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What trials are made of, besides tokens. Training has its own (`respike.data.recall`).
+
+    Attributes:
+        sentences: Filler, each sentence with a space before it.
+        digits: Of every number that is to be found.
+        word: Names, keys and values: tokens whose text it matches in full.
+    """
+
+    sentences: tuple[str, ...] = SENTENCES
+    digits: int = 5
+    word: re.Pattern[str] = re.compile(" [a-z]{3,}")
+
+    @property
+    def numbers(self) -> range:
+        """Every number that may be drawn."""
+        return range(10**self.digits)
+
+    def number(self, value: int) -> str:
+        """``value`` with leading zeros."""
+        return f"{value:0{self.digits}d}"
+
+    @property
+    def filler(self) -> str:
+        """The sentences as running text that begins and ends at a sentence."""
+        return "".join(self.sentences).lstrip() + " "
 
 
 @dataclass(frozen=True)
@@ -80,16 +110,23 @@ class Task:
 class Vocabulary:
     """What tasks are made of: all tokens but the special ones, and those that are plain words.
 
-    A word is one token of a space and at least three lower-case ASCII letters; in a vocabulary with
-    hardly any (a toy), every token serves as one.
+    For evaluation a word is one token of a space and at least three lower-case ASCII letters. In a
+    vocabulary with hardly any (a toy), every token serves as one.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, material: Material = Material()) -> None:
         self.tokenizer = tokenizer
+        self.material = material
         special = set(tokenizer.special_ids)
         self.tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
-        words = [t for t in self.tokens if WORD.fullmatch(tokenizer.decode([t]))]
+        words = [t for t in self.tokens if material.word.fullmatch(tokenizer.decode([t]))]
         self.words = words if len(words) >= 16 else self.tokens
+
+    def with_material(self, sentences: tuple[str, ...], digits: int) -> "Vocabulary":
+        """The same words with other filler and numbers."""
+        other = copy.copy(self)
+        other.material = replace(self.material, sentences=sentences, digits=digits)
+        return other
 
     def ids(self, text: str) -> list[int]:
         """Token ids of plain text that stands inside other text: never a BOS."""
@@ -129,11 +166,12 @@ def copy_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
 
 def passkey_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
     """Filler, the sentence with the number at its depth, filler, the question."""
-    key = _number(rng.randrange(10**5))
+    material = vocabulary.material
+    key = material.number(rng.randrange(len(material.numbers)))
     needle = vocabulary.ids(f"The pass key is {key}. Remember it. {key} is the pass key. ")
     question = vocabulary.ids("What is the pass key? The pass key is")
     answer = vocabulary.ids(f" {key}")
-    filler = vocabulary.ids(FILLER)
+    filler = vocabulary.ids(material.filler)
     room = _room(task, needle, question, answer)
     filler = (filler * (room // len(filler) + 1))[:room]
     before = round(task.depth_frac * room)
@@ -148,7 +186,8 @@ def needles_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Tri
     better with those than with "The pass key of the kite is 48213." or spaces around the sign.
     """
     names = rng.sample(vocabulary.words, NEEDLES)
-    keys = [_number(n) for n in rng.sample(range(10**5), NEEDLES)]
+    material = vocabulary.material
+    keys = [material.number(n) for n in rng.sample(material.numbers, NEEDLES)]
     depths = [task.depth_frac, *_spread(NEEDLES - 1, rng)]
     # The number in a piece of its own: its tokens must be those of the answer.
     pieces = [
@@ -169,7 +208,8 @@ def variables_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> T
     if chains * links > len(vocabulary.words):
         raise UsageError(f"variables: {task.hops} hops need {chains * links} words")
     drawn = rng.sample(vocabulary.words, chains * links)
-    keys = [_number(n) for n in rng.sample(range(10**5), chains)]
+    material = vocabulary.material
+    keys = [material.number(n) for n in rng.sample(material.numbers, chains)]
     examples: list[int] = []
     pieces = [(0.0, examples)]
     for chain, key in enumerate(keys):
@@ -216,10 +256,6 @@ def multi_query_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) ->
     return Trial(tokens, answers)
 
 
-def _number(value: int) -> str:
-    return f"{value:05d}"
-
-
 def _spread(count: int, rng: random.Random) -> list[float]:
     """One random depth in each of ``count`` equal parts of the text."""
     return [(part + rng.random()) / count for part in range(count)]
@@ -255,7 +291,7 @@ def _ask(
     """
     expected = vocabulary.ids(answer)
     room = _room(task, question, expected, *(piece for _, piece in pieces))
-    sentences = [vocabulary.ids(sentence) for sentence in SENTENCES]
+    sentences = [vocabulary.ids(sentence) for sentence in vocabulary.material.sentences]
     filler: list[list[int]] = []
     missing = room
     while missing > 0:

@@ -1,0 +1,228 @@
+"""Files in, documents out: text, Markdown, HTML, JSON Lines, Parquet, and folders of them.
+
+Everything is streamed: memory holds one document, or one piece of a text that is very long.
+"""
+
+import glob
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+from respike.data.markup import html_text
+from respike.errors import BackendError, DataError
+
+MAX_TEXT_BYTES = 16 << 20
+"""A longer text file is read as several documents, cut at line ends."""
+MAX_LINE_BYTES = 64 << 20
+"""The longest line of JSON: one document."""
+PARQUET_ROWS = 256
+"""Rows of Parquet held at a time."""
+SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".html", ".htm", ".jsonl", ".parquet")
+"""What a folder is searched for; all but the last may end in .gz besides."""
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text, or a conversation.
+
+    Attributes:
+        where: File, and line or row, for messages.
+        text: Empty for a conversation.
+        messages: Mappings with ``role`` and ``content``, or None.
+    """
+
+    where: str
+    text: str = ""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def identity(self) -> str:
+        """What makes two documents the same: the text, or the messages as JSON."""
+        if self.messages is None:
+            return self.text
+        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
+
+
+def find_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Files that ``paths`` name: files, folders (all that can be read in them), or patterns.
+
+    Raises:
+        DataError: A path names nothing, or a file of an unknown kind.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
+            if not inside:
+                raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        elif matches := sorted(glob.glob(str(path), recursive=True)):
+            found += find_files(matches)
+        else:
+            raise DataError(f"{path}: no such file or folder, and no pattern that matches any")
+    for path in found:
+        if _suffix(path) not in SUFFIXES:
+            raise DataError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+    return list(dict.fromkeys(found))
+
+
+def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
+    """Every document of files, folders and patterns, in the order of their names.
+
+    Raises:
+        DataError: A file is missing, of an unknown kind or malformed; says where.
+        BackendError: Parquet, and pyarrow is not installed.
+    """
+    for path in find_files(paths):
+        yield from read_file(path)
+
+
+def read_file(path: Path) -> Iterator[Document]:
+    """Every document of one file.
+
+    Raises:
+        DataError: The file cannot be read or is malformed; says where.
+        BackendError: Parquet, and pyarrow is not installed.
+    """
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    try:
+        with _open(path) as file:
+            if suffix == ".jsonl":
+                yield from _json_lines(path, file)
+            else:
+                yield from _texts(path, file, html=suffix in (".html", ".htm"))
+    except (OSError, EOFError) as error:  # of gzip too
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}") from None
+
+
+def _suffix(path: Path) -> str:
+    packed = path.suffix.lower() == ".gz"
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
+    return "" if packed and suffix == ".parquet" else suffix
+
+
+def _open(path: Path) -> BufferedIOBase:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path)
+    return path.open("rb")
+
+
+def _utf8(raw: bytes, where: str, begin: int = 0) -> str:
+    try:
+        return raw.decode("utf-8-sig" if begin == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text (byte {begin + error.start})") from None
+
+
+def _texts(path: Path, file: BufferedIOBase, *, html: bool) -> Iterator[Document]:
+    begin = 0
+    while block := file.read(MAX_TEXT_BYTES):
+        if len(block) == MAX_TEXT_BYTES:
+            # The rest of the line; one without line ends is cut all the same, between characters.
+            block += file.readline(MAX_TEXT_BYTES)
+            while len(block) == 2 * MAX_TEXT_BYTES and (more := file.read(1)):
+                if more[0] & 0xC0 != 0x80:
+                    file.seek(-1, 1)
+                    break
+                block += more
+        text = _utf8(block, str(path), begin)
+        text = html_text(text) if html else text
+        if text.strip():
+            yield Document(f"{path}: byte {begin}" if begin else str(path), text)
+        begin += len(block)
+
+
+def _json_lines(path: Path, file: BufferedIOBase) -> Iterator[Document]:
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        where = f"{path}: line {number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes; is this JSON Lines?")
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(_utf8(line, where))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{where}: expected an object with `text` or `messages`, got a "
+                f"{type(value).__name__}"
+            )
+        yield _record(value, where)
+
+
+def _record(value: Mapping[str, Any], where: str) -> Document:
+    """The document of one object or row."""
+    text, messages = value.get("text"), value.get("messages")
+    if isinstance(text, str) and messages is None:
+        _check_unicode(text, where)
+        return Document(where, text)
+    if isinstance(messages, list | tuple) and text is None:
+        for turn, message in enumerate(messages):
+            _check_message(message, f"{where}: messages[{turn}]")
+        if not messages:
+            raise DataError(f"{where}: `messages` is empty")
+        return Document(where, messages=tuple(messages))
+    keys = ", ".join(f"`{key}`" for key in list(value)[:8]) or "nothing"
+    raise DataError(
+        f"{where}: expected a string `text` or a list `messages`, and one of them only; got {keys}"
+    )
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, Mapping):
+        raise DataError(f"{where}: expected an object, got a {type(message).__name__}")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{where}: role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise DataError(f"{where}: expected a string `content`, got a {type(content).__name__}")
+    _check_unicode(content, where)
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: character {error.start} is half a surrogate pair; it is not Unicode"
+        ) from None
+
+
+def _parquet(path: Path) -> Iterator[Document]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise BackendError(
+            f"{path}: reading Parquet needs pyarrow, which is not installed",
+            hint="run `pip install 'respike[docs-in]'`",
+        ) from None
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [n for n in ("text", "messages") if n in file.schema_arrow.names]
+            if len(names) != 1:
+                raise DataError(
+                    f"{path}: expected one column `text` or `messages`, got "
+                    f"{', '.join(file.schema_arrow.names[:8]) or 'none'}"
+                )
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=names):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield _record(value, f"{path}: row {row}")
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())[:200]}") from None
