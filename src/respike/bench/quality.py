@@ -22,7 +22,7 @@ def quality(job: Mapping[str, Any]) -> dict[str, Any]:
     from respike.errors import UsageError
     from respike.evaluation import Reference, Vocabulary, recall
     from respike.evaluation.columns import window_tokens
-    from respike.evaluation.tasks import make_trials
+    from respike.tasks import make_trials
     from respike.text import contexts
 
     model, original, length = load_model(job["model"]), load_model(job["original"]), job["length"]
