@@ -12,8 +12,9 @@ from respike.ops.packed import pack
 WEIGHTS = ("stored", "int8", "int4")
 """What linear layers may be rounded to: nothing, or integers."""
 
-GROUP_SIZES = {"int8": 32, "int4": 32}
-"""Inputs that share a scale."""
+INT8_GROUPS = {"o_proj": 64, "gate_proj": 64, "up_proj": 64}
+"""Weights and inputs that share a scale, where not 32: longer groups are faster. These cost the
+least (SmolLM2: KL 0.0064 with 32 everywhere, 0.0070 with these, 0.0098 with 64 everywhere)."""
 
 _FLOAT_KIND = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -47,7 +48,8 @@ def pack_decoder(decoder: Decoder, weights: str = "stored") -> Decoder:
         for parent in (layer.self_attn, layer.mlp):
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
-                    setattr(parent, name, _packed(linear.weight, linear.bias, kind))
+                    groups = INT8_GROUPS.get(name, 32) if kind == "int8" else 32
+                    setattr(parent, name, _packed(linear.weight, linear.bias, kind, groups))
     head = like if decoder.lm_head is None else decoder.lm_head.weight
     assert isinstance(head, torch.Tensor)
     decoder.lm_head = _packed(head, None, "int8" if kind == "int4" else kind)
@@ -56,7 +58,7 @@ def pack_decoder(decoder: Decoder, weights: str = "stored") -> Decoder:
     return decoder
 
 
-def _packed(weight: Tensor, bias: Tensor | None, kind: str) -> PackedLinear:
-    group_size = GROUP_SIZES.get(kind, 32)
+def _packed(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32) -> PackedLinear:
+    rounded = kind in ("int8", "int4")
     packed = pack(weight.detach(), kind, group_size)
-    return PackedLinear(packed, bias, "int8" if kind in GROUP_SIZES else "exact")
+    return PackedLinear(packed, bias, "int8" if rounded else "exact")
