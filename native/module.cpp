@@ -6,6 +6,7 @@
 
 #include "kernels.hpp"
 #include "pool.hpp"
+#include "spikes.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -40,6 +41,20 @@ void packed_linear(int level, int threads, int kind, uintptr_t data, uintptr_t s
                                        group};
   respike::packed_linear(respike::checked_level(level), threads, buffer<const T>(x), weights,
                          buffer<T>(out), rows);
+}
+
+void spike_linear(int level, int threads, int kind, uintptr_t data, uintptr_t scales,
+                  uintptr_t counts, uintptr_t step, uintptr_t bias, uintptr_t out, int64_t rows,
+                  int64_t inputs, int64_t outputs, int64_t group) {
+  const respike::PackedWeights weights{static_cast<respike::Kind>(kind),
+                                       buffer<const std::uint8_t>(data),
+                                       buffer<const std::uint16_t>(scales),
+                                       buffer<const float>(bias),
+                                       inputs,
+                                       outputs,
+                                       group};
+  respike::spike_linear(respike::checked_level(level), threads, buffer<const std::int32_t>(counts),
+                        buffer<const float>(step), weights, buffer<float>(out), rows);
 }
 
 template <class T>
@@ -94,6 +109,10 @@ NB_MODULE(_native, m) {
            "gate_stride"_a, "up"_a, "up_stride"_a, "out"_a, "rows"_a, "cols"_a);
   def_both(m, "rotate", &rotate<float>, &rotate<respike::bf16>, "level"_a, "threads"_a, "x"_a,
            "stride"_a, "cos"_a, "sin"_a, "out"_a, "out_stride"_a, "tokens"_a, "heads"_a, "half"_a);
+
+  m.def("spike_linear", &spike_linear, nb::call_guard<nb::gil_scoped_release>(), "level"_a,
+        "threads"_a, "kind"_a, "data"_a, "scales"_a, "counts"_a, "step"_a, "bias"_a, "out"_a,
+        "rows"_a, "inputs"_a, "outputs"_a, "group"_a);
 
   m.def(
       "advise_huge_pages",

@@ -30,7 +30,7 @@ LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     op: (torch.float32, torch.bfloat16)
     for op in ("rms_norm", "add_rms_norm", "swiglu", "rotate", "packed_linear")
-}
+} | {"spike_linear": (torch.int32,)}
 """Ops that have a native kernel, and the dtypes it takes."""
 
 
