@@ -12,6 +12,7 @@ from respike.checkpoint.families import expected_tensors
 from respike.config import ModelConfig
 from respike.device import get_device, get_dtype
 from respike.models.decoder import Decoder
+from respike.models.spiking import install_spikes
 from respike.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -50,6 +51,8 @@ def load_decoder(
 ) -> Decoder:
     """A decoder with the checkpoint's weights, ready to run, without gradients.
 
+    If its config has ``spikes``, it spikes.
+
     Args:
         source: From `respike.checkpoint.open_checkpoint`.
         device: Name for `respike.device.get_device`.
@@ -66,6 +69,8 @@ def load_decoder(
         if progress:
             progress(done, len(tensors))
     decoder.load_state_dict(weights, strict=True, assign=True)
+    if source.config.spikes:
+        install_spikes(decoder, source.config.spikes)
     return decoder.requires_grad_(False).eval()
 
 
