@@ -308,7 +308,14 @@ def test_bit_sparsity_is_counted_in_the_stated_steps() -> None:
     figures = census.figures()
     everything = torch.cat([c.flatten() for parts in seen for c in parts]).tolist()
     least = min(everything)
-    assert figures["coding_steps"] == {
+    codings = figures["codings"]
+    assert {
+        coding: code["zero_point"] for coding, code in codings.items() if code["zero_point"]
+    } == {
+        "binary": least,
+        "bitwise": least,
+    }
+    assert {coding: code["steps"] for coding, code in codings.items()} == {
         "binary": max(everything) - least,
         "ternary": 127,
         "bitwise": 8,
@@ -352,7 +359,8 @@ def test_energy_is_the_table_times_the_counts() -> None:
         "events": 300.0,
         "weight_bytes": 1100,
         "weight_bytes_touched": 400.0,
-        "additions": {"ternary": 900.0},
+        "additions": {"ternary": 900.0, "binary": 5000.0},
+        "bit_sparsity": {"ternary": {"zero_point": 0}, "binary": {"zero_point": -9}},
     }
     estimate = energy_estimate(total)
     ways = estimate["nanojoules_a_token"]
@@ -363,6 +371,9 @@ def test_energy_is_the_table_times_the_counts() -> None:
     assert ways["events, multiplied by their count"]["arithmetic"] == pytest.approx(0.069)
     assert ways["spikes, ternary"] == pytest.approx(
         {"arithmetic": 0.027, "weights_from_dram": 65.0}
+    )
+    assert ways["spikes, binary"] == pytest.approx(
+        {"arithmetic": 0.15, "weights_from_dram": 1100 * 0.1625}
     )
 
 

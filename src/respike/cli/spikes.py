@@ -168,7 +168,11 @@ def _count_rows(total: dict[str, Any]) -> list[tuple[str, str]]:
         ),
     ]
     rows += [
-        (f"zero bits, {coding}", f"{_percent(found['zero_frac'])} of {found['steps']} steps")
+        (
+            f"zero bits, {coding}",
+            f"{_percent(found['zero_frac'])} of {found['steps']} steps"
+            + (f", zero point {found['zero_point']}" if found["zero_point"] else ""),
+        )
         for coding, found in total["bit_sparsity"].items()
     ]
     empty = windows["with_0_1_2_3_spikes_frac"][0]

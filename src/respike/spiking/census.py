@@ -9,7 +9,7 @@ about the coding than about the model. *Skipped* is the share of weights whose i
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,14 @@ from respike.config import ModelConfig
 from respike.layers.linear import PackedLinear
 from respike.models.decoder import Decoder
 from respike.models.spiking import Site, spike_sites, watch_sites
-from respike.ops.codings import CODINGS, UNSIGNED, code_steps, num_events, window_spikes
+from respike.ops.codings import (
+    CODINGS,
+    UNSIGNED,
+    Coding,
+    code_steps,
+    num_events,
+    window_spikes,
+)
 from respike.ops.packed import TILE
 
 ROW_BYTES = {"int8": TILE, "int4": TILE // 2}
@@ -119,15 +126,15 @@ class Census:
     def figures(self) -> dict[str, Any]:
         """Totals, the same by layer, and by site, ready for JSON."""
         depth = len(self.decoder.layers)
-        steps = coding_steps(self.sites)
+        codes = coding_steps(self.sites)
         by_layer = [[s for s in self.sites if s.site.layer == i] for i in range(depth)]
         return {
             "tokens": self.sites[0].tokens,
-            "coding_steps": steps,
-            "total": totals(self.sites, steps),
-            "layers": [{"layer": i} | totals(part, steps) for i, part in enumerate(by_layer)],
+            "codings": codes,
+            "total": totals(self.sites, codes),
+            "layers": [{"layer": i} | totals(part, codes) for i, part in enumerate(by_layer)],
             "sites": [
-                {"layer": s.site.layer, "site": s.site.name} | totals([s], steps)
+                {"layer": s.site.layer, "site": s.site.name} | totals([s], codes)
                 for s in self.sites
             ],
             "without_spikes": self.without_spikes(),
@@ -135,29 +142,32 @@ class Census:
         }
 
 
-def coding_steps(sites: Iterable[SiteCensus]) -> dict[str, int]:
-    """Steps of each coding that carry every count any of the sites has seen.
+def coding_steps(sites: Iterable[SiteCensus]) -> dict[str, dict[str, int]]:
+    """Steps and zero point of each coding that carry every count any of the sites has seen.
 
-    Codings without a sign take the smallest count seen as their zero point.
+    Codings without a sign take the smallest count seen as their zero point, so an input that is
+    silent fires in them.
     """
     seen = [value for site in sites for value in site.counts]
     if not seen:
         return {}
     low, high = min(*seen, 0), max(*seen, 0)
-    return {
-        coding: code_steps(0, high - low, coding)
-        if coding in UNSIGNED
-        else code_steps(low, high, coding)
-        for coding in CODINGS
-    }
+    codes: dict[str, dict[str, int]] = {}
+    for coding in CODINGS:
+        zero = low if coding in UNSIGNED else 0
+        codes[coding] = {
+            "steps": code_steps(low - zero, high - zero, coding),
+            "zero_point": zero,
+        }
+    return codes
 
 
-def totals(sites: list[SiteCensus], steps: dict[str, int]) -> dict[str, Any]:
+def totals(sites: list[SiteCensus], codes: dict[str, dict[str, int]]) -> dict[str, Any]:
     """Figures of some sites together; sums are per token.
 
     Args:
         sites: All of them, or of one layer, or one.
-        steps: Of each coding, from `coding_steps` of all sites.
+        codes: From `coding_steps` of all sites.
     """
     inputs = sum(s.inputs_seen for s in sites)
     macs = sum(s.site.in_features * s.site.out_features for s in sites)
@@ -172,42 +182,41 @@ def totals(sites: list[SiteCensus], steps: dict[str, int]) -> dict[str, Any]:
         found["weight_bytes"] = sum(s.weight_bytes or 0 for s in sites)
         found["weight_bytes_touched"] = sum(s.bytes_touched / s.tokens for s in sites)
     if all(s.has_counts for s in sites):
-        found |= _count_figures(sites, inputs, steps)
+        found |= _count_figures(sites, inputs, codes)
     return found
 
 
-def _count_figures(sites: list[SiteCensus], inputs: int, steps: dict[str, int]) -> dict[str, Any]:
-    zero = min((value for site in sites for value in site.counts), default=0)
+def _count_figures(
+    sites: list[SiteCensus], inputs: int, codes: dict[str, dict[str, int]]
+) -> dict[str, Any]:
     large, sizes = {7: 0, 127: 0}, 0
-    spikes, adds = dict.fromkeys(steps, 0), dict.fromkeys(steps, 0.0)
+    spikes, additions = dict.fromkeys(codes, 0), dict.fromkeys(codes, 0.0)
     windows, full = 0, [0] * 4
     for site in sites:
         values, numbers = site.table()
         sizes += int((values.abs() * numbers).sum())
         for limit in large:
             large[limit] += int(numbers[values.abs() > limit].sum())
-        for coding, coded in steps.items():
-            shift = min(zero, 0) if coding in UNSIGNED else 0
-            fired = int((num_events(values, coding, coded, shift) * numbers).sum())  # type: ignore[arg-type]
+        for coding, code in codes.items():
+            each = num_events(values, cast(Coding, coding), code["steps"], code["zero_point"])
+            fired = int((each * numbers).sum())
             spikes[coding] += fired
-            adds[coding] += fired * site.site.out_features / site.tokens
+            additions[coding] += fired * site.site.out_features / site.tokens
         held = window_spikes(values)
         windows += held.shape[0] * int(numbers.sum())
         for n in range(4):
             full[n] += int(((held == n) * numbers).sum())
+    shares = [n / windows for n in full]
     return {
         "mean_abs_count": sizes / inputs,
         "above_7_frac": large[7] / inputs,
         "above_127_frac": large[127] / inputs,
         "bit_sparsity": {
-            coding: {"steps": steps[coding], "zero_frac": 1 - fired / (inputs * steps[coding])}
-            for coding, fired in spikes.items()
+            coding: code | {"zero_frac": 1 - spikes[coding] / (inputs * code["steps"])}
+            for coding, code in codes.items()
         },
-        "additions": adds,
-        "three_step_windows": {
-            "what": PAPER,
-            "with_0_1_2_3_spikes_frac": [n / windows for n in full],
-        },
+        "additions": additions,
+        "three_step_windows": {"what": PAPER, "with_0_1_2_3_spikes_frac": shares},
     }
 
 

@@ -37,7 +37,9 @@ def energy_estimate(total: dict[str, Any]) -> dict[str, Any]:
         ),
     }
     for coding, additions in total["additions"].items():
-        ways[f"spikes, {coding}"] = (additions * add8, total["weight_bytes_touched"] * byte)
+        shifted = total["bit_sparsity"][coding]["zero_point"]  # then even silent inputs fire
+        touched = stored if shifted else total["weight_bytes_touched"]
+        ways[f"spikes, {coding}"] = (additions * add8, touched * byte)
     return {
         "what": "estimate, layers that spike only, no activations, no attention",
         "picojoules": PICOJOULES,

@@ -37,7 +37,9 @@ def draw_tokens(counts: dict[str, Tensor], layer: int, path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(SITES), figsize=(14, 5.2), sharey=True)
     for axis, (name, table) in zip(axes, counts.items(), strict=True):
         shown = table[:TOKENS, :CHANNELS].T
-        image = axis.imshow(shown.numpy(), aspect="auto", cmap="seismic", vmin=-16, vmax=16)
+        image = axis.imshow(
+            shown.numpy(), aspect="auto", interpolation="nearest", cmap="seismic", vmin=-16, vmax=16
+        )
         silent = float((table == 0).float().mean())
         axis.set_title(f"{NAMES[name]}: {100 * silent:.0f} % silent", size=9)
         axis.set_xlabel("token")
@@ -58,7 +60,14 @@ def draw_steps(counts: dict[str, Tensor], layer: int, token: int, path: Path) ->
     figure, axes = pyplot.subplots(1, len(SITES), figsize=(10, 5.2), sharey=True)
     for axis, (name, table) in zip(axes, counts.items(), strict=True):
         spikes = encode(table[token], "signed-bitwise", steps)
-        axis.imshow(spikes[:, :CHANNELS].T.numpy(), aspect="auto", cmap="bwr", vmin=-1, vmax=1)
+        axis.imshow(
+            spikes[:, :CHANNELS].T.numpy(),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="bwr",
+            vmin=-1,
+            vmax=1,
+        )
         empty = float((spikes == 0).float().mean())
         axis.set_title(f"{NAMES[name]}: {100 * empty:.0f} % empty", size=9)
         axis.set_xticks(range(steps), [str(1 << (steps - 1 - t)) for t in range(steps)], size=6)
