@@ -20,7 +20,7 @@ using std::int64_t;
 namespace {
 
 constexpr int64_t serial_work = 1 << 16;  // weights; fewer are not worth waking a thread
-constexpr int64_t ahead = 32;             // events from use to what is prefetched (measured)
+constexpr int64_t ahead = 32;             // events from use to what is prefetched
 constexpr int64_t most_count = 32767;     // counts beyond it are summed in int64, one by one
 
 // The inputs of one row that fired, in order.
