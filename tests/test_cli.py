@@ -210,6 +210,61 @@ def test_convert_writes_a_model_that_loads_and_its_json_is_the_report(
     assert load(out).fingerprint == run.json["fingerprint"]
 
 
+SPIKES = (*TEXT[:4], "--calibration-tokens", "60", "--max-tokens", "60", *ONE, "--no-rasters")
+
+
+def test_spikes_writes_a_model_that_spikes_and_says_what_it_fired(
+    respike: Program, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    budget = ("--silent", 0.4, "--budget", "uniform")
+    run = succeeded(respike("spikes", "tiny", out, *budget, *SPIKES, "--json"))
+    assert run.json == json.loads((out / "report.json").read_text())["spikes"]
+    assert run.json["total"]["silent_frac"] == pytest.approx(0.4, abs=0.1)
+    assert load(out).config.spikes is not None
+    assert "dead-zone" in succeeded(respike("inspect", out)).out
+    text = succeeded(respike("spikes", "tiny", out, *budget, *SPIKES, "--force"))
+    assert "exact zeros" in text.out
+    assert "not spiked" in text.out
+    assert "estimate" in text.out
+    assert "wrote" in text.err
+
+
+def test_spikes_fails_when_a_listed_layer_is_silent(
+    respike: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from respike.config import SpikeBands
+    from respike.spiking import Goal
+
+    silent = SpikeBands(qkv=0.1, o=0.1, mlp=1e9, down=0.1)
+    config = Goal.config
+
+    def without_mlp(goal: Goal, bands: Any) -> Any:
+        made = config(goal, bands)
+        return made.model_copy(update={"layers": (*made.layers[:3], silent)})
+
+    monkeypatch.setattr(Goal, "config", without_mlp)
+    run = respike("spikes", "tiny", tmp_path / "o", "--silent", 0.2, "--budget", "uniform", *SPIKES)
+    assert run.code == 1
+    assert "check failed: nothing fired in layer 3, mlp, layer 3, down" in run.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "needs a silent fraction or a KL"),
+        (("--silent", 2), "at most 0.95"),
+        (("--neuron", "teal", "--silent", 0.5, "--weights", "int8"), "no spike counts"),
+    ],
+)
+def test_spikes_refuses_what_cannot_be_before_it_loads_anything(
+    respike: Program, tmp_path: Path, words: tuple[object, ...], message: str
+) -> None:
+    run = respike("spikes", "nowhere", tmp_path / "out", *words, *SPIKES)
+    assert run.code == 2
+    assert message in run.err
+
+
 def test_convert_prints_the_plan_to_stdout_and_what_it_did_to_stderr(
     respike: Program, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ _HOMES = {
     "plan": "respike.conversion",
     "recall": "respike.evaluation",
     "select": "respike.selection",
+    "spike": "respike.spiking",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -5,10 +5,10 @@ into one by `respike.checkpoint.families`. Layers never see these objects: only
 `respike.models.decoder` reads them and hands numbers down.
 """
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 FORMAT_VERSION: Literal[1] = 1
 """Version of ``config.json`` in a converted folder."""
@@ -152,6 +152,52 @@ class LayerConfig(Frozen):
     mixers: tuple[Mixer, ...]
 
 
+Band = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class SpikeBands(Frozen):
+    """Silent bands of one layer's neurons, one for all layers that share an input.
+
+    In units of the token's mean magnitude (teal: of the input itself). The adaptive neuron's is
+    half its threshold, so its k is 1 / (2 band); absmax has none.
+    """
+
+    qkv: Band
+    """Input of q_proj, k_proj and v_proj."""
+    o: Band
+    """Input of o_proj."""
+    mlp: Band
+    """Input of gate_proj and up_proj."""
+    down: Band
+    """Input of down_proj."""
+
+
+class SpikeConfig(Frozen):
+    """Neurons in front of every linear layer but the output head; see `respike.ops.spikes`."""
+
+    neuron: Literal["adaptive", "absmax", "dead-zone", "teal"]
+    step: Literal["absmax", "mean"] = "absmax"
+    """dead-zone: its threshold is max|x| / 127, or mean|x| / k."""
+    k: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    by_channel: bool = False
+    """A channel's band is the layer's, divided by the channel's relative weight norm."""
+    weights: Literal["float", "int8", "int4"] = "int8"
+    """How the layers behind the neurons run: integer events, or float products that emulate."""
+    group_size: Literal[32, 64, 128] = 32
+    """Inputs that share a weight scale."""
+    layers: tuple[SpikeBands, ...]
+
+    @model_validator(mode="after")
+    def _possible(self) -> "SpikeConfig":
+        if self.neuron == "teal" and self.weights != "float":
+            raise ValueError(f"teal has no spike counts, so weights={self.weights!r} cannot be")
+        if self.neuron == "adaptive" and not all(
+            band > 0 for bands in self.layers for band in bands.model_dump().values()
+        ):
+            raise ValueError("the adaptive neuron's bands are half thresholds, above 0")
+        return self
+
+
 class ModelConfig(Frozen):
     """Everything needed to build the decoder. Shapes use Hugging Face's words."""
 
@@ -176,6 +222,13 @@ class ModelConfig(Frozen):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     layers: tuple[LayerConfig, ...]
+    spikes: SpikeConfig | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        """A model that does not spike is written as before there were spikes."""
+        fields: dict[str, Any] = handler(self)
+        return fields if self.spikes else {k: v for k, v in fields.items() if k != "spikes"}
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
@@ -189,6 +242,11 @@ class ModelConfig(Frozen):
         if len(self.layers) != self.num_hidden_layers:
             raise ValueError(
                 f"layers has {len(self.layers)} entries, num_hidden_layers={self.num_hidden_layers}"
+            )
+        if self.spikes and len(self.spikes.layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"spikes.layers has {len(self.spikes.layers)} entries, "
+                f"num_hidden_layers={self.num_hidden_layers}"
             )
         everyone = list(range(self.num_key_value_heads))
         for index, layer in enumerate(self.layers):

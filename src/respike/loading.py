@@ -13,9 +13,11 @@ from respike.checkpoint import Checkpoint, GgufCheckpoint, fingerprint, open_che
 from respike.checkpoint.families import expected_tensors
 from respike.config import ModelConfig
 from respike.device import get_device, get_dtype
+from respike.errors import UnsupportedError
 from respike.models.decoder import Decoder
 from respike.models.engine import engine_obstacle
 from respike.models.packing import pack_decoder
+from respike.models.spiking import install_spikes
 from respike.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
@@ -77,6 +79,8 @@ def load_decoder(
 ) -> Decoder:
     """A decoder with the checkpoint's weights, ready to run, without gradients.
 
+    If its config has ``spikes``, it spikes.
+
     Args:
         source: Such as `respike.checkpoint.open_checkpoint` opens.
         device: Name for `respike.device.get_device`.
@@ -93,6 +97,8 @@ def load_decoder(
         if progress:
             progress(done, len(tensors))
     decoder.load_state_dict(weights, strict=True, assign=True)
+    if source.config.spikes:
+        install_spikes(decoder, source.config.spikes)
     return decoder.requires_grad_(False).eval()
 
 
@@ -106,6 +112,13 @@ def fast_decoder(
 ) -> Decoder:
     """`load_decoder`, packed for the native engine where that can run it; see `load`."""
     decoder = load_decoder(source, device=device, dtype=dtype, progress=progress)
+    if source.config.spikes:
+        if weights != "stored":
+            raise UnsupportedError(
+                f"weights {weights!r} with a spiking model",
+                hint="its config says how its layers run; choose with `respike spikes --weights`",
+            )
+        return decoder
     like = decoder.embedding
     if weights != "stored" or engine_obstacle(like.dtype, like.device) is None:
         pack_decoder(decoder, weights)

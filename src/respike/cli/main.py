@@ -21,6 +21,7 @@ VERBS = {
     "inspect": ("model", "What a model is: family, mixers, parameters, bytes, state."),
     "select": ("convert", "Measure which KV groups carry recall; write a recipe."),
     "convert": ("convert", "Convert a model by a recipe."),
+    "spikes": ("spikes", "Make a model spike; count every spike."),
     "corpus": ("corpus", "Build a training corpus from public packages."),
     "check": ("measure", "How far two models' predictions are apart."),
     "eval": ("measure", "Perplexity by position, or recall."),

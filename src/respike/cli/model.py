@@ -19,6 +19,7 @@ def inspect_command(model: str, as_json: bool) -> None:
     from respike.checkpoint import Folder, open_checkpoint
     from respike.conversion.plan import layer_table
     from respike.device import dtype_name
+    from respike.models.spiking import how_it_runs
 
     source = open_checkpoint(model)
     config = source.config
@@ -46,6 +47,8 @@ def inspect_command(model: str, as_json: bool) -> None:
         "growth_bytes_per_token": growth_bytes_per_token(config),
         "state_bytes": {str(n): state_bytes(config, n) for n in REPORT_LENGTHS},
         "mixers": [{"layers": a, "mixers": b} for a, b in layer_table(config)],
+        "spikes": config.spikes
+        and {"neuron": config.spikes.neuron, "runs": how_it_runs(config.spikes)},
         "unknown_keys": list(getattr(source, "unknown_keys", ())),
     }
     if as_json:
@@ -71,6 +74,8 @@ def inspect_command(model: str, as_json: bool) -> None:
         ("licence", figures["license"]),
         ("state growth", f"{figures['growth_bytes_per_token']:,} bytes a token (bf16)"),
     ]
+    if config.spikes:
+        shown.append(("spikes", f"{config.spikes.neuron}; {how_it_runs(config.spikes)}"))
     click.echo(pairs(shown))
     click.echo("\n" + table(("layers", "mixers"), layer_table(config)))
     rows = [(f"{n:,}", human_bytes(state_bytes(config, n))) for n in REPORT_LENGTHS]

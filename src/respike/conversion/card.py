@@ -15,6 +15,7 @@ def model_card(report: dict[str, Any]) -> str:
     hashes = ", ".join(f"{n} SHA-256 {h}" for n, h in report["source_sha256"].items())
     kinds = ", ".join(f"{count} tensors {kind}" for kind, count in source["stored_as"].items())
     layers = "\n".join(f"| {row['layers']} | {row['mixers']} |" for row in report["layers"])
+    again = "but for its spikes" if "spikes" in report else "byte for byte"
     front = {
         "license": source["license"],
         "base_model": source["name"],
@@ -28,7 +29,7 @@ def model_card(report: dict[str, Any]) -> str:
 Made from **{source["name"]}** ({source["family"]}, licence of the source: {source["license"]}) by
 respike {report["respike"]}. The weights are the source's (there {kinds}), read by their own
 rules and stored here as {report["weights"]}; nothing was trained. Of {report["kv_groups"]} KV
-groups {report["softmax_groups"]} keep full softmax.{_memories(report)}
+groups {report["softmax_groups"]} keep full softmax.{_memories(report)}{_spikes(report)}
 
 | layers | mixers |
 |---|---|
@@ -45,7 +46,7 @@ in quality depends on the text: measure it with `respike check ORIGINAL THIS --d
 `respike eval THIS --task recall --vs ORIGINAL`.
 
 Source {hashes}; fingerprint {report["fingerprint"]}. `recipe.yaml` makes
-this folder again, byte for byte; `report.json` has every figure.
+this folder again, {again}; `report.json` has every figure.
 """
 
 
@@ -63,3 +64,18 @@ def _memories(report: dict[str, Any]) -> str:
         f"head went from {fit['error_shut_frac']:.4f} of its output's square to "
         f"{fit['error_frac']:.4f}, and {fit['shut']} of {fit['heads']} heads stayed shut."
     )
+
+
+def _spikes(report: dict[str, Any]) -> str:
+    """A paragraph on what spikes, and what that cost; empty if nothing does."""
+    spikes = report.get("spikes")
+    if spikes is None:
+        return ""
+    total, far = spikes["total"], spikes["distance"]
+    silent, skipped = 100 * total["silent_frac"], 100 * total["skipped_frac"]
+    return f"""
+
+Before every linear layer but the output head stand {spikes["neuron"]["neuron"]} neurons (`respike
+spikes`), not healed by training; {spikes["runs"]}. On {spikes["text"]["held_out_tokens"]:,} tokens
+they were not calibrated on, {silent:.1f} % of their inputs were silent, which skips {skipped:.1f} %
+of the weights behind them, at a KL of {far["kl_nats"]:.4f} nats a token to the source."""

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ RECEIPT = {"config.json", "recipe.yaml", "report.json"}
 """What tells a converted folder from any other."""
 
 WRITTEN = RECEIPT | {"README.md", INDEX, "tokenizer.json", "tokenizer_config.json"}
+WRITTEN |= {"raster_tokens.png", "raster_steps.png"}
 """Every name a converted folder may hold besides its weight files."""
 
 
@@ -44,6 +45,7 @@ def convert(
     force: bool = False,
     data: Sequence[str | Path] = (),
     shard_bytes: int = SHARD_BYTES,
+    also: Callable[[Path], dict[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the converted model: weights, config, tokenizer, resolved recipe, report, card.
@@ -57,6 +59,7 @@ def convert(
         data: Text files to calibrate far memories on, if the plan's recipe does. None takes what
             comes with Python.
         shard_bytes: Largest weight file.
+        also: Called with the folder before it gets its name; what it returns joins the report.
         progress: Called with (tensors done, tensors).
 
     Returns:
@@ -69,7 +72,7 @@ def convert(
         CheckpointError: The source turned out to be unreadable, or the disk full.
     """
     out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
-    _check_out(out, plan, force)
+    check_out(out, plan.source.path, force)
     fitted, fit_report = _calibrated(plan, data, progress)
     with _staged(out) as folder:
         files = _write_weights(plan, folder, shard_bytes, fitted, progress)
@@ -83,6 +86,7 @@ def convert(
             "source_sha256": hashes,
             **plan.summary(),
             **fit_report,
+            **(also(folder) if also else {}),
         }
         notes = {"made by": f"respike {__version__}"}
         notes |= {f"source {name}": f"sha256 {digest}" for name, digest in hashes.items()}
@@ -92,8 +96,18 @@ def convert(
     return report
 
 
-def _check_out(out: Path, plan: Plan, force: bool) -> None:
-    source = plan.source.path.resolve()
+def check_out(out: Path, source: Path, force: bool) -> None:
+    """Refuse to write a folder over a model's source or anything that is not ours.
+
+    Args:
+        out: Folder to be written.
+        source: What it is made of.
+        force: Replace ``out`` if respike wrote it and it holds nothing else.
+
+    Raises:
+        UsageError: It may not be written.
+    """
+    source = source.resolve()
     if out.resolve() == source or out.resolve() in source.parents:
         raise UsageError(f"{out}: is or holds the source; choose another folder")
     if not out.exists():

@@ -42,6 +42,7 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "delta": _FLOATS,
     "far": _FLOATS,
     "blocks": _FLOATS,
+    "spike_linear": (torch.int32,),
 }
 """Ops that have a native kernel, and the dtypes it takes."""
 

@@ -122,12 +122,17 @@ def pack(
 
 def unpack(packed: PackedWeight) -> Float[Tensor, "O I"]:
     """The weight that the packed form stands for, float32."""
-    values = from_tiles(_split_halves(packed.data) if packed.kind == "int4" else packed.data)
+    values = from_tiles(unpack_integers(packed))
     weight = values[: packed.out_features].float()
     if packed.scales is None:
         return weight
     scales = from_tiles(packed.scales)[: packed.out_features].float()
     return weight * scales.repeat_interleave(packed.group_size, 1)[:, : packed.in_features]
+
+
+def unpack_integers(packed: PackedWeight) -> Int[Tensor, "P I c"]:
+    """The integers of an int8 or int4 weight in tiles of 64 outputs, int8, padding included."""
+    return _split_halves(packed.data) if packed.kind == "int4" else packed.data
 
 
 def packed_columns(packed: PackedWeight, index: Int[Tensor, "*n"]) -> Float[Tensor, "*n I"]:

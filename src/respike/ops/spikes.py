@@ -1,0 +1,153 @@
+"""Spiking neurons: from the numbers that enter a linear layer to signed integer spike counts.
+
+Letters: I inputs of the layer (channels); any leading dimensions (tokens).
+Sources: Pan et al., "SpikingBrain", arXiv:2509.05276, section 3 (adaptive threshold, soft reset,
+straight-through gradient); the same authors' SpikingBrain2.0 (absmax INT8); the dead zone is ours.
+
+A neuron charges with an input, and fires one spike of the input's sign each time step, which takes
+one threshold off its charge (soft reset), as long as at least half a threshold is left. What it has
+fired in the end is the input in units of the threshold, rounded, halves away from zero: the closed
+form. (The released code rounds halves to even; ties are rare.) An input inside the neuron's silent
+band does not fire at all::
+
+    adaptive    threshold mean|x| / k of the token; silent below half a threshold
+    absmax      threshold max|x| / 127 of the token: counts of 8 bits
+    dead zone   either threshold, and nothing fires below `band`
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+LEAST_ADAPTIVE_STEP = 1e-5
+"""Smallest adaptive threshold, as released; so a token of zeros stays silent."""
+
+ABSMAX_COUNT = 127
+"""Largest count of the absmax neuron."""
+
+
+def mean_magnitude(x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows 1"]:
+    """mean|x| of each token, float32."""
+    return x.float().abs().mean(-1, keepdim=True)
+
+
+def adaptive_step(x: Float[Tensor, "*rows I"], k: float) -> Float[Tensor, "*rows 1"]:
+    """SpikingBrain-1.0's threshold, mean|x| / k of each token, float32.
+
+    The released code also limits it to at most 1e4, which only tokens of a mean above 1e4 k meet.
+    """
+    return (mean_magnitude(x) / k).clamp(min=LEAST_ADAPTIVE_STEP)
+
+
+def absmax_step(x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows 1"]:
+    """SpikingBrain-2.0's threshold, max|x| / 127 of each token, float32; never zero."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    return (largest / ABSMAX_COUNT).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def integrate_and_fire(
+    x: Float[Tensor, "*rows I"],
+    step: Float[Tensor, "*rows 1"],
+    band: Float[Tensor, "*band"] | None = None,
+) -> Iterator[Int[Tensor, "*rows I"]]:
+    """The neuron step by step: the definition.
+
+    In float64, where subtracting a float32 threshold from a float32 charge is exact.
+
+    Args:
+        x: Charge of each neuron.
+        step: Threshold of each token, above zero.
+        band: Neurons charged with less stay silent; broadcasts to ``x``. None silences none.
+
+    Yields:
+        Spikes -1, 0 or 1 of each time step, int8, until all are silent.
+    """
+    charge, threshold = x.double(), step.double()
+    sign = charge.sign()
+    awake = torch.ones_like(x, dtype=torch.bool) if band is None else x.float().abs() >= band
+    while bool((fires := awake & (sign * charge >= threshold / 2)).any()):
+        spikes = sign * fires
+        charge = charge - spikes * threshold
+        yield spikes.to(torch.int8)
+
+
+def spike_counts(
+    x: Float[Tensor, "*rows I"],
+    step: Float[Tensor, "*rows 1"],
+    band: Float[Tensor, "*band"] | None = None,
+) -> Int[Tensor, "*rows I"]:
+    """The sum of all that `integrate_and_fire` fires, int32, without taking the steps.
+
+    Exact: a quotient of two float32 that is no tie is too far from one for float64 to confuse them.
+    Where ``x`` or ``step`` is not a number, nothing fires (``step`` then carries it to the output).
+
+    Args:
+        x: As for `integrate_and_fire`; at most 2^31 thresholds.
+        step: As there.
+        band: As there.
+    """
+    ratio = x.double().div_(step.double()).nan_to_num_(0.0)
+    counts = ratio.sign() * ratio.abs().add_(0.5).floor_()
+    if band is not None:
+        counts = torch.where(x.float().abs() >= band, counts, 0.0)
+    return counts.to(torch.int32)
+
+
+class _Spiking(torch.autograd.Function):
+    """Counts times threshold, with the gradients that `spiking` tells."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        band: Tensor | None,
+    ) -> Tensor:
+        if band is not None:
+            ctx.save_for_backward(x, step, band)
+        return (spike_counts(x, step, band) * step).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        if not ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
+            return gradient, None, None
+        x, step, band = ctx.saved_tensors  # type: ignore[attr-defined]
+        reach = torch.maximum(band, step / 2).expand(x.shape)
+        edge = (1 - (x.float().abs() - band).abs() / reach).clamp(min=0) / reach
+        slope = -(gradient.float() * x.float() * edge)
+        return gradient, None, slope.sum_to_size(band.shape)
+
+
+def spiking(
+    x: Float[Tensor, "*rows I"],
+    step: Float[Tensor, "*rows 1"],
+    band: Float[Tensor, "*band"] | None = None,
+) -> Float[Tensor, "*rows I"]:
+    """What the spikes stand for, counts times threshold, in the dtype of ``x``; differentiable.
+
+    The gradient of ``x`` is straight through, that of silent inputs too, so that a channel can come
+    back; ``step`` gets none. ``band`` gets a surrogate: its edge, a step from 0 to ``x``, is taken
+    for a slope whose derivative is a triangle around the band, as wide as the band to either side
+    (or as half a threshold, where that is more).
+
+    Args:
+        x: As for `integrate_and_fire`.
+        step: As there.
+        band: As there.
+    """
+    return _Spiking.apply(x, step, band)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def silenced(x: Float[Tensor, "*rows I"], band: Float[Tensor, "*band"]) -> Float[Tensor, "*rows I"]:
+    """``x`` with zeros where it is smaller than ``band``: no neuron, the rival.
+
+    Source: Liu et al., "Training-Free Activation Sparsity in Large Language Models" (TEAL),
+    arXiv:2408.14690.
+    """
+    return torch.where(x.float().abs() < band, torch.zeros_like(x), x)

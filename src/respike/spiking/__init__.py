@@ -1,0 +1,7 @@
+"""Spiking models from others: calibrate neurons, count what they fire, write the folder."""
+
+from respike.spiking.calibrate import Goal, calibrate
+from respike.spiking.census import Census
+from respike.spiking.execute import Measure, spike
+
+__all__ = ["Census", "Goal", "Measure", "calibrate", "spike"]

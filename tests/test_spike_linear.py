@@ -1,0 +1,232 @@
+"""Spike products: the dense form and the events of every level have the definition's bits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import at_level, each_level, extension, native
+from respike.ops.packed import KINDS, PackedWeight, pack, unpack
+from respike.ops.spike_linear import (
+    EVENT_ROWS,
+    spike_linear,
+    spike_linear_definition,
+    spike_linear_dense,
+)
+from tolerance import assert_close
+
+INT_KINDS = ("int8", "int4")
+SHAPES = ((1, 1), (64, 64), (70, 33), (200, 577), (65, 300))
+"""(O, I): one tile and several, whole and not; groups, whole and not."""
+
+each_kind = pytest.mark.parametrize("kind", INT_KINDS)
+Case = tuple[Tensor, Tensor, PackedWeight, Tensor]
+
+
+def case(kind: str, outputs: int, inputs: int, rows: int, group: int = 32, most: int = 127) -> Case:
+    packed = pack(0.1 * torch.randn(outputs, inputs), kind, group)
+    counts = torch.randint(-most, most + 1, (rows, inputs), dtype=torch.int32)
+    silent = torch.rand(rows, inputs) < torch.linspace(0, 1, rows)[:, None]
+    counts = counts.masked_fill(silent, 0)
+    return counts, torch.rand(rows, 1) + 0.01, packed, torch.randn(outputs)
+
+
+def by_hand(counts: Tensor, step: Tensor, packed: PackedWeight, bias: Tensor) -> Tensor:
+    return (counts.double() @ unpack(packed).double().T * step.double() + bias).float()
+
+
+@each_kind
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_definition_multiplies_what_counts_and_weights_stand_for(kind: str, group: int) -> None:
+    counts, step, packed, bias = case(kind, 70, 333, 5, group)
+    got = spike_linear_definition(counts, step, packed, bias)
+    assert_close(got, by_hand(counts, step, packed, bias))
+    whole = spike_linear_definition(counts.view(1, 5, 333), step.view(1, 5, 1), packed)
+    assert torch.equal(whole[0] + bias, got)
+
+
+@each_kind
+@pytest.mark.parametrize("most", [1, 127, 40_000, 2**31 - 1])
+@pytest.mark.usefixtures("poison")
+def test_the_dense_form_has_the_definitions_bits(kind: str, most: int) -> None:
+    for outputs, inputs in SHAPES:
+        for rows in (1, 3, EVENT_ROWS + 1):
+            counts, step, packed, bias = case(kind, outputs, inputs, rows, most=most)
+            for b in (bias, None):
+                expected = spike_linear_definition(counts, step, packed, b)
+                assert torch.equal(spike_linear_dense(counts, step, packed, b), expected)
+
+
+def test_the_dense_form_is_exact_where_torch_may_round() -> None:
+    counts, step, packed, bias = case("int8", 70, 333, 40, 128)
+    expected = spike_linear_definition(counts, step, packed, bias)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(spike_linear_dense(counts, step, packed, bias), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@each_kind
+def test_silent_rows_and_no_rows(kind: str) -> None:
+    counts, step, packed, bias = case(kind, 70, 33, 3)
+    nothing = torch.zeros_like(counts)
+    for form in (spike_linear, spike_linear_dense):
+        assert torch.equal(form(nothing, step, packed, bias), bias.expand(3, -1))
+        assert form(counts[:0], step[:0], packed, bias).shape == (0, 70)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    counts, step, packed, bias = case("int8", 6, 4, 2)
+    unchecked = getattr(spike_linear, "__wrapped__", spike_linear)
+    for bad, message in (
+        ((counts[:, :3], step, packed, bias), "counts has 3 columns"),
+        ((counts.long(), step, packed, bias), "counts and step are torch.int64"),
+        ((counts, step[:1], packed, bias), "step has shape"),
+        ((counts, step, packed, bias[:3]), "bias is not 6 float32"),
+        ((counts, step.to("meta"), packed, bias), "counts are on cpu"),
+        ((counts, step, pack(torch.randn(6, 4), "bf16"), bias), "kind bf16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unchecked(*bad)
+
+
+# ---- events
+
+
+@native
+@each_level
+@each_kind
+@pytest.mark.parametrize("most", [1, 127, 32_767, 40_000, 2**31 - 1])
+@pytest.mark.usefixtures("poison")
+def test_events_have_the_definitions_bits(level: int, kind: str, most: int) -> None:
+    for outputs, inputs in SHAPES:
+        for rows in (1, 2, 5, EVENT_ROWS):
+            counts, step, packed, bias = case(kind, outputs, inputs, rows, most=most)
+            expected = spike_linear_definition(counts, step, packed, bias)
+            with at_level(level):
+                assert torch.equal(spike_linear(counts, step, packed, bias), expected)
+                got = spike_linear(counts[-1], step[-1], packed)
+            assert torch.equal(got, spike_linear_definition(counts[-1], step[-1], packed))
+
+
+@native
+@each_level
+@each_kind
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_largest_sums_do_not_overflow(level: int, kind: str, group: int) -> None:
+    packed = pack(torch.where(torch.rand(70, 301) < 0.5, 1.0, -1.0), kind, group)
+    for count in (32_767, -32_767, 32_768, -(2**31) + 1):
+        counts = torch.full((3, 301), count, dtype=torch.int32)
+        counts[1] = -counts[1]
+        counts[2, 17:] = 0
+        step = torch.rand(3, 1)
+        with at_level(level):
+            got = spike_linear(counts, step, packed)
+        assert torch.equal(got, spike_linear_definition(counts, step, packed))
+        assert torch.equal(spike_linear_dense(counts, step, packed), got)
+
+
+@native
+@each_level
+@each_kind
+def test_bits_do_not_depend_on_the_number_of_threads(level: int, kind: str) -> None:
+    counts, step, packed, bias = case(kind, 900, 577, 3)
+    with at_level(level):
+        alone = spike_linear(counts, step, packed, bias)
+        torch.set_num_threads(3)
+        try:
+            together = spike_linear(counts, step, packed, bias)
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(alone, together)
+
+
+@native
+@each_level
+@each_kind
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_is_written_outside_unaligned_buffers(level: int, kind: str, rows: int) -> None:
+    outputs, inputs = 67, 33
+    counts, step, packed, bias = case(kind, outputs, inputs, rows)
+    expected = spike_linear_definition(counts, step, packed, bias)
+    assert packed.scales is not None
+    tensors = dict(counts=counts, step=step, data=packed.data, scales=packed.scales, bias=bias)
+    guarded = {}
+    for name, t in (tensors | dict(out=torch.zeros_like(expected))).items():
+        guard = torch.full((33,), torch.nan if t.is_floating_point() else 127).to(t.dtype)
+        guarded[name] = torch.cat([guard, t.flatten(), guard])
+    at = {name: t.data_ptr() + 33 * t.element_size() for name, t in guarded.items()}
+    buffers = [at[name] for name in ("data", "scales", "counts", "step", "bias", "out")]
+    kernel = extension().spike_linear
+    kernel(level, 1, KINDS.index(kind), *buffers, rows, inputs, outputs, 32)
+    out = guarded["out"]
+    assert torch.equal(out[33:-33].view(rows, outputs), expected)
+    assert out[:33].isnan().all()
+    assert out[-33:].isnan().all()
+
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from respike.ops import backends
+from respike.ops.packed import KINDS, pack
+from respike.ops.spike_linear import spike_linear_definition
+
+kind, level, break_it = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "touch"
+outputs, blocks = 130, 6
+per_page = mmap.PAGESIZE // (64 if kind == "int8" else 32)
+inputs = blocks * per_page
+packed = pack(torch.randn(outputs, inputs), kind, 32)
+counts = torch.randint(-127, 128, (2, inputs), dtype=torch.int32)
+silent = [1, 2, 5]
+for block in silent:
+    counts[:, block * per_page : (block + 1) * per_page] = 0
+counts[1, :per_page] = 0
+step = torch.rand(2, 1)
+expected = spike_linear_definition(counts, step, packed)
+if break_it:
+    counts[1, 2 * per_page + 3] = 1
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+memory = mmap.mmap(-1, packed.data.nbytes)
+data = torch.frombuffer(memory, dtype=packed.data.dtype).view(packed.data.shape)
+data.copy_(packed.data)
+assert data.data_ptr() % mmap.PAGESIZE == 0
+for tile in range(len(data)):
+    for block in silent:
+        page = data.data_ptr() + (tile * blocks + block) * mmap.PAGESIZE
+        assert libc.mprotect(page, mmap.PAGESIZE, 0) == 0
+
+out = torch.full((2, outputs), torch.nan)
+buffers = (data, packed.scales, counts, step)
+backends.kernels().module.spike_linear(
+    level, 1, KINDS.index(kind), *(t.data_ptr() for t in buffers), 0, out.data_ptr(),
+    2, inputs, outputs, 32,
+)
+assert torch.equal(out, expected)
+print("never touched")
+"""
+
+
+@native
+@pytest.mark.skipif(sys.platform != "linux", reason="page protection is asked for as on Linux")
+@each_level
+@each_kind
+def test_a_silent_inputs_memory_is_never_touched(level: int, kind: str) -> None:
+    """Its pages cannot be read: a kernel that touches one dies."""
+
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", GUARDED, kind, str(level), how]
+        return subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path.cwd())
+
+    spared = run("spare")
+    assert spared.returncode == 0, spared.stderr
+    assert spared.stdout.strip() == "never touched"
+    if level == 0:  # and the guard bites: one event there, and the same program dies of it
+        assert run("touch").returncode < 0
