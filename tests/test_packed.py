@@ -151,7 +151,7 @@ def test_single_rows_of_the_weight_can_be_looked_up(kind: str) -> None:
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_weights_placed_together_are_the_same_and_aligned(count: int) -> None:
     packed = [pack(torch.randn(65 + i, 33), KINDS[i % 4]) for i in range(count)]
-    placed = place_together(packed)
+    placed = list(place_together(list(packed)))
     assert len(placed) == count
     for before, after in zip(packed, placed, strict=True):
         assert torch.equal(unpack(after), unpack(before))

@@ -82,4 +82,4 @@ def gather_packed(root: nn.Module) -> int:
     together = place_together([layer.packed for layer in layers])
     for layer, packed in zip(layers, together, strict=True):
         layer.set_packed(packed)
-    return sum(packed.nbytes for packed in together)
+    return sum(layer.packed.nbytes for layer in layers)
