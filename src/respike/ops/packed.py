@@ -122,7 +122,7 @@ def pack(
 
 def unpack(packed: PackedWeight) -> Float[Tensor, "O I"]:
     """The weight that the packed form stands for, float32."""
-    values = from_tiles(unpack_integers(packed))
+    values = from_tiles(_split_halves(packed.data) if packed.kind == "int4" else packed.data)
     weight = values[: packed.out_features].float()
     if packed.scales is None:
         return weight
