@@ -107,7 +107,6 @@ float Engine<T>::scale() const {
 template <class T>
 void Engine<T>::run(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
                     size_t first, size_t last, const std::vector<MixerBuffers<T>>& buffers) {
-  const std::lock_guard<std::mutex> lock(busy_);
   const Call call{level, threads, span, work};
   tables_.clear();
   const MixerBuffers<T>* next = buffers.data();
@@ -122,14 +121,12 @@ void Engine<T>::run(Level level, int threads, const EngineSpan& span, const Work
 template <class T>
 void Engine<T>::project(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
                         size_t layer) {
-  const std::lock_guard<std::mutex> lock(busy_);
   project({level, threads, span, work}, layer);
 }
 
 template <class T>
 void Engine<T>::finish(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
                        size_t layer) {
-  const std::lock_guard<std::mutex> lock(busy_);
   finish({level, threads, span, work}, layer);
 }
 

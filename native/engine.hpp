@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <map>
-#include <mutex>
 #include <tuple>
 #include <vector>
 
@@ -99,7 +98,7 @@ class Engine {
   void run(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
            std::size_t first, std::size_t last, const std::vector<MixerBuffers<T>>& buffers);
 
-  // The same in three steps, for layers whose mixers run elsewhere: from x to q, k and v;
+  // The same in two steps, for layers whose mixers run elsewhere in between: from x to q, k and v;
   // and from mixed to x.
   void project(Level level, int threads, const EngineSpan& span, const Workspace<T>& work,
                std::size_t layer);
@@ -150,8 +149,8 @@ class Engine {
   DecoderShape shape_;
   Activations activations_;  // of the linear layers' inputs
   std::vector<LayerWeights<T>> layers_;
-  std::mutex busy_;  // the scratch below serves one call at a time
 
+  // Scratch, for one call at a time: the caller sees to that.
   std::map<Turn, Tables> tables_;  // of the span at hand
   std::vector<T> q_rotated_, k_rotated_, added_, gate_, up_, gated_;
   std::map<std::int64_t, std::vector<T>> q_sink_;      // by sink reach

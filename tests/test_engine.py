@@ -5,6 +5,7 @@ Letters: B sequences, T tokens, D width.
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -152,6 +153,15 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_threads_of_python_take_turns() -> None:
+    fast, _ = pair(CONFIGS["far memories"])
+    ids = [random_tokens(1, T, seed=seed) for seed in range(6)]
+    alone = [run(fast, each, (40, 41))[0] for each in ids]
+    with ThreadPoolExecutor(6) as threads:
+        together = list(threads.map(lambda each: run(fast, each, (40, 41))[0], ids))
+    assert all(map(torch.equal, together, alone))
 
 
 def test_it_notices_when_mixers_change() -> None:

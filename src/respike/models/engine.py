@@ -7,6 +7,7 @@ Letters: B batch, T tokens, D model width, H query heads, G KV groups, K head di
 """
 
 import math
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,7 @@ class Engine:
         self._heads, self._groups = attention.num_heads, attention.num_groups
         self._head_dim = attention.head_dim
         self._work: dict[str, Tensor] = {}
+        self._busy = Lock()  # the workspace serves one call at a time
         self._build()
 
     def _build(self) -> None:
@@ -102,6 +104,10 @@ class Engine:
         Returns:
             The states after it.
         """
+        with self._busy:
+            return self._run(x, span, states)
+
+    def _run(self, x: Tensor, span: Span, states: LayerStates) -> LayerStates:
         if self._changed():
             self._build()
         work = self._workspace(x)

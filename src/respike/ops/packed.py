@@ -178,9 +178,7 @@ def place_together(weights: list[PackedWeight]) -> Iterator[PackedWeight]:
 
     while weights:
         w = weights.pop(0)
-        yield replace(
-            w, data=placed(w.data), scales=None if w.scales is None else placed(w.scales)
-        )
+        yield replace(w, data=placed(w.data), scales=None if w.scales is None else placed(w.scales))
 
 
 def quantise_definition(
