@@ -195,7 +195,7 @@ void packed_linears(Level level, int threads, const T* x, int64_t rows,
   const int64_t block = (rows + row_blocks - 1) / row_blocks;
   const int64_t each = (panel_depth + block) * tile_width;
   float* memory = scratch(each * threads);
-  parallel_for(threads, tiles * row_blocks, [&](int64_t index, int slot) {
+  const auto one = [&](int64_t index, int slot) {
     int64_t at = index / row_blocks;
     const PackedLinearJob<T>* job = jobs;
     for (; at >= tiles_of(job->weights); ++job) at -= tiles_of(job->weights);
@@ -206,6 +206,12 @@ void packed_linears(Level level, int threads, const T* x, int64_t rows,
     multiply_tile(level, job->weights.kind, tile, forms, rows, from, to, how, sums, panel);
     finish(tile, sums, to - from, job->out + from * job->out_stride + at * tile_width,
            job->out_stride);
+  };
+  if (rows > few) return parallel_for(threads, tiles * row_blocks, one);
+  // Tiles side by side go to one thread: what it fetches ahead is then its own.
+  const int64_t parts = std::min<int64_t>(threads, tiles);
+  parallel_for(threads, parts, [&](int64_t part, int slot) {
+    for (int64_t t = part * tiles / parts; t < (part + 1) * tiles / parts; ++t) one(t, slot);
   });
 }
 
