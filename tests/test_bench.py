@@ -34,7 +34,9 @@ from respike.cli import main
 from respike.cli.bench_text import best_of_groups
 from respike.conversion import convert, plan
 from respike.errors import BackendError, CheckpointError, DataError, RespikeError, UsageError
+from respike.layers.span import Span
 from respike.loading import load_decoder, load_tokenizer
+from respike.models.engine import Engine, LayerStates
 from respike.ops import backends
 from respike.recipe import load_recipe
 from tiny import D, F, H, K, V, full, model_config, save_tiny, window, write_gguf
@@ -443,15 +445,14 @@ def test_a_small_model_shows_what_no_single_kernel_does(monkeypatch: pytest.Monk
     rms = gate.check_model(CONFIG)
     assert rms is not None
     assert rms < 0.02
-    from respike.layers import span
+    right = Engine.run
 
-    right = span.rotate
+    def late(self: Engine, x: torch.Tensor, span: Span, states: LayerStates) -> LayerStates:
+        after = right(self, x, span, states)
+        x.copy_(x.roll(1, 1))
+        return after
 
-    def late(x: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
-        out = right(x, *tables)
-        return out if backends.kernels() is None else out.roll(1, 1)
-
-    monkeypatch.setattr(span, "rotate", late)
+    monkeypatch.setattr(Engine, "run", late)
     with pytest.raises(BackendError, match="native kernels and torch differ") as caught:
         gate.check_model(CONFIG)
     one_line(caught.value)
@@ -602,7 +603,7 @@ def test_bench_of_a_shape_and_cold_start(
         (("win", "--recipe", "window"), 2, "--recipe belongs to --shape"),
         (("win", "--vs", "vllm"), 2, "--vs vllm: not one of original, transformers"),
         (("win", "--lengths", "1k,zwei"), 2, "length 'zwei'"),
-        (("win", "--weights", "int4", "--lengths", "64"), 1, "--weights"),
+        (("win", "--weights", "int3", "--lengths", "64"), 2, "--weights"),
         (("win", "--dtype", "f8"), 1, "dtype 'f8'"),
         (("win", "-o", "missing/out.json"), 2, "its folder does not exist"),
         (("win", "-o", "win"), 2, "is a folder"),

