@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
 namespace respike {
 
@@ -11,8 +10,6 @@ using std::int64_t;
 using std::size_t;
 
 namespace {
-
-constexpr int64_t everything = without_window;
 
 template <class T>
 T* grown(std::vector<T>& buffer, int64_t elements) {
@@ -48,29 +45,15 @@ void summarise(const T* rows, int64_t count, int64_t dim, T* out) {
   }
 }
 
-// Copies tokens of a ring, whose token `position` lies in slot position % slots, in order of time.
-template <class T>
-void copy_ring(const T* ring, int64_t slots, int64_t position, int64_t count, T* to, int64_t dim) {
-  while (count > 0) {
-    const int64_t slot = position % slots;
-    const int64_t run = std::min(count, slots - slot);
-    std::copy_n(ring + slot * dim, run * dim, to);
-    position += run;
-    count -= run;
-    to += run * dim;
-  }
-}
-
-template <class T>
-void store_in_ring(const T* from, int64_t slots, int64_t position, int64_t count, T* ring,
-                   int64_t dim) {
-  while (count > 0) {
-    const int64_t slot = position % slots;
-    const int64_t run = std::min(count, slots - slot);
-    std::copy_n(from, run * dim, ring + slot * dim);
-    position += run;
-    count -= run;
-    from += run * dim;
+// Tokens [position, position + count) of a ring, in which token p lies in slot p % slots, as runs of
+// neighbours: run(slot, tokens before it, tokens of it).
+template <class Run>
+void each_run(int64_t slots, int64_t position, int64_t count, const Run& run) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t slot = (position + done) % slots;
+    const int64_t length = std::min(count - done, slots - slot);
+    run(slot, done, length);
+    done += length;
   }
 }
 
@@ -200,6 +183,15 @@ const typename Engine<T>::Tables& Engine<T>::tables(const Call& call, Turn turn)
   return made;
 }
 
+// Rotates heads (B, T, heads, K) of the span.
+template <class T>
+void Engine<T>::turn_heads(const Call& call, Turn turn, const T* x, int64_t heads, T* out) {
+  const Tables& angles = tables(call, turn);
+  const int64_t stride = heads * shape_.head_dim;
+  rotate(call.level, call.threads, x, stride, angles.cos.data(), angles.sin.data(), out, stride,
+         call.rows(), heads, shape_.head_dim / 2);
+}
+
 template <class T>
 void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffers) {
   const Workspace<T>& work = call.work;
@@ -207,13 +199,8 @@ void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffe
   const int64_t rows = call.rows();
   const int64_t q_stride = shape_.heads * dim;
   const int64_t k_stride = shape_.groups * dim;
-  T* q = grown(q_rotated_, rows * q_stride);
-  T* k = grown(k_rotated_, rows * k_stride);
-  const Tables& turn = tables(call, {});
-  rotate(call.level, call.threads, work.q, q_stride, turn.cos.data(), turn.sin.data(), q, q_stride,
-         rows, shape_.heads, dim / 2);
-  rotate(call.level, call.threads, work.k, k_stride, turn.cos.data(), turn.sin.data(), k, k_stride,
-         rows, shape_.groups, dim / 2);
+  turn_heads(call, {}, work.q, shape_.heads, grown(q_rotated_, rows * q_stride));
+  turn_heads(call, {}, work.k, shape_.groups, grown(k_rotated_, rows * k_stride));
 
   const std::vector<MixerWeights>& mixers = layers_[layer].mixers;
   int64_t near = 0;
@@ -222,10 +209,8 @@ void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffe
     near += static_cast<int64_t>(call.batch() * mixer.groups.size()) * near_size(call, mixer);
     const int64_t reach = mixer.sink_reach;
     if (mixer.sinks == 0 || call.last() <= reach || sink_queries_.count(reach) > 0) continue;
-    const Tables& held = tables(call, {reach, 0, 0});
     T* q_sink = grown(q_sink_[reach], rows * q_stride);
-    rotate(call.level, call.threads, work.q, q_stride, held.cos.data(), held.sin.data(), q_sink,
-           q_stride, rows, shape_.heads, dim / 2);
+    turn_heads(call, {reach, 0, 0}, work.q, shape_.heads, q_sink);
     sink_queries_[reach] = q_sink;
   }
   grown(near_, near);
@@ -257,10 +242,8 @@ void Engine<T>::add_blocks(const Call& call, const MixerWeights& mixer,
   const int64_t q_stride = shape_.heads * dim;
   const int64_t k_stride = shape_.groups * dim;
   const int64_t size = mixer.rule.summary;
-  const Tables& turn = tables(call, {0, 0, mixer.rule.block});
   T* turned = grown(k_in_blocks_, call.rows() * k_stride);
-  rotate(call.level, call.threads, call.work.k, k_stride, turn.cos.data(), turn.sin.data(), turned,
-         k_stride, call.rows(), shape_.groups, dim / 2);
+  turn_heads(call, {0, 0, mixer.rule.block}, call.work.k, shape_.groups, turned);
   for (size_t b = 0; b < call.batch(); ++b) {
     const int64_t start = call.span.start[b];
     const int64_t valid = call.span.valid[b];
@@ -326,7 +309,7 @@ void Engine<T>::add_jobs(const Call& call, const MixerWeights& mixer,
       job.heads = heads;
       job.head_dim = dim;
       job.value_dim = dim;
-      job.window = near.all_seen || !windowed ? everything : mixer.window;
+      job.window = near.all_seen || !windowed ? without_window : mixer.window;
       job.scale = scale();
       job.out = call.work.mixed + at;
       job.out_stride = q_stride;
@@ -443,17 +426,20 @@ typename Engine<T>::Near Engine<T>::within_window(const Call& call, const MixerW
   }
   T* const keys = values + (window + call.span.tokens) * dim;
   const int64_t old = begin - first;
-  copy_ring(ring_k, window, first, old, keys, dim);
-  copy_ring(ring_v, window, first, old, values, dim);
+  each_run(window, first, old, [&](int64_t slot, int64_t done, int64_t length) {
+    std::copy_n(ring_k + slot * dim, length * dim, keys + done * dim);
+    std::copy_n(ring_v + slot * dim, length * dim, values + done * dim);
+  });
   copy_rows(new_k, stride, keys + old * dim, dim, end - begin, dim);
   copy_rows(new_v, stride, values + old * dim, dim, end - begin, dim);
   const int64_t kept = std::max(begin, end - window);
-  store_in_ring(keys + (kept - first) * dim, window, kept, end - kept, ring_k, dim);
-  store_in_ring(values + (kept - first) * dim, window, kept, end - kept, ring_v, dim);
-  if (mixer.far.features > 0) {
-    rotate_back(call, mixer, b, near.first_leaving, valid, keys,
-                leaving_k + near.first_leaving * dim);
-  }
+  each_run(window, kept, end - kept, [&](int64_t slot, int64_t done, int64_t length) {
+    const int64_t from = (kept - first + done) * dim;
+    std::copy_n(keys + from, length * dim, ring_k + slot * dim);
+    std::copy_n(values + from, length * dim, ring_v + slot * dim);
+  });
+  rotate_back(call, mixer, b, near.first_leaving, valid, keys,
+              leaving_k + near.first_leaving * dim);
   near.keys = keys_at(keys, values, dim, old + end - begin);
   near.first = sinks + first;
   return near;

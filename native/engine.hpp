@@ -142,6 +142,7 @@ class Engine {
   void rotate_back(const Call& call, const MixerWeights& mixer, std::size_t b, std::int64_t from,
                    std::int64_t to, const T* keys, T* out);
   const Tables& tables(const Call& call, Turn turn);
+  void turn_heads(const Call& call, Turn turn, const T* x, std::int64_t heads, T* out);
 
   float scale() const;  // of scores
   void linears(const Call& call, const T* x, std::initializer_list<PackedLinearJob<T>> jobs) const;

@@ -5,7 +5,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
+#include <utility>
 
 #include "engine.hpp"
 
@@ -65,10 +65,25 @@ respike::Workspace<T> workspace(const nb::tuple& a) {
           pointer<T>(a[3]), pointer<T>(a[4]), pointer<T>(a[5])};
 }
 
+using Counts = std::vector<int64_t>;
+
+template <class T>
+using Step = void (respike::Engine<T>::*)(respike::Level, int, const respike::EngineSpan&,
+                                          const respike::Workspace<T>&, std::size_t);
+
+// `step` of one layer.
+template <class T, Step<T> step>
+void one_step(respike::Engine<T>& engine, int level, int threads, Counts start, Counts valid,
+              int64_t tokens, const nb::tuple& work, std::size_t layer) {
+  const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
+  const auto space = workspace<T>(work);
+  const nb::gil_scoped_release unlocked;
+  (engine.*step)(respike::checked_level(level), threads, span, space, layer);
+}
+
 template <class T>
 void bind(nb::module_& m, const char* name) {
   using Engine = respike::Engine<T>;
-  using Counts = std::vector<int64_t>;
   nb::class_<Engine>(m, name)
       .def(
           "__init__",
@@ -101,26 +116,10 @@ void bind(nb::module_& m, const char* name) {
           },
           "level"_a, "threads"_a, "start"_a, "valid"_a, "tokens"_a, "work"_a, "first"_a, "last"_a,
           "buffers"_a, "x after layers [first, last).")
-      .def(
-          "project",
-          [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,
-             const nb::tuple& work, std::size_t index) {
-            const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
-            const auto space = workspace<T>(work);
-            const nb::gil_scoped_release unlocked;
-            self.project(respike::checked_level(level), threads, span, space, index);
-          },
-          "level"_a, "threads"_a, "start"_a, "valid"_a, "tokens"_a, "work"_a, "layer"_a)
-      .def(
-          "finish",
-          [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,
-             const nb::tuple& work, std::size_t index) {
-            const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
-            const auto space = workspace<T>(work);
-            const nb::gil_scoped_release unlocked;
-            self.finish(respike::checked_level(level), threads, span, space, index);
-          },
-          "level"_a, "threads"_a, "start"_a, "valid"_a, "tokens"_a, "work"_a, "layer"_a);
+      .def("project", one_step<T, &Engine::project>, "level"_a, "threads"_a, "start"_a, "valid"_a,
+           "tokens"_a, "work"_a, "layer"_a)
+      .def("finish", one_step<T, &Engine::finish>, "level"_a, "threads"_a, "start"_a, "valid"_a,
+           "tokens"_a, "work"_a, "layer"_a);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from respike.cli.measure import BUILTIN
 from respike.cli.show import (
+    data_option,
     echo_json,
     human_bytes,
     json_option,
@@ -45,12 +45,7 @@ from respike.errors import UsageError
     type=click.Choice(["f32", "bf16", "f16"]),
     help="Dtype to store.  [default: the recipe's]",
 )
-@click.option(
-    "--data",
-    multiple=True,
-    type=click.Path(),
-    help=f"Text to calibrate memories on; repeatable.  [default: {BUILTIN}]",
-)
+@data_option("Text to calibrate memories on")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace OUT if respike wrote it.")
 @threads_option
@@ -117,12 +112,7 @@ def _plan_text(report: dict[str, Any]) -> str:
     metavar="N",
     help="KV groups that keep full softmax, of all layers together.",
 )
-@click.option(
-    "--data",
-    multiple=True,
-    type=click.Path(),
-    help=f"Text file; repeatable.  [default: {BUILTIN}]",
-)
+@data_option("Text file")
 @number_option("--window-tokens", 256, "Window of all other KV groups.")
 @number_option("--sink-tokens", 4, "First tokens that those groups keep.", least=0)
 @number_option("--context-tokens", 1024, "Length of a piece of text.", least=2)

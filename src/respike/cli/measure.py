@@ -14,6 +14,8 @@ from respike.cli.recall import (
     recall_text,
 )
 from respike.cli.show import (
+    BUILTIN,
+    data_option,
     echo_json,
     json_option,
     load_options,
@@ -27,20 +29,13 @@ from respike.errors import DataError, UsageError
 AS_STORED = {"weights": "stored"}
 """--weights is about the model that is measured, never about what it is compared with."""
 
-BUILTIN = "Python's language reference (built in)"
-
 
 def text_options(command: Any) -> Any:
     """Which text, and how much of it."""
     for option in (
         number_option("--max-tokens", 8192, "Tokens of text in all.", least=2),
         number_option("--context-tokens", 2048, "Length of a piece of text.", least=2),
-        click.option(
-            "--data",
-            multiple=True,
-            type=click.Path(),
-            help=f"Text file; repeatable.  [default: {BUILTIN}]",
-        ),
+        data_option("Text file"),
     ):
         command = option(command)
     return command

@@ -19,6 +19,19 @@ threads_option = click.option(
 )
 
 
+BUILTIN = "Python's language reference (built in)"
+
+
+def data_option(purpose: str) -> Callable[[Command], Command]:
+    """Which text: files, or the built-in one."""
+    return click.option(
+        "--data",
+        multiple=True,
+        type=click.Path(),
+        help=f"{purpose}; repeatable.  [default: {BUILTIN}]",
+    )
+
+
 weights_option = click.option(
     "--weights",
     type=click.Choice(["stored", "int8", "int4"]),

@@ -4,8 +4,8 @@ from typing import Any
 
 import click
 
-from respike.cli.measure import BUILTIN
 from respike.cli.show import (
+    data_option,
     device_options,
     echo_json,
     human_bytes,
@@ -51,12 +51,7 @@ from respike.cli.show import (
     type=click.Choice(["int8", "int4", "float"]),
     help="How spiking layers run: by events, or emulated.  [default: int8; teal: float]",
 )
-@click.option(
-    "--data",
-    multiple=True,
-    type=click.Path(),
-    help=f"Text to calibrate and measure on; repeatable.  [default: {BUILTIN}]",
-)
+@data_option("Text to calibrate and measure on")
 @number_option("--context-tokens", 512, "Length of a piece of text.", least=2)
 @number_option("--calibration-tokens", 2048, "Tokens to calibrate on.")
 @number_option("--max-tokens", 4096, "Other tokens to measure on.")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from respike.layers.span import Span
+from respike.layers.storage import capacity, put_rows
 
 # Not typing.Self: the shape checks of the tests decorate methods one by one and cannot know it.
 S = TypeVar("S", bound="MixerState")
@@ -64,23 +65,16 @@ class KVState:
     def append(self, k: Tensor, v: Tensor, span: Span) -> None:
         """Store the span's keys and values, (B, G, T, K); padding is left out."""
         self.reserve(span.end)
-        for mine, new in ((self.k, k), (self.v, v)):
-            if span.offset is not None:
-                mine[:, :, span.offset : span.end] = new.detach()
-                continue
-            for row, (start, count) in enumerate(
-                zip(span.start.tolist(), span.valid.tolist(), strict=True)
-            ):
-                mine[row, :, start : start + count] = new[row, :, :count].detach()
+        put_rows(self.k, k.detach(), span)
+        put_rows(self.v, v.detach(), span)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for sequences of up to ``num_tokens`` tokens."""
         have = self.k.shape[2]
         if num_tokens <= have:
             return
-        # Growing by a quarter bounds both copies (amortised) and slack. Zeros, because a masked
-        # slot is still multiplied: garbage could be NaN.
-        extra = max(num_tokens, have + have // 4, 64) - have
+        # Zeros, because a masked slot is still multiplied: garbage could be NaN.
+        extra = capacity(have, num_tokens) - have
         pad = self.k.new_zeros(*self.k.shape[:2], extra, self.k.shape[3])
         self.k, self.v = torch.cat((self.k, pad), 2), torch.cat((self.v, pad), 2)
 

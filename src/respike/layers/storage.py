@@ -22,6 +22,20 @@ MAPPED_SLOTS = 1 << 16
 """Slots a mapped cache begins with: files have holes, so what is not written costs nothing."""
 
 
+def put_rows(data: Tensor, new: Tensor, span: Span) -> None:
+    """Store ``new`` (B, G, T, C) in the slots (B, G, S, C) of the span, padding left out."""
+    if span.offset is not None:
+        data[:, :, span.offset : span.end] = new
+        return
+    for row, (start, count) in enumerate(zip(span.starts, span.valids, strict=True)):
+        data[row, :, start : start + count] = new[row, :, :count]
+
+
+def capacity(have: int, slots: int) -> int:
+    """How many slots to make when ``slots`` are needed: a quarter more bounds copies and slack."""
+    return max(slots, have + have // 4, 64)
+
+
 class Rows:
     """A growing buffer (B, G, S, C); slots that were never written are zero."""
 
@@ -42,12 +56,7 @@ class Rows:
             align: Slots are made in multiples of this.
         """
         self.reserve(-(-span.end // align) * align, align)
-        if span.offset is not None:
-            self.data[:, :, span.offset : span.end] = new
-            return
-        counts = zip(span.start.tolist(), span.valid.tolist(), strict=True)
-        for row, (start, count) in enumerate(counts):
-            self.data[row, :, start : start + count] = new[row, :, :count]
+        put_rows(self.data, new, span)
 
     def reserve(self, slots: int, align: int = 1) -> None:
         """Make room for ``slots``, copying rarely: amortised, a slot is copied a few times."""
@@ -55,7 +64,7 @@ class Rows:
         if slots <= have:
             return
         mapped = os.environ.get(VARIABLE) and self.data.device.type == "cpu"
-        slots = max(slots, MAPPED_SLOTS, 2 * have) if mapped else max(slots, have + have // 4, 64)
+        slots = max(slots, MAPPED_SLOTS, 2 * have) if mapped else capacity(have, slots)
         slots = -(-slots // align) * align
         shape = (*self.data.shape[:2], slots, self.data.shape[3])
         grown = _mapped(shape, self.data.dtype) if mapped else self.data.new_zeros(shape)
