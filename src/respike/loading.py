@@ -119,6 +119,11 @@ def fast_decoder(
                 hint="its config says how its layers run; choose with `respike spikes --weights`",
             )
         return decoder
+    return pack_or_plain(decoder, weights)
+
+
+def pack_or_plain(decoder: Decoder, weights: str = "stored") -> Decoder:
+    """Pack a decoder for the native engine, in place, where that can run it or is asked for."""
     like = decoder.embedding
     if weights != "stored" or engine_obstacle(like.dtype, like.device) is None:
         pack_decoder(decoder, weights)

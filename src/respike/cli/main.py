@@ -23,6 +23,7 @@ VERBS = {
     "convert": ("convert", "Convert a model by a recipe."),
     "spikes": ("spikes", "Make a model spike; count every spike."),
     "corpus": ("corpus", "Build a training corpus from public packages."),
+    "heal": ("heal", "Train a converted model to do what its original does."),
     "check": ("measure", "How far two models' predictions are apart."),
     "eval": ("measure", "Perplexity by position, or recall."),
     "generate": ("talk", "Continue a prompt."),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -35,6 +36,7 @@ RECEIPT = {"config.json", "recipe.yaml", "report.json"}
 
 WRITTEN = RECEIPT | {"README.md", INDEX, "tokenizer.json", "tokenizer_config.json"}
 WRITTEN |= {"raster_tokens.png", "raster_steps.png"}
+WRITTEN |= {"healing.yaml", "healing.jsonl", "healing.png"}
 """Every name a converted folder may hold besides its weight files."""
 
 
@@ -45,6 +47,7 @@ def convert(
     force: bool = False,
     data: Sequence[str | Path] = (),
     shard_bytes: int = SHARD_BYTES,
+    healed: Mapping[str, Tensor] = MappingProxyType({}),
     also: Callable[[Path], dict[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def convert(
         data: Text files to calibrate far memories on, if the plan's recipe does. None takes what
             comes with Python.
         shard_bytes: Largest weight file.
+        healed: Tensors that take the place of the source's, by name.
         also: Called with the folder before it gets its name; what it returns joins the report.
         progress: Called with (tensors done, tensors).
 
@@ -75,7 +79,7 @@ def convert(
     check_out(out, plan.source.path, force)
     fitted, fit_report = _calibrated(plan, data, progress)
     with _staged(out) as folder:
-        files = _write_weights(plan, folder, shard_bytes, fitted, progress)
+        files = _write_weights(plan, folder, shard_bytes, {**fitted, **healed}, progress)
         config = plan.config.model_dump(mode="json")
         _write_json(folder / "config.json", config)
         load_tokenizer(plan.source).save(folder)

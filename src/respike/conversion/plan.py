@@ -9,9 +9,9 @@ from typing import Any, Literal
 from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
 from respike.checkpoint import Checkpoint, Folder, open_checkpoint
 from respike.checkpoint.families import expected_tensors, mixer_of
-from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig
-from respike.device import get_dtype
-from respike.recipe import Recipe, apply_recipe
+from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig, SpikeConfig
+from respike.device import dtype_name, get_dtype
+from respike.recipe import Recipe, apply_recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,36 @@ def plan(source: str | Path, recipe: Recipe) -> Plan:
         )  # fmt: skip
         tensors.append(TensorPlan(name, (), "drop", reason))
     return Plan(checkpoint, recipe, config, tuple(tensors))
+
+
+def plan_as_it_is(source: Checkpoint, spikes: SpikeConfig | None = None) -> Plan:
+    """A conversion that keeps every mixer and every tensor in the dtype it is stored in.
+
+    The recipe is that of the source folder, if respike wrote it, else ``identity``.
+
+    Args:
+        source: From `respike.checkpoint.open_checkpoint`.
+        spikes: Neurons of the new model; None: the source's.
+    """
+    made = source.path / "recipe.yaml"
+    ours = isinstance(source, Folder) and source.raw_config.get("model_type") == "respike"
+    weights = dtype_name(source.stored_dtype)
+    recipe = load_recipe(str(made) if ours else "identity", [f"weights={weights}"])
+    kinds, as_is = source.stored_as, isinstance(source, Folder)
+    tensors = [
+        TensorPlan(name, shape, "copy" if as_is and kinds.get(name) == weights.upper() else "cast")
+        for name, shape in expected_tensors(source.config)
+    ]
+    kept = {tensor.name for tensor in tensors}
+    dropped = [
+        TensorPlan(name, (), "drop", "tied: the embedding serves as output matrix")
+        for name in kinds
+        if name not in kept and name == "lm_head.weight"
+    ]
+    config = source.config
+    if spikes is not None:
+        config = config.model_copy(update={"spikes": spikes})
+    return Plan(source, recipe, config, (*tensors, *dropped))
 
 
 def _remade(name: str, before: ModelConfig, after: ModelConfig) -> bool:

@@ -6,7 +6,7 @@ names are the source's (Hugging Face's), so a diff of two checkpoints lists what
 Letters: B batch, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, cast
 
 import torch
@@ -42,6 +42,8 @@ PREFILL_CHUNK_TOKENS = 512
 """Tokens a prefill works on at a time: bounds memory, and keeps a chunk's activations in cache."""
 
 Logits = Literal["all", "last", "none"]
+Mix = Callable[[Attention, Tensor, tuple[Tensor, Tensor, Tensor]], Tensor]
+"""From an attention layer, its normed input (B, T, D) and its projections to (B, T, H, K)."""
 
 
 def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
@@ -147,6 +149,19 @@ class DecoderLayer(nn.Module):
         """(B, T, D) and the layer's state before the span -> the same after it."""
         mixed, state = self.self_attn(self.input_layernorm(x), span, state)
         return self.add_mixed(x, mixed), state
+
+    def forward_with(self, x: Tensor, mix: Mix) -> Tensor:
+        """As `forward`, with what happens between projections and output left to ``mix``.
+
+        For callers that mix stretches of ``x`` on their own, such as documents of a packed row.
+        """
+        normed = self.input_layernorm(x)
+        mixed = mix(self.self_attn, normed, self.self_attn.project(normed))
+        return self.add_mixed(x, self.self_attn.o_proj(mixed.flatten(2)))
+
+    def mix_with(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mix: Mix) -> Tensor:
+        """Only that part, on a given norm's output and projections."""
+        return mix(self.self_attn, x, qkv)
 
     def add_mixed(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows the attention: its output joins the residual, then the MLP's does."""

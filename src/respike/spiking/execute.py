@@ -8,17 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from respike.checkpoint import Checkpoint, Folder, open_checkpoint
-from respike.checkpoint.families import expected_tensors
-from respike.config import SpikeConfig
-from respike.conversion import Plan, TensorPlan, check_out, convert
+from respike.checkpoint import open_checkpoint
+from respike.conversion import check_out, convert
+from respike.conversion.plan import plan_as_it_is
 from respike.device import dtype_name
 from respike.errors import DataError, UsageError
 from respike.evaluation.distance import Reference
 from respike.loading import load_decoder, load_tokenizer
 from respike.models.decoder import Decoder
 from respike.models.spiking import how_it_runs, install_spikes
-from respike.recipe import load_recipe
 from respike.spiking.calibrate import Goal, calibrate
 from respike.spiking.census import Census
 from respike.spiking.energy import energy_estimate
@@ -119,32 +117,8 @@ def spike(
             _draw(decoder, held[0], folder)
         return {"spikes": found}
 
-    convert(spiking_plan(source, config), out, force=force, also=finish)
+    convert(plan_as_it_is(source, spikes=config), out, force=force, also=finish)
     return found
-
-
-def spiking_plan(source: Checkpoint, config: SpikeConfig) -> Plan:
-    """A conversion that keeps every tensor as it is stored and adds ``config``.
-
-    The recipe is that of the source folder, if respike wrote it, else ``identity``.
-    """
-    made = source.path / "recipe.yaml"
-    ours = isinstance(source, Folder) and source.raw_config.get("model_type") == "respike"
-    weights = dtype_name(source.stored_dtype)
-    recipe = load_recipe(str(made) if ours else "identity", [f"weights={weights}"])
-    kinds, as_is = source.stored_as, isinstance(source, Folder)
-    tensors = [
-        TensorPlan(name, shape, "copy" if as_is and kinds.get(name) == weights.upper() else "cast")
-        for name, shape in expected_tensors(source.config)
-    ]
-    kept = {tensor.name for tensor in tensors}
-    dropped = [
-        TensorPlan(name, (), "drop", "tied: the embedding serves as output matrix")
-        for name in kinds
-        if name not in kept and name == "lm_head.weight"
-    ]
-    after = source.config.model_copy(update={"spikes": config})
-    return Plan(source, recipe, after, (*tensors, *dropped))
 
 
 def _texts(measure: Measure, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:

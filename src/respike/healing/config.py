@@ -1,0 +1,200 @@
+"""What a person asks of healing: data, stages, rates, as YAML, checked before anything runs."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from respike.config import Frozen
+from respike.errors import UsageError, did_you_mean
+from respike.tasks import FAMILIES
+
+MAX_CONFIG_BYTES = 1 << 20
+Rate = Annotated[float, Field(gt=0, le=1)]
+Frac = Annotated[float, Field(ge=0, le=1)]
+Tokens = Annotated[int, Field(gt=0, le=1 << 44)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+StageKind = Literal["transfer", "distil", "length", "finetune"]
+
+
+class RecallOptions(Frozen):
+    """The recall samples of a mixture; see `respike.data.recall`."""
+
+    frac: Frac = 0.2
+    """Share of all tokens."""
+    families: tuple[str, ...] = tuple(FAMILIES)
+    least_tokens: int = Field(default=64, ge=16)
+    first_tokens: int = Field(default=512, ge=16)
+    last_tokens: int = Field(default=2048, ge=16)
+    doubling_samples: int = Field(default=200, ge=1)
+
+
+class WindowDropout(Frozen):
+    """In some layers of some batches the window is short, so that the memory must work."""
+
+    first_frac: Frac = 0.25
+    """Share of (layer, micro-batch) pairs at the stage's beginning."""
+    last_frac: Frac = 0.1
+    """At its end."""
+    window_tokens: int = Field(default=64, ge=1)
+
+
+class Stage(Frozen):
+    """One stretch of training with one objective.
+
+    transfer   Each layer's mixer, on the original's own inputs, gives the original's output.
+    distil     The whole model gives the original's next-token distribution.
+    length     As distil, with states carried from row to row of a long document.
+    finetune   The data's own next token (of conversations: what the assistant says).
+    """
+
+    kind: StageKind
+    tokens: Tokens
+    context_tokens: int = Field(default=2048, ge=16, le=1 << 20)
+    rows: int = Field(default=4, ge=1)
+    """Rows of ``context_tokens`` in one step."""
+    micro_rows: int = Field(default=1, ge=1)
+    """Rows worked on at a time; divides ``rows``. Bounds the memory and changes nothing else."""
+    recall: RecallOptions = RecallOptions()
+    train: dict[Projection, Literal["full"] | Annotated[int, Field(ge=1, le=1024)]] = Field(
+        default_factory=dict
+    )
+    """Source weights that are trained: all of a matrix, or a product of this rank beside it. What
+    conversion added is always trained."""
+    rate: Rate = 1e-4
+    """Peak learning rate of the source's weights."""
+    memory_rate: Rate = 1e-3
+    """Peak learning rate of what conversion added."""
+    warmup_frac: Frac = 0.05
+    final_frac: Frac = 0.1
+    """Of the peak rates, at the end of a cosine."""
+    sampled_frac: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of positions whose logits are compared; answers of recall tasks always are."""
+    window_dropout: WindowDropout = WindowDropout(first_frac=0, last_frac=0)
+
+    @property
+    def steps(self) -> int:
+        """Steps of ``rows * context_tokens`` tokens."""
+        return max(1, round(self.tokens / (self.rows * self.context_tokens)))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Stage":
+        if self.rows % self.micro_rows:
+            raise ValueError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
+        if self.kind == "transfer" and self.train:
+            raise ValueError("a transfer stage trains what conversion added, nothing of the source")
+        return self
+
+
+class Judging(Frozen):
+    """What decides which weights are kept, on data that is not trained on."""
+
+    every_tokens: Tokens = 250_000
+    contexts: int = Field(default=8, ge=1)
+    context_tokens: int = Field(default=2048, ge=16)
+    recall: tuple[str, ...] = ("copy:512", "passkey:1024:0.25", "multi-query:32")
+    trials: int = Field(default=16, ge=1)
+    recall_slack_frac: Frac = 0.02
+    """Weights whose recall is lower than at the start by more than this are not kept."""
+
+
+class Healing(Frozen):
+    """A whole course of healing."""
+
+    heal: Literal[1]
+    """Version of this schema."""
+    name: str = Field(min_length=1, max_length=100)
+    about: str = ""
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
+    memory: Literal["on", "off"] = "on"
+    """off: the control. Memories are shut while training, everything else is alike."""
+    heldout_frac: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the documents that is never trained on."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """Of the running average of the weights, a step; the average is what is kept."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of a step's gradient."""
+    judge: Judging = Judging()
+    pretraining_tokens: float | None = Field(default=None, gt=0)
+    """What the original was trained on, for the ledger: healing's share of it."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+
+def builtin_healings() -> list[str]:
+    """Names of the courses that come with respike."""
+    folder = resources.files("respike.healing") / "configs"
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_healing(name: str, overrides: tuple[str, ...] = ()) -> Healing:
+    """A built-in course by its name, or one from a YAML file.
+
+    Args:
+        name: Of a built-in course, or a path.
+        overrides: ``KEY=VALUE``, such as ``seed=1`` or ``stages.1.tokens=300000``.
+
+    Raises:
+        UsageError: There is no such course, or it is malformed; says where.
+    """
+    known = builtin_healings()
+    if name in known:
+        text = (resources.files("respike.healing") / "configs" / f"{name}.yaml").read_text("utf-8")
+    else:
+        text = _read(Path(name), known)
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UsageError(f"{name}: expected keys and values, got a {type(raw).__name__}")
+    for override in overrides:
+        _set(raw, override)
+    try:
+        return Healing.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        hint = did_you_mean(str(first["loc"][-1]), Healing.model_fields | Stage.model_fields)
+        raise UsageError(
+            f"{name}: {where}: {first['msg']}", hint=hint if first["type"] == "extra_forbidden"
+            else None,
+        ) from None  # fmt: skip
+
+
+def _read(path: Path, known: list[str]) -> str:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, refused")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(
+            f"{path}: {reason}; expected a YAML file or one of {', '.join(known)}",
+            hint=did_you_mean(path.name, known),
+        ) from None
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    """Change one value, in place."""
+    key, equals, value = override.partition("=")
+    place: Any = raw
+    *parents, last = key.split(".")
+    try:
+        if not equals:
+            raise KeyError
+        for parent in parents:
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+        raise UsageError(
+            f"--set {override}: expected KEY=VALUE, such as stages.0.tokens=1000"
+        ) from None

@@ -1,0 +1,178 @@
+"""What a step minimises: per-layer transfer, distillation of logits, or the data's own tokens.
+
+Every function adds the gradients of one micro-batch's share of the step's loss and returns that
+share. Letters: B rows, T tokens, N = B * T, D model width, H query heads, K head dim.
+"""
+
+import random
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from respike.data import Batch
+from respike.healing.config import Healing, Stage, WindowDropout
+from respike.healing.losses import relative_error, summed_kl, summed_nats
+from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
+from respike.models.decoder import Decoder
+
+
+@dataclass
+class Pair:
+    """The model that is healed, and the original in the two forms it is needed in.
+
+    Attributes:
+        student: With gradients where something is trained.
+        original: Layer by layer, for transfer; shares its weights' values with the student.
+        teacher: Packed, for its hidden states.
+        teacher_head: Output matrix of the original (V, D).
+    """
+
+    student: Decoder
+    original: Decoder
+    teacher: Decoder
+    teacher_head: Tensor
+
+    @property
+    def head(self) -> Tensor:
+        """Output matrix of the student (V, D)."""
+        head = self.student.lm_head
+        return self.student.embedding if head is None else cast(Tensor, head.weight)
+
+
+@dataclass
+class Carried:
+    """States that go on from batch to batch in a stage that carries them."""
+
+    student: Lanes
+    teacher: Lanes
+
+    def at(self, first: int) -> "Carried":
+        """The same for a micro-batch that begins at a row."""
+        return Carried(self.student.at(first), self.teacher.at(first))
+
+
+def choose_positions(batch: Batch, stage: Stage, seed: str) -> Tensor:
+    """Which logits a step looks at, bool (B, T): all answers, and a share of the rest.
+
+    Logits at t - 1 predict token t, so a chosen position is followed by a token that counts.
+    """
+    counts, answers = (torch.roll(x, -1, 1) for x in (batch.loss_mask, batch.answers))
+    counts[:, -1] = answers[:, -1] = False
+    draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
+    some = torch.rand(counts.shape, generator=draw) < stage.sampled_frac
+    return counts & (some | answers)
+
+
+def distil(
+    pair: Pair,
+    batch: Batch,
+    chosen: Tensor,
+    total: int,
+    short: tuple[set[int], int],
+    carried: Carried | None,
+) -> float:
+    """Share of the mean KL(original || student) over ``total`` chosen positions, nats.
+
+    Args:
+        pair: The models.
+        batch: A micro-batch.
+        chosen: From `choose_positions`.
+        total: Chosen positions of the whole step, on all processes.
+        short: Layers whose window is short, and how short.
+        carried: States to go on with; None starts each document afresh.
+    """
+    parts = segments(batch)
+    reference = teacher_hidden(
+        pair.teacher, batch.tokens, parts, None if carried is None else carried.teacher
+    )
+    with ExitStack() as stack:
+        stack.enter_context(short_windows(pair.student, *short))
+        lanes = None if carried is None else carried.student
+        hidden = Packed(pair.student, batch.tokens, parts, lanes).hidden()
+        normed = pair.student.model.norm(hidden[chosen])
+        with torch.no_grad():
+            wanted = pair.teacher.model.norm(reference[chosen])
+        loss = summed_kl(normed, pair.head, wanted, pair.teacher_head) / max(total, 1)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def finetune(pair: Pair, batch: Batch, total: int) -> float:
+    """Share of the mean negative log-likelihood of ``total`` tokens that count, nats."""
+    parts = segments(batch)
+    hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
+    counts = torch.roll(batch.loss_mask, -1, 1)
+    counts[:, -1] = False
+    target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
+    loss = summed_nats(pair.student.model.norm(hidden[counts]), pair.head, target) / max(total, 1)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def transfer(pair: Pair, batch: Batch, share: float) -> float:
+    """Share of the mean over layers of the heads' relative error on the original's own inputs.
+
+    Only tokens behind their document's window count: before, both see the same. The backward pass
+    goes through one layer at a time, so memory is one layer's.
+
+    Args:
+        pair: The models.
+        batch: A micro-batch.
+        share: Of the step that it is.
+    """
+    original, student = pair.original, pair.student
+    parts = segments(batch)
+    theirs = Packed(original, batch.tokens, parts, None)
+    mine = Packed(student, batch.tokens, parts, None)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        x = original.model.embed_tokens(batch.tokens.to(original.embedding.device))
+        x = x.flatten(0, 1)[None]
+    for index, layer in enumerate(original.layers):
+        with torch.no_grad():
+            normed = layer.input_layernorm(x)
+            qkv = layer.self_attn.project(normed)
+            mixed = layer.mix_with(normed, qkv, theirs.mix(index))
+        heads = _far_heads(student, index)
+        if heads:
+            far = (batch.positions >= _window(student, index)) & (batch.documents > 0)
+            out = student.layers[index].mix_with(normed, qkv, mine.mix(index))
+            rows = far.flatten().to(out.device)
+            loss = relative_error(out[0, rows][:, heads], mixed[0, rows][:, heads]) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            total, count = total + float(loss.detach()), count + 1
+        with torch.no_grad():
+            x = layer.add_mixed(x, layer.self_attn.o_proj(mixed.flatten(2)))
+    return total / max(count, 1)
+
+
+def _far_heads(decoder: Decoder, index: int) -> list[int]:
+    """Query heads of a layer whose mixer conversion added something to."""
+    rep = decoder.config.heads_per_group
+    attention = decoder.layers[index].self_attn
+    return [
+        g * rep + r
+        for groups, mixer in attention.arrangement()
+        if any(p.requires_grad for p in mixer.parameters())
+        for g in groups
+        for r in range(rep)
+    ]
+
+
+def _window(decoder: Decoder, index: int) -> int:
+    """The longest window of a layer."""
+    parts = decoder.config.layers[index].mixers
+    return max((getattr(part, "window_tokens", 0) for part in parts), default=0)
+
+
+def short_layers(
+    decoder: Decoder, healing: Healing, dropout: WindowDropout, step: int, of: int, micro: int
+) -> tuple[set[int], int]:
+    """Which layers have a short window in a micro-batch, and how short it is."""
+    share = dropout.first_frac + (dropout.last_frac - dropout.first_frac) * step / max(of, 1)
+    draw = random.Random(f"window {healing.seed}/{step}/{micro}")
+    chosen = {i for i in range(len(decoder.layers)) if draw.random() < share}
+    return chosen, dropout.window_tokens

@@ -1,0 +1,200 @@
+"""A decoder on packed rows: linear layers on all tokens at once, mixers document by document.
+
+Each document, or the piece of one that a row holds, is a sequence of its own: nothing is seen and
+nothing remembered across a border. No mask of a whole row is ever made.
+
+Letters: B rows, T tokens of a row, N = B * T, D model width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from respike.data import Batch
+from respike.layers.attention import Attention
+from respike.layers.far import FarSoftmax
+from respike.layers.softmax import WindowSoftmax
+from respike.layers.span import Span
+from respike.layers.state import MixerState
+from respike.models.decoder import Decoder, Mix
+from respike.models.state import DecoderState
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of one document in one row.
+
+    Attributes:
+        row: Of the batch.
+        begin: First token in the row.
+        end: Behind the last one.
+        goes_on: The document began in an earlier batch.
+    """
+
+    row: int
+    begin: int
+    end: int
+    goes_on: bool
+
+
+def segments(batch: Batch) -> list[Segment]:
+    """The documents of a batch, row by row; padding belongs to none."""
+    found = []
+    for row, documents in enumerate(batch.documents.tolist()):
+        begin = 0
+        while begin < len(documents) and documents[begin]:
+            end = begin
+            while end < len(documents) and documents[end] == documents[begin]:
+                end += 1
+            found.append(Segment(row, begin, end, begin == 0 and bool(batch.continues[row])))
+            begin = end
+    return found
+
+
+@dataclass
+class Lanes:
+    """What each row of a stream of batches remembers, where states are carried.
+
+    Attributes:
+        states: By row.
+        first: Row of the whole batch that is row 0 of the one at hand.
+    """
+
+    states: dict[int, DecoderState]
+    first: int = 0
+
+    def at(self, first: int) -> "Lanes":
+        """The same for a micro-batch that begins at a row."""
+        return Lanes(self.states, first)
+
+    def before(self, decoder: Decoder, part: Segment) -> DecoderState:
+        """The state a segment starts from."""
+        row = self.first + part.row
+        if part.goes_on and row in self.states:
+            return self.states[row]
+        return decoder.init_state(1)
+
+    def leave(self, part: Segment, row_tokens: int, state: DecoderState) -> None:
+        """Remember the state behind a segment if it is its row's last."""
+        if part.end == row_tokens:
+            self.states[self.first + part.row] = state
+        else:
+            self.states.pop(self.first + part.row, None)
+
+
+class Packed:
+    """One batch, cut into segments, ready to go through a decoder layer by layer.
+
+    Args:
+        decoder: Which will run it.
+        tokens: Ids (B, T).
+        parts: From `segments`.
+        lanes: States to start from and to leave behind; None starts every segment afresh.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokens: Tensor, parts: Sequence[Segment], lanes: Lanes | None
+    ) -> None:
+        self.decoder, self.tokens, self.parts, self.lanes = decoder, tokens, parts, lanes
+        width = tokens.shape[1]
+        self.slices = [slice(p.row * width + p.begin, p.row * width + p.end) for p in parts]
+        self.states: list[DecoderState] | None = None
+        if lanes is not None:
+            self.states = [lanes.before(decoder, part) for part in parts]
+        spans: dict[tuple[int, int], Span] = {}
+        self.spans = []
+        for n, part in enumerate(parts):
+            start = 0 if self.states is None else int(self.states[n].tokens_seen[0])
+            key = (start, part.end - part.begin)
+            if key not in spans:
+                like = decoder.embedding
+                spans[key] = Span(
+                    torch.tensor([start]), torch.tensor([key[1]]), key[1], decoder.frequencies,
+                    like.dtype, like.device,
+                )  # fmt: skip
+            self.spans.append(spans[key])
+
+    def hidden(self) -> Tensor:
+        """What `Decoder.head` turns into logits, (B, T, D)."""
+        decoder = self.decoder
+        tokens = self.tokens.to(decoder.embedding.device)
+        x: Tensor = decoder.model.embed_tokens(tokens).flatten(0, 1)[None]
+        after: list[list[tuple[MixerState, ...]]] = [[] for _ in self.parts]
+        for index, layer in enumerate(decoder.layers):
+            x = layer.forward_with(x, self.mix(index, after))
+        if self.lanes is not None:
+            for part, span, layers in zip(self.parts, self.spans, after, strict=True):
+                state = DecoderState(tuple(layers), torch.tensor([span.end]))
+                self.lanes.leave(part, self.tokens.shape[1], state)
+        return x.view(*self.tokens.shape, -1)
+
+    def mix(self, index: int, after: list[list[tuple[MixerState, ...]]] | None = None) -> Mix:
+        """What a layer's mixers do on all segments; zeros where there is padding.
+
+        Args:
+            index: Of the layer.
+            after: Where the states after the layer are appended to, for each segment.
+        """
+
+        def run(attention: Attention, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            pieces, place = [], 0
+            for n, (part, span) in enumerate(zip(self.slices, self.spans, strict=True)):
+                pieces.append(qkv[0].new_zeros(1, part.start - place, *qkv[0].shape[2:]))
+                state = (
+                    attention.init_state(1, x)
+                    if self.states is None
+                    else self.states[n].layers[index]
+                )
+                q, k, v = (y[:, part] for y in qkv)
+                out, state = attention.mix(x[:, part], (q, k, v), span, state)
+                if after is not None:
+                    after[n].append(state)
+                pieces.append(out)
+                place = part.stop
+            pieces.append(qkv[0].new_zeros(1, x.shape[1] - place, *qkv[0].shape[2:]))
+            return torch.cat(pieces, 1)
+
+        return run
+
+
+@torch.no_grad()
+def teacher_hidden(
+    teacher: Decoder, tokens: Tensor, parts: Sequence[Segment], lanes: Lanes | None
+) -> Tensor:
+    """`Packed.hidden` of a decoder that is not trained, by its engine: (B, T, D)."""
+    like = teacher.embedding
+    out = like.new_zeros(*tokens.shape, like.shape[1])
+    for part in parts:
+        state = None if lanes is None else lanes.before(teacher, part)
+        piece = tokens[part.row : part.row + 1, part.begin : part.end].to(like.device)
+        hidden, state = teacher.hidden(piece, state)
+        out[part.row, part.begin : part.end] = hidden[0]
+        if lanes is not None:
+            lanes.leave(part, tokens.shape[1], state)
+    return out
+
+
+@contextmanager
+def short_windows(decoder: Decoder, layers: set[int], window_tokens: int) -> Iterator[None]:
+    """While the block runs, windows beside a memory are short in some layers.
+
+    Args:
+        decoder: Its mixers are changed, and as they were afterwards.
+        layers: Which of its layers.
+        window_tokens: Length of the short windows.
+    """
+    before: list[tuple[WindowSoftmax, int]] = []
+    for index in layers:
+        for mixer in decoder.layers[index].self_attn.mixers:
+            if isinstance(mixer, FarSoftmax):
+                before.append((mixer.window, mixer.window.window_tokens))
+    try:
+        for window, tokens in before:
+            window.window_tokens = min(window_tokens, tokens)
+        yield
+    finally:
+        for window, tokens in before:
+            window.window_tokens = tokens

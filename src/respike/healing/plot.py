@@ -1,0 +1,58 @@
+"""A picture of a course: loss, KL on held-out text, recall, and speed against tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+SMOOTHED_STEPS = 16
+
+
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a PNG.
+
+    Args:
+        lines: From `respike.healing.log.Log.lines`.
+        path: The file to write.
+    """
+    steps = [line for line in lines if line["kind"] == "step"]
+    verdicts = [line for line in lines if line["kind"] == "verdict"]
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    for stage in dict.fromkeys(line["stage"] for line in steps):
+        mine = [line for line in steps if line["stage"] == stage]
+        x = [line["tokens"] / 1e6 for line in mine]
+        (line,) = axes[0].plot(x, _smooth([line["loss"] for line in mine]), label=stage)
+        axes[3].plot(x, [v["tokens_per_second"] for v in mine], color=line.get_color(), lw=0.8)
+    if steps:
+        axes[0].set_yscale("log")
+        axes[0].legend(fontsize=7)
+    axes[0].set_title(f"loss of the stage, mean of {SMOOTHED_STEPS} steps", size=9)
+    x = [v["tokens"] / 1e6 for v in verdicts]
+    low, high = zip(*(v["kl_95"] for v in verdicts), strict=True) if verdicts else ((), ())
+    axes[1].fill_between(x, low, high, alpha=0.2)
+    axes[1].plot(x, [v["kl_nats"] for v in verdicts], "o-", ms=3)
+    axes[1].set_ylim(bottom=0)
+    axes[1].set_title("KL to the original beyond 256 tokens, nats", size=9)
+    for task in verdicts[0]["tasks"] if verdicts else ():
+        axes[2].plot(x, [v["tasks"][task][0] for v in verdicts], "o-", ms=3, label=task)
+    axes[2].plot(x, [v["recall_frac"] for v in verdicts], "k--", label="mean")
+    axes[2].set_ylim(0, 1.02)
+    axes[2].legend(fontsize=7)
+    axes[2].set_title("recall, share right", size=9)
+    axes[3].set_ylim(bottom=0)
+    axes[3].set_title("tokens a second", size=9)
+    for axis in axes:
+        axis.set_xlabel("million tokens of training")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    return [
+        sum(values[max(0, i + 1 - SMOOTHED_STEPS) : i + 1]) / min(i + 1, SMOOTHED_STEPS)
+        for i in range(len(values))
+    ]

@@ -1,0 +1,303 @@
+"""A course of healing from a converted folder to a healed one, in legs that can be interrupted.
+
+While it runs, ``OUT.healing`` beside OUT holds the tokenised data, the newest checkpoint and the
+log. The same command goes on from there. OUT appears when the course is done.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from respike.checkpoint import Folder, fingerprint, open_checkpoint, read_json
+from respike.config import full_layers
+from respike.data import TokenStore, prepare
+from respike.errors import UnsupportedError, UsageError
+from respike.healing.checkpoint import load_checkpoint, save_checkpoint
+from respike.healing.config import Healing
+from respike.healing.judge import Judge, Verdict, is_better
+from respike.healing.log import Log
+from respike.healing.objectives import Pair
+from respike.healing.parallel import World, join_world
+from respike.healing.trainable import prepare as prepare_student
+from respike.healing.trainer import CHECKPOINT_STEPS, Trainer
+from respike.healing.weights import fast_copy, merge, plain_weights
+from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer, pack_or_plain
+from respike.tokenizer import Tokenizer
+
+CHECKPOINT_SECONDS = 300
+"""Time after which the next place to stop is written to disk."""
+
+Step = Callable[[int, int, str], None]
+"""Called with (steps done, steps, what is going on)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to heal, from what, and where to.
+
+    Attributes:
+        model: A folder that `respike.convert` wrote.
+        out: The healed folder to write.
+        data: Files and folders of text.
+        original: The model to learn from; None takes the source of ``model``.
+        force: Replace ``out`` if respike wrote it.
+    """
+
+    model: Path
+    out: Path
+    data: tuple[str, ...] = ()
+    original: str | None = None
+    force: bool = False
+
+
+@dataclass
+class Course:
+    """Everything a running course consists of."""
+
+    trainer: Trainer
+    judge: Judge
+    log: Log
+    folder: Path
+    identity: dict[str, Any]
+    start: Verdict | None = None
+    best: Verdict | None = None
+    best_tensors: dict[str, Tensor] | None = None
+    judged_tokens: int = 0
+
+
+class Converted(Weights):
+    """The source that a converted folder was made from, read out of the folder.
+
+    Conversion copies every tensor of the source, so the original is the same weights with full
+    softmax everywhere.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        layers = full_layers(folder.config.num_hidden_layers, folder.config.num_key_value_heads)
+        self._config = folder.config.model_copy(update={"layers": layers, "spikes": None})
+
+    @property
+    def config(self) -> Any:
+        """Shapes of the source."""
+        return self._config
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """As stored."""
+        return self._folder.stored_dtype
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._folder.read(name)
+
+
+def original_of(folder: Folder, original: str | Path | None) -> Weights:
+    """The model to learn from: the one named, or the source inside a converted folder.
+
+    Raises:
+        UnsupportedError: None is named, and the folder's source cannot be told from it.
+    """
+    if original is not None:
+        return open_checkpoint(original)
+    report = read_json(folder.path / "report.json")
+    changed = "healing" in report or "spikes" in report
+    if changed or report["source"]["family"] not in ("llama", "qwen2", "qwen3"):
+        raise UnsupportedError(
+            f"{folder.path}: its weights are not its source's any more",
+            hint="name the model it was made from with --original",
+        )
+    return Converted(folder)
+
+
+def models(folder: Folder, original: str | Path | None, healing: Healing) -> Pair:
+    """The converted model ready to be trained, and the original in its two forms, in bfloat16."""
+    source = original_of(folder, original)
+    if source.config.vocab_size != folder.config.vocab_size:
+        raise UsageError(
+            f"the original has {source.config.vocab_size} tokens in its vocabulary, "
+            f"{folder.path} has {folder.config.vocab_size}"
+        )
+    student = load_decoder(folder, dtype="bf16")
+    prepare_student(student, healing)
+    layerwise = load_decoder(source, dtype="bf16")
+    head = layerwise.lm_head
+    weight = layerwise.embedding if head is None else head.weight
+    assert isinstance(weight, Tensor)
+    teacher = pack_or_plain(load_decoder(source, dtype="bf16"))
+    return Pair(student, layerwise, teacher, weight)
+
+
+def converted_folder(model: Path) -> Folder:
+    """The folder, if `respike.convert` wrote it.
+
+    Raises:
+        UsageError: It did not.
+    """
+    folder = open_checkpoint(model)
+    if not isinstance(folder, Folder) or not (folder.path / "report.json").is_file():
+        raise UsageError(
+            f"{model}: not a converted model",
+            hint="convert it first: respike convert MODEL OUT --recipe retrieval",
+        )
+    return folder
+
+
+def begin(request: Request, healing: Healing, progress: Step | None = None) -> Course:
+    """Open a course where it stands: at its beginning, or at its newest checkpoint.
+
+    Args:
+        request: Which model, where to, from which data.
+        healing: What to do.
+        progress: See `Step`.
+
+    Raises:
+        UsageError: ``out.healing`` belongs to another course.
+        CheckpointError: The model cannot be used.
+        DataError: The data, or a checkpoint, cannot be used.
+    """
+    folder = converted_folder(request.model)
+    world = join_world()
+    work = request.out.with_name(request.out.name + ".healing")
+    tokenizer = load_tokenizer(folder)
+    if progress:
+        progress(0, 1, "reading the data")
+    store = _tokens(request.data, tokenizer, work / "tokens", world)
+    identity = {
+        "model": fingerprint(folder.config, folder.files),
+        "healing": healing.model_dump(mode="json"),
+        "data": store.key,
+        "processes": world.size,
+    }
+    _same_course(work / "course.json", identity, world)
+    if progress:
+        progress(0, 1, "loading the models")
+    trainer = Trainer(models(folder, request.original, healing), healing, store, tokenizer, world)
+    judge = Judge(trainer.pair.teacher, store, tokenizer, healing.judge, healing.heldout_frac)
+    course = Course(trainer, judge, Log(work / "log.jsonl"), work, identity)
+    _take_up(course)
+    if course.start is None:
+        if progress:
+            progress(0, trainer.all_steps, "measuring the converted model")
+        course.start = judge.measure(fast_decoder(folder, dtype="bf16"))
+        course.log.verdict(0, 0, course.start, kept=False)
+    return course
+
+
+def _tokens(data: Sequence[str], tokenizer: Tokenizer, folder: Path, world: World) -> TokenStore:
+    """The tokenised data; one process writes it."""
+    if not data:
+        raise UsageError("no data to train on", hint="give --data PATH, such as a corpus folder")
+    if world.first:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        prepare(data, tokenizer, folder)
+    world.barrier()
+    return prepare(data, tokenizer, folder)
+
+
+def _same_course(path: Path, identity: dict[str, Any], world: World) -> None:
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        for name, mine in identity.items():
+            if held.get(name) != mine:
+                raise UsageError(
+                    f"{path.parent}: holds a course with another {name}",
+                    hint="give the same options as before, or remove it to begin again",
+                )
+    elif world.first:
+        path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+
+
+def _take_up(course: Course) -> None:
+    found = load_checkpoint(course.folder / "checkpoint")
+    if found is None:
+        course.log.cut(0)
+        return
+    tensors, facts = found
+    course.trainer.take_up(tensors, facts["trainer"])
+    course.start = Verdict(**facts["start"])
+    course.best = None if facts["best"] is None else Verdict(**facts["best"])
+    best = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+    course.best_tensors = best or None
+    course.judged_tokens = facts["judged_tokens"]
+    course.log.cut(course.trainer.where.total_steps)
+
+
+def run_leg(course: Course, minutes: float | None = None, progress: Step | None = None) -> bool:
+    """Train until the course is done or the time is up; whether it is done.
+
+    The course stops only where it can go on from with the same bits, which is every
+    `CHECKPOINT_STEPS` steps; after a kill it goes on from the newest checkpoint on disk.
+    """
+    trainer, begun = course.trainer, time.monotonic()
+    saved = begun
+    while not trainer.done:
+        line = trainer.step()
+        course.log.step(line)
+        if progress:
+            where, steps = trainer.where, trainer.all_steps
+            progress(where.total_steps, steps, f"{line['stage']} {line['loss']:.4f}")
+        if trainer.where.total_steps % CHECKPOINT_STEPS and not trainer.done:
+            continue
+        trainer.renew_lanes()
+        if trainer.done or _due(course):
+            _judge(course, progress)
+        now = time.monotonic()
+        up = _any(trainer.world, minutes is not None and now - begun >= 60 * minutes)
+        if trainer.done or up or _any(trainer.world, now - saved >= CHECKPOINT_SECONDS):
+            save(course)
+            saved = now
+        if up:
+            break
+    return trainer.done
+
+
+def _any(world: World, condition: bool) -> bool:
+    """All processes decide alike."""
+    return world.total(float(condition)) > 0
+
+
+def _due(course: Course) -> bool:
+    every = course.trainer.healing.judge.every_tokens
+    return course.trainer.where.tokens - course.judged_tokens >= every
+
+
+def _judge(course: Course, progress: Step | None) -> None:
+    """Measure the average of the weights, and keep it if it is the best so far."""
+    trainer = course.trainer
+    where = trainer.where
+    if progress:
+        progress(where.total_steps, trainer.all_steps, "measuring")
+    trained = {n: trainer.world.full(t) for n, t in trainer.average.tensors().items()}
+    weights = merge(plain_weights(trainer.pair.student, trainer.world), trained)
+    verdict = course.judge.measure(fast_copy(trainer.pair.student, weights))
+    assert course.start is not None
+    slack = trainer.healing.judge.recall_slack_frac
+    kept = is_better(verdict, course.best, course.start, slack)
+    if kept:
+        course.best = verdict
+        course.best_tensors = {n: t.to(torch.bfloat16) for n, t in trained.items()}
+    course.judged_tokens = where.tokens
+    course.log.verdict(where.total_steps, where.tokens, verdict, kept)
+
+
+def save(course: Course) -> None:
+    """Write a checkpoint."""
+    trainer = course.trainer
+    tensors = trainer.tensors()
+    tensors |= {f"best/{n}": t for n, t in (course.best_tensors or {}).items()}
+    if trainer.world.first:
+        facts = {
+            "trainer": trainer.facts(),
+            "start": None if course.start is None else course.start.as_dict(),
+            "best": None if course.best is None else course.best.as_dict(),
+            "judged_tokens": course.judged_tokens,
+        }
+        save_checkpoint(course.folder / "checkpoint", trainer.where.total_steps, tensors, facts)
+    trainer.world.barrier()

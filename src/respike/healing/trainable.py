@@ -1,0 +1,116 @@
+"""Which tensors are trained, and their exact values beside the rounded ones the model runs on.
+
+The model computes in bfloat16. Each trained tensor has a master in float32, which the optimiser
+steps; the model's own tensor is the master rounded, so what is trained is what is stored.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from respike.checkpoint.families import mixer_of
+from respike.errors import UsageError
+from respike.healing.config import Healing, Stage
+from respike.layers.far import FarSoftmax
+from respike.layers.low_rank import LowRank
+from respike.models.decoder import Decoder
+
+OPENED_BETA = -10.0
+"""What a shut head's beta begins at: it adds next to nothing, and can learn."""
+
+
+@dataclass
+class Trained:
+    """One trained tensor.
+
+    Attributes:
+        name: In the decoder.
+        tensor: What the model runs on.
+        master: Its exact value, float32.
+        new: Conversion added it.
+    """
+
+    name: str
+    tensor: nn.Parameter
+    master: nn.Parameter
+    new: bool
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the master into the model."""
+        self.tensor.copy_(self.master)
+
+    @torch.no_grad()
+    def collect(self, factor: float = 1.0) -> None:
+        """Move the model's gradient, times ``factor``, to the master, which sums in float32."""
+        if self.tensor.grad is None:
+            return
+        grad = self.tensor.grad.float() * factor
+        self.master.grad = grad if self.master.grad is None else self.master.grad + grad
+        self.tensor.grad = None
+
+
+def prepare(decoder: Decoder, healing: Healing) -> None:
+    """Give a decoder the low-rank parts its course trains, and open or shut its memories.
+
+    Raises:
+        UsageError: Stages disagree on how a matrix is trained.
+    """
+    for place, (projection, how) in enumerate(sorted(_choices(healing).items())):
+        if how == "full":
+            continue
+        for index, layer in enumerate(decoder.layers):
+            parent = layer.mlp if hasattr(layer.mlp, projection) else layer.self_attn
+            seed = healing.seed * 100_003 + index * 64 + place
+            setattr(parent, projection, LowRank(getattr(parent, projection), how, seed))
+    for module in decoder.modules():
+        if isinstance(module, FarSoftmax):
+            shut = module.beta == -torch.inf
+            if healing.memory == "off":
+                module.beta.data.fill_(-torch.inf)
+            else:
+                module.beta.data.masked_fill_(shut, OPENED_BETA)
+    decoder.requires_grad_(False)
+
+
+def _choices(healing: Healing) -> dict[str, Literal["full"] | int]:
+    """How each projection that some stage trains is trained."""
+    found: dict[str, Literal["full"] | int] = {}
+    for stage in healing.stages:
+        for name, how in stage.train.items():
+            if found.setdefault(name, how) != how:
+                raise UsageError(
+                    f"{healing.name}: stages train {name} as {found[name]} and as {how}",
+                    hint="train it the same way in every stage",
+                )
+    return found
+
+
+def all_trained(decoder: Decoder, healing: Healing) -> list[Trained]:
+    """Every tensor that some stage trains, in a fixed order."""
+    names: dict[str, bool] = {}
+    for stage in healing.stages:
+        names |= dict(trained_names(decoder, healing, stage))
+    parameters = dict(decoder.named_parameters())
+    return [
+        Trained(name, parameters[name], nn.Parameter(parameters[name].detach().float()), new)
+        for name, new in names.items()
+    ]
+
+
+def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[tuple[str, bool]]:
+    """Names of what a stage trains, and whether conversion added it."""
+    for name, _ in decoder.named_parameters():
+        if mixer_of(decoder.config, name) is not None:
+            if healing.memory == "on":
+                yield name, True
+            continue
+        *_, projection, leaf = name.split(".")
+        if leaf in ("down", "up"):
+            if projection in stage.train:
+                yield name, False
+        elif stage.train.get(projection) == "full":  # type: ignore[call-overload]
+            yield name, False

@@ -1,0 +1,234 @@
+"""The loop: steps of a course of healing, from where a checkpoint left it to the next one."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from respike.data import Batch, Curriculum, Loader, RecallSource, TextSource, TokenStore
+from respike.healing.config import Healing, Stage
+from respike.healing.objectives import (
+    Carried,
+    Pair,
+    choose_positions,
+    distil,
+    finetune,
+    short_layers,
+    transfer,
+)
+from respike.healing.optimiser import Average, Optimiser
+from respike.healing.packed import Lanes
+from respike.healing.parallel import World
+from respike.healing.trainable import all_trained, trained_names
+from respike.tokenizer import Tokenizer
+
+CHECKPOINT_STEPS = 16
+"""Steps between two places at which a run can stop and go on. Carried states are dropped there, so
+that a run that stopped and one that did not do the same."""
+
+
+@dataclass
+class Where:
+    """How far a course has come.
+
+    Attributes:
+        stage: Index of the stage.
+        step: Steps of that stage that are done.
+        total_steps: Steps of all stages that are done.
+        seconds: Time spent training.
+        ledger: What each finished or current stage has read, see `Loader.ledger`.
+    """
+
+    stage: int = 0
+    step: int = 0
+    total_steps: int = 0
+    seconds: float = 0.0
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, padding left out."""
+        return sum(int(entry["tokens"]) for entry in self.ledger)
+
+
+class Trainer:
+    """Runs the steps of a course.
+
+    Args:
+        pair: The models; the student already prepared by `trainable.prepare`.
+        healing: The course.
+        store: Its text.
+        tokenizer: Of the models.
+        world: The processes that share the work.
+    """
+
+    def __init__(
+        self, pair: Pair, healing: Healing, store: TokenStore, tokenizer: Tokenizer, world: World
+    ) -> None:
+        self.pair, self.healing, self.world = pair, healing, world
+        self.store, self.tokenizer = store, tokenizer
+        world.shard(pair.student)
+        self.trained = all_trained(pair.student, healing)
+        self.average = Average(self.trained, healing.ema_decay)
+        self.where = Where()
+        self._begin_stage()
+
+    def _begin_stage(self, cursor: Mapping[str, Any] | None = None) -> None:
+        """Data, optimiser and gradients of the current stage."""
+        stage = self.stage
+        names = dict(trained_names(self.pair.student, self.healing, stage))
+        chosen = [t for t in self.trained if t.name in names]
+        for tensor in self.trained:
+            tensor.tensor.requires_grad_(tensor.name in names)
+        self.optimiser = Optimiser(chosen, stage, self.healing.clip)
+        self.loader = self._loader(stage, cursor)
+        self.carried = self._fresh_lanes()
+
+    def _fresh_lanes(self) -> Carried | None:
+        return Carried(Lanes({}), Lanes({})) if self.stage.kind == "length" else None
+
+    def _loader(self, stage: Stage, cursor: Mapping[str, Any] | None) -> Loader:
+        healing, options = self.healing, stage.recall
+        seed = healing.seed * 101 + self.where.stage
+        text = TextSource("text", self.store, seed=seed, heldout_frac=healing.heldout_frac)
+        sources: list[tuple[Any, float]] = []
+        if options.frac < 1:
+            sources.append((text, 1 - options.frac))
+        if options.frac > 0:
+            curriculum = Curriculum(
+                options.least_tokens, options.first_tokens, options.last_tokens,
+                options.doubling_samples,
+            )  # fmt: skip
+            recall = RecallSource(
+                "recall", self.tokenizer, seed=seed, curriculum=curriculum,
+                families=options.families, filler=text,
+            )  # fmt: skip
+            sources.append((recall, options.frac))
+        return Loader(
+            sources, batch_size=stage.rows, context_tokens=stage.context_tokens, cursor=cursor
+        )
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage."""
+        return self.healing.stages[self.where.stage]
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.healing.stages)
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do."""
+        return self.where.total_steps >= self.all_steps
+
+    def step(self) -> dict[str, Any]:
+        """One step; what the log says of it."""
+        begun = time.perf_counter()
+        where, stage = self.where, self.stage
+        batch = next(self.loader)
+        loss = self._gradients(batch)
+        norm = self.optimiser.step(where.step, stage.steps)
+        self.average.update()
+        seconds = time.perf_counter() - begun
+        where.step += 1
+        where.total_steps += 1
+        where.seconds += seconds
+        where.ledger[where.stage :] = [self.loader.ledger()]
+        tokens = int((batch.documents > 0).sum())
+        line = {
+            "step": where.total_steps,
+            "stage": f"{where.stage + 1} {stage.kind}",
+            "tokens": where.tokens,
+            "loss": loss,
+            "gradient_norm": norm,
+            "tokens_per_second": tokens / seconds,
+        }
+        if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
+            where.stage, where.step = where.stage + 1, 0
+            self._begin_stage()
+        return line
+
+    def _gradients(self, batch: Batch) -> float:
+        """The whole step's loss and gradients, micro-batch by micro-batch, over all processes."""
+        stage, where, healing = self.stage, self.where, self.healing
+        key = f"positions {healing.seed}/{where.stage}/{where.step}"
+        chosen = choose_positions(batch, stage, key)
+        counted = torch.roll(batch.loss_mask, -1, 1)
+        counted[:, -1] = False
+        total = int((counted if stage.kind == "finetune" else chosen).sum())
+        world = self.world
+        mine = batch.shard(world.rank, world.size)
+        first = world.rank * len(mine.tokens)
+        loss = 0.0
+        for begin in range(0, len(mine.tokens), stage.micro_rows):
+            micro = rows_of(mine, begin, begin + stage.micro_rows)
+            number = (first + begin) // stage.micro_rows
+            if stage.kind == "transfer":
+                loss += transfer(self.pair, micro, stage.micro_rows / stage.rows)
+            elif stage.kind == "finetune":
+                loss += finetune(self.pair, micro, total)
+            else:
+                some = chosen[first + begin : first + begin + stage.micro_rows]
+                short = short_layers(
+                    self.pair.student, healing, stage.window_dropout, where.step,
+                    stage.steps, number,
+                )  # fmt: skip
+                lanes = None if self.carried is None else self.carried.at(begin)
+                loss += distil(self.pair, micro, some, total, short, lanes)
+            for tensor in self.optimiser.trained:
+                tensor.collect(world.size)  # FSDP averages over processes; losses are shares
+        return world.total(loss)
+
+    def renew_lanes(self) -> None:
+        """Forget carried states: to be called at every place where a run may stop."""
+        self.carried = self._fresh_lanes()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a later process needs to go on, beside `facts`."""
+        found: dict[str, Tensor] = {}
+        averages = self.average.tensors()
+        for tensor in self.trained:
+            found[f"master/{tensor.name}"] = self.world.full(tensor.master.detach())
+            found[f"average/{tensor.name}"] = self.world.full(averages[tensor.name])
+        for tensor in self.optimiser.trained:
+            for name, value in self.optimiser.adam.state.get(tensor.master, {}).items():
+                found[f"{name}/{tensor.name}"] = self.world.full(value)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of it, as JSON."""
+        return {
+            "where": vars(self.where),
+            "cursor": self.loader.cursor(),
+            "average_steps": self.average.steps,
+        }
+
+    def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from what `tensors` and `facts` gave."""
+        self.where = Where(**facts["where"])
+        self._begin_stage(facts["cursor"])
+        self.average.steps = facts["average_steps"]
+        with torch.no_grad():
+            for tensor, value in zip(self.trained, self.average.values, strict=True):
+                self.world.put(tensor.master, tensors[f"master/{tensor.name}"])
+                self.world.put(value, tensors[f"average/{tensor.name}"])
+                tensor.publish()
+            for tensor in self.optimiser.trained:
+                state = self.optimiser.adam.state[tensor.master]
+                for name in ("step", "exp_avg", "exp_avg_sq"):
+                    stored = tensors.get(f"{name}/{tensor.name}")
+                    if stored is None:
+                        continue
+                    like = torch.zeros_like(tensor.master) if stored.ndim else stored.clone()
+                    self.world.put(like, stored)
+                    state[name] = like
+
+
+def rows_of(batch: Batch, begin: int, end: int) -> Batch:
+    """Some rows of a batch."""
+    return Batch(**{name: getattr(batch, name)[begin:end] for name in batch.__dataclass_fields__})

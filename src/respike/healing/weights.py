@@ -1,0 +1,100 @@
+"""Trained tensors as weights of a plain model, and as a small difference to the converted one.
+
+A difference is a safetensors file of what was trained and nothing else: low-rank products as their
+two factors, everything else whole, in bfloat16. It says which converted model it belongs to.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from respike.errors import DataError
+from respike.healing.parallel import World
+from respike.layers.low_rank import merged
+from respike.loading import pack_or_plain
+from respike.models.decoder import Decoder
+
+FORMAT = "respike-difference"
+VERSION = "1"
+FACTORS = (".down", ".up")
+
+
+def merge(base: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a plain model: ``base`` with what was trained put in or added.
+
+    Args:
+        base: By the names of a plain model, in the dtype they are to have.
+        trained: By the names of `respike.healing.trainable`; any float dtype. Rounded to bfloat16
+            first, as a difference stores them, so that both ways give the same bits.
+    """
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in trained.items()}
+    found = {}
+    for name, weight in base.items():
+        stem = name.removesuffix(".weight")
+        if f"{stem}.up" in rounded:
+            found[name] = merged(weight, rounded[f"{stem}.down"], rounded[f"{stem}.up"])
+        elif name in rounded:
+            found[name] = rounded[name].to(weight.dtype)
+        else:
+            found[name] = weight
+    return found
+
+
+def plain_weights(student: Decoder, world: World) -> dict[str, Tensor]:
+    """The student's tensors by the names of a plain model, without low-rank parts."""
+    return {
+        name.replace("_proj.base.", "_proj."): world.full(tensor.detach())
+        for name, tensor in student.named_parameters()
+        if not name.endswith(FACTORS)
+    }
+
+
+def fast_copy(student: Decoder, weights: Mapping[str, Tensor]) -> Decoder:
+    """A decoder with other weights that runs as fast as this machine can."""
+    with torch.device("meta"):
+        decoder = Decoder(student.config)
+    decoder.load_state_dict({n: t.clone() for n, t in weights.items()}, strict=True, assign=True)
+    return pack_or_plain(decoder.requires_grad_(False).eval())
+
+
+def save_difference(path: Path, trained: Mapping[str, Tensor], belongs_to: str) -> None:
+    """Write a difference.
+
+    Args:
+        path: File to write.
+        trained: What was trained, by name.
+        belongs_to: Fingerprint of the converted model.
+    """
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in trained.items()}
+    facts = {"format": FORMAT, "version": VERSION, "belongs_to": belongs_to}
+    try:
+        save_file(tensors, path, metadata=facts)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be written: {error}") from error
+
+
+def load_difference(path: Path, belongs_to: str) -> dict[str, Tensor]:
+    """Read a difference.
+
+    Raises:
+        DataError: Not a difference, or one of another converted model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as a difference: {error}") from None
+    if facts.get("format") != FORMAT or facts.get("version") != VERSION:
+        raise DataError(f"{path}: not a difference, or not of version {VERSION}")
+    if facts.get("belongs_to") != belongs_to:
+        raise DataError(
+            f"{path}: belongs to a converted model with fingerprint {facts.get('belongs_to')}, "
+            f"this one has {belongs_to}",
+            hint="convert the same source by the same recipe with the same version of respike",
+        )
+    return tensors
