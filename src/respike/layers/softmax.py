@@ -21,6 +21,8 @@ from respike.layers.mixer import Mixer
 from respike.layers.span import Span
 from respike.layers.state import KVState, WindowState
 from respike.ops.attention import attend, attend_with_mass
+from respike.ops.backends import needs_gradient
+from respike.ops.softmax import Keys, window_softmax
 
 
 class FullSoftmax(Mixer):
@@ -37,19 +39,70 @@ class FullSoftmax(Mixer):
         del x
         q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
         state.append(k, v, span)
+        if needs_gradient(q, k, v):
+            return self._with_gradient(q, k, v, span, state), state
         if span.fresh:
             return attend(q, k, v, causal=True), state
         keys, values = state.k[:, :, : span.end], state.v[:, :, : span.end]
-        if q.requires_grad or k.requires_grad or v.requires_grad:
-            # Caches carry no gradient: take this span's keys and values as they came.
-            if span.offset is None:
-                raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
-            keys = torch.cat((keys[:, :, : span.offset], k), 2)
-            values = torch.cat((values[:, :, : span.offset], v), 2)
         if span.offset is not None and span.num_tokens == 1:
             return attend(q, keys, values), state
         bias = span.bias(torch.arange(span.end).expand(len(q), -1))
         return attend(q, keys, values, bias), state
+
+    def _with_gradient(self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: KVState) -> Tensor:
+        """Caches carry no gradient: this span's keys and values as they came, after the cached."""
+        offset = _common_start(span)
+        if offset:
+            k = torch.cat((state.k[:, :, :offset], k), 2)
+            v = torch.cat((state.v[:, :, :offset], v), 2)
+        return window_softmax(q, Keys(k, v), start=offset)[0]
+
+
+def _common_start(span: Span) -> int:
+    """Position of every row's first query.
+
+    Raises:
+        UnsupportedError: They differ.
+    """
+    if span.fresh:
+        return 0
+    if span.offset is None:
+        raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
+    return span.offset
+
+
+@dataclass(frozen=True)
+class NearWithGradient:
+    """`Near` as `window_softmax` takes it: no mask, and gradients in bounded memory.
+
+    Attributes:
+        q: Queries (B, T, H, K), rotated.
+        q_sink: Queries as sinks see them, if not as ``q``.
+        keys: Without sinks.
+        sinks: None if there are none.
+        first: Position of the first key.
+        start: Position of the first query.
+        window_tokens: None if the keys are no more than the window.
+    """
+
+    q: Tensor
+    q_sink: Tensor | None
+    keys: Keys
+    sinks: Keys | None
+    first: int
+    start: int
+    window_tokens: int | None
+
+    def attend(self) -> Tensor:
+        """See `Near`."""
+        return self.attend_with_mass()[0]
+
+    def attend_with_mass(self) -> tuple[Tensor, Tensor]:
+        """See `Near`."""
+        return window_softmax(
+            self.q, self.keys, self.sinks, q_sink=self.q_sink,
+            first=self.first, start=self.start, window_tokens=self.window_tokens,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +178,7 @@ class WindowSoftmax(Mixer):
         span: Span,
         state: WindowState,
         off: frozenset[str] = frozenset(),
-    ) -> tuple[Near, WindowState]:
+    ) -> tuple[Near | NearWithGradient, WindowState]:
         """What the queries see, and the next state.
 
         Args:
@@ -140,12 +193,15 @@ class WindowSoftmax(Mixer):
         q = span.rotate(q)
         # Switched off, the window still holds the query's own token: something must be seen.
         window = 1 if "window" in off else self.window_tokens
+        if needs_gradient(q, k, v):
+            near = self._with_gradient((q, q_sink), (k, v), span, state, window)
+            state.append(k, v, span)
+            return near, state
         if span.fresh and span.num_tokens <= window and q_sink is None:
             state.append(k, v, span)
             return Near(q, k, v, None, causal=True), state
-        # Not with gradients, which would be lost in the ring. Asked of torch and not of k, because
-        # layers that share a mask must take the same way.
-        if span.offset is not None and span.num_tokens == 1 and not torch.is_grad_enabled():
+        # Layers that share a mask must take the same way.
+        if span.offset is not None and span.num_tokens == 1:
             state.append(k, v, span)
             keys, values = state.k, state.v
             positions = state.slot_positions(span.start + span.valid)
@@ -160,6 +216,29 @@ class WindowSoftmax(Mixer):
             return Near(q, keys, values, bias), state
         is_sink = (positions < self.sink_tokens).to(k.device)
         return Near(*_stack(q, q_sink, keys, is_sink), values, bias), state
+
+    def _with_gradient(
+        self,
+        queries: tuple[Tensor, Tensor | None],
+        new: tuple[Tensor, Tensor],
+        span: Span,
+        state: WindowState,
+        window: int,
+    ) -> NearWithGradient:
+        """The cached sinks and ring in order, and after them this span's keys as they came."""
+        (q, q_sink), (k, v), start = queries, new, _common_start(span)
+        if start == 0 and span.num_tokens <= window and q_sink is None:
+            return NearWithGradient(q, None, Keys(k, v), None, 0, 0, None)
+        old_sinks = min(start, self.sink_tokens)
+        new_sinks = min(self.sink_tokens - old_sinks, span.num_tokens)
+        held = min(start - old_sinks, self.window_tokens)
+        ring = torch.arange(start - held, start) - self.sink_tokens
+        slots = (self.sink_tokens + ring % self.window_tokens).to(k.device)
+        pairs = ((state.k, k), (state.v, v))
+        sinks = Keys(*(torch.cat((o[:, :, :old_sinks], n[:, :, :new_sinks]), 2) for o, n in pairs))
+        keys = Keys(*(torch.cat((o[:, :, slots], n[:, :, new_sinks:]), 2) for o, n in pairs))
+        some = sinks if self.sink_tokens else None
+        return NearWithGradient(q, q_sink, keys, some, start + new_sinks - held, start, window)
 
     def _beyond_reach(self, span: Span) -> bool:
         return self.sink_tokens > 0 and span.end > self.sink_reach_tokens

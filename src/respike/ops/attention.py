@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from respike.ops.backends import needs_gradient
+
 
 def visible(
     query_positions: Int[Tensor, "B T"],
@@ -111,9 +113,10 @@ def attend_with_mass(
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
     """`attend`, bit for bit, and the logarithm of its softmax's denominator, float32.
 
-    The latter is what another branch needs to share that denominator. Arguments as for `attend`.
+    The latter is what another branch needs to share that denominator. Arguments as for `attend`;
+    where gradients are needed, `respike.ops.softmax.window_softmax` gives both.
     """
-    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    differentiable = needs_gradient(q, k, v)
     if q.device.type != "cpu" or differentiable or k.shape[-1] != v.shape[-1]:
         out = attend(q, k, v, bias, causal=causal, scale=scale)
         return out, log_mass(q, k, bias, causal=causal, scale=scale)

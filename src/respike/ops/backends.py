@@ -171,6 +171,11 @@ def choose(op: str, *tensors: Tensor, float32: Sequence[Tensor] = ()) -> Kernels
     return None
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _obstacle(op: str, tensors: Sequence[Tensor], float32: Sequence[Tensor]) -> str | None:
     """Why the native kernel of ``op`` cannot take these tensors, or None when it can."""
     dtype = tensors[0].dtype
@@ -182,7 +187,7 @@ def _obstacle(op: str, tensors: Sequence[Tensor], float32: Sequence[Tensor]) -> 
     for tensor in (*tensors, *float32):
         if tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}"
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if needs_gradient(tensor):
             return "a gradient is needed, and kernels have none"
     return None
 

@@ -4,9 +4,12 @@ Letters: F width of the MLP; any leading dimensions.
 Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from respike.ops import backends
@@ -30,13 +33,41 @@ def swiglu(
     """SwiGLU by the fastest implementation that can run here.
 
     Same arguments and results as `swiglu_definition`. Halves of one tensor are read where they
-    are.
+    are. Gradients are written out, once; only ``gate`` and ``up`` are kept for them.
 
     Raises:
         ValueError: Shapes differ.
     """
     if gate.shape != up.shape:
         raise ValueError(f"gate has shape {tuple(gate.shape)}, up {tuple(up.shape)}")
+    if backends.needs_gradient(gate, up):
+        out: Tensor = _SwiGLU.apply(gate, up)
+        return out
+    return _swiglu(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The op with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        d_gate = d_up = None
+        if ctx.needs_input_grad[0]:
+            d_gate = torch.ops.aten.silu_backward((d_out * up).to(gate.dtype), gate)
+        if ctx.needs_input_grad[1]:
+            d_up = _swiglu(gate, d_out).to(up.dtype)
+        return d_gate, d_up
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The op without gradients of its own."""
     kernels = backends.choose("swiglu", gate, up)
     if kernels is None:
         return swiglu_definition(gate, up)

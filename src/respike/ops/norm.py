@@ -5,9 +5,12 @@ Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.074
 as in Hugging Face's LlamaRMSNorm.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 
@@ -41,7 +44,7 @@ def rms_norm(
 ) -> Float[Tensor, "*rows D"]:
     """RMSNorm by the fastest implementation that can run here.
 
-    Same arguments and results as `rms_norm_definition`.
+    Same arguments and results as `rms_norm_definition`; gradients are written out, once.
 
     Raises:
         ValueError: ``weight`` does not have one factor per column.
@@ -49,9 +52,46 @@ def rms_norm(
     cols = x.shape[-1]
     if weight.shape != (cols,):  # a kernel would read past the end
         raise ValueError(f"weight has shape {tuple(weight.shape)}, x has {cols} columns")
+    if backends.needs_gradient(x, weight):
+        out: Tensor = _RMSNorm.apply(x, weight, eps)
+        return out
+    return _rms_norm(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The op with its gradients; keeps only its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        d_out, x32 = d_out.float(), x.float()
+        inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + ctx.eps)
+        normed = x32 * inverse
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_normed = d_out * weight.float()
+            along = (d_normed * normed).mean(-1, keepdim=True)
+            d_x = d_normed.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            rows = tuple(range(x.dim() - 1))
+            d_weight = (d_out * normed).sum(rows) if rows else d_out * normed
+            d_weight = d_weight.to(weight.dtype)
+        return d_x, d_weight, None
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The op without gradients of its own."""
     kernels = backends.choose("rms_norm", x, weight)
     if kernels is None:
         return rms_norm_definition(x, weight, eps)
+    cols = x.shape[-1]
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     rows = x.numel() // cols if cols else 0

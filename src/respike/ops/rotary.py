@@ -9,10 +9,12 @@ Source: Su et al., arXiv:2104.09864; "llama3" scaling as in Llama 3.1's released
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 
@@ -76,11 +78,36 @@ def rotate(
 ) -> Float[Tensor, "B T H K"]:
     """Turn each pair of channels by its angle, by the fastest implementation that can run here.
 
-    Same arguments and results as `rotate_definition`.
+    Same arguments and results as `rotate_definition`; the gradient of ``x`` is turned back.
 
     Raises:
-        ValueError: The tables do not fit ``x``.
+        ValueError: The tables do not fit ``x``, or a gradient of the tables is needed.
     """
+    if backends.needs_gradient(cos, sin):
+        raise ValueError("rotary tables have no gradient: angles follow from positions")
+    if backends.needs_gradient(x):
+        out: Tensor = _Rotate.apply(x, cos, sin)
+        return out
+    return _turn(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The op with its gradient: rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(d_out, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The op without gradients of its own."""
     kernels = backends.choose("rotate", x)
     if kernels is None:
         return rotate_definition(x, cos, sin)

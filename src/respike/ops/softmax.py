@@ -9,14 +9,16 @@ Source: as `respike.ops.attention`; online softmax: Milakov and Gimelshein, arXi
 use block by block: Dao et al., arXiv:2205.14135.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int8
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 from respike.ops.attention import visible
+from respike.ops.softmax_gradient import Row, part_gradients
 
 _KERNEL = {torch.float32: "softmax_f32", torch.bfloat16: "softmax_bf16"}
 _NO_WINDOW = 1 << 62
@@ -123,7 +125,7 @@ def window_softmax(
     """Softmax over the sinks and the window by the fastest implementation that can run here.
 
     Same arguments and results as `window_softmax_definition`. The bits do not depend on the number
-    of threads.
+    of threads. Gradients of exact keys are written out, once, in bounded memory.
 
     Raises:
         ValueError: The tensors do not fit together, or a query sees no key.
@@ -133,16 +135,64 @@ def window_softmax(
     for part in parts:
         _check(q, part, keys)
     _check_seen(q.shape[1], keys, sinks, first, start, window_tokens)
+    where = Where(first, start, window_tokens, q.shape[3] ** -0.5 if scale is None else scale)
+    exact = [x for part in parts for x in (part.k, part.v) if part.k_scale is None]
+    if exact and backends.needs_gradient(q, q_sink, *exact):
+        out, mass = _WindowSoftmax.apply(where, q, q_sink, *exact)
+        return out, mass
+    return _forward(q, q_sink, keys, sinks, where)
+
+
+class Where(NamedTuple):
+    """Where queries and keys stand, and the factor on the scores: see `window_softmax`."""
+
+    first: int
+    start: int
+    window_tokens: int | None
+    scale: float
+
+
+class _WindowSoftmax(torch.autograd.Function):
+    """The op with its gradients, for exact keys: k, v, and then those of sinks if there are any."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, where: Where, q: Tensor, q_sink: Tensor, *exact: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        sinks = Keys(*exact[2:]) if exact[2:] else None
+        out, mass = _forward(q, q_sink, Keys(*exact[:2]), sinks, where)
+        ctx.where, ctx.same = where, q_sink is q
+        ctx.save_for_backward(q, q_sink, *exact, out, mass)
+        return out, mass
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor, d_mass: Tensor) -> tuple[Tensor | None, ...]:
+        q, q_sink, *exact, out, mass = ctx.saved_tensors
+        delta = (d_out.float() * out.float()).sum(-1) - d_mass
+        d_q, *d_parts = part_gradients(Row(q, d_out, mass, delta), *exact[:2], ctx.where)
+        d_q_sink = None
+        if exact[2:]:
+            where = ctx.where._replace(first=0, window_tokens=None)
+            d_q_sink, *d_sinks = part_gradients(Row(q_sink, d_out, mass, delta), *exact[2:], where)
+            d_parts += d_sinks
+            if ctx.same:
+                d_q, d_q_sink = d_q.add_(d_q_sink), None
+        found = (d_q, d_q_sink, *d_parts)
+        return None, *(None if d is None else d.to(q.dtype) for d in found)
+
+
+def _forward(
+    q: Tensor, q_sink: Tensor, keys: Keys, sinks: Keys | None, where: Where
+) -> tuple[Tensor, Tensor]:
+    """The op without gradients of its own."""
+    parts = [keys] if sinks is None else [keys, sinks]
     exact = [x for part in parts for x in (part.k, part.v) if part.k_scale is None]
     kernels = backends.choose("softmax", q, q_sink, *exact)
     if kernels is None:
-        return window_softmax_definition(
-            q, keys, sinks,
-            q_sink=q_sink, first=first, start=start, window_tokens=window_tokens, scale=scale,
-        )  # fmt: skip
-    window = _NO_WINDOW if window_tokens is None else window_tokens
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    return _run(kernels, q, q_sink, keys, sinks, (first, start, window, scale))
+        return window_softmax_definition(q, keys, sinks, q_sink=q_sink, **where._asdict())
+    window = _NO_WINDOW if where.window_tokens is None else where.window_tokens
+    return _run(kernels, q, q_sink, keys, sinks, (where.first, where.start, window, where.scale))
 
 
 def _run(
