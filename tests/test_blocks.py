@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gradients import gradients
 from kernels import at_level, each_level, native
 from mixers import (
     CUTS,
@@ -40,6 +41,7 @@ from respike.layers.blocks import BlockSoftmax
 from respike.layers.state import MixerState
 from respike.layers.storage import VARIABLE
 from respike.ops import backends
+from respike.ops import blocks as blocks_op
 from respike.ops.blocks import BlockRule, block_softmax, blocks_definition, summarise
 from respike.ops.rotary import rotary_frequencies, rotary_tables, rotate_definition
 from respike.ops.softmax import Keys, quantise_rows
@@ -252,6 +254,55 @@ def test_gradients_are_those_of_the_definition() -> None:
     ours, wanted = (torch.autograd.grad((out * weight).sum(), leaves) for out in outs)
     for got, want in zip(ours, wanted, strict=True):
         assert_close(got, want)
+
+
+def block_inputs(T: int, dtype: torch.dtype) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Queries, keys and values that have gradients, and what else the op takes."""
+    _, q, k, v = mixer_inputs(T, 2 * G, dtype=dtype)
+    span = make_span([0] * B, [T] * B, T, q)
+    state = BlockSoftmax(RULE).init_state(B, G, K, k)
+    state.append(span.rotate_within(k, RULE.block_tokens).transpose(1, 2), v.transpose(1, 2), span)
+    keys, summaries = state.read(T)
+    return [q, keys.k, keys.v], (summaries, span.start, span.frequencies, RULE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_many_tiles_are_those_of_the_torch_form_at_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_op, "GRADIENT_QUERIES", 37)
+    leaves, rest = block_inputs(150, dtype)
+    got = gradients(lambda q, k, v: block_softmax(q, Keys(k, v), *rest), leaves)
+    whole = [x.float() for x in leaves]
+    want = gradients(lambda q, k, v: blocks_op._block_softmax(q, Keys(k, v), *rest), whole)
+    for ours, wanted in zip(got, want, strict=True):
+        assert_close(ours, wanted.to(dtype))
+
+
+def test_the_forward_pass_is_that_of_inference_and_has_one_gradient() -> None:
+    (q, k, v), rest = block_inputs(50, torch.float32)
+    expected = block_softmax(q, Keys(k, v), *rest)
+    out = block_softmax(q.requires_grad_(), Keys(k, v), *rest)
+    assert torch.equal(out, expected)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_gradients_of_rows_of_unlike_lengths() -> None:
+    inputs = mixer_inputs(40, 2 * G)
+    leaves = [z.requires_grad_() for z in inputs[1:]]
+    mixer = BlockSoftmax(RULE)
+    span = make_span([0] * B, [29, 13], 40, inputs[2])
+    out, _ = mixer(*inputs, span, mixer.init_state(B, G, K, inputs[2]))
+    for row, count in enumerate((29, 13)):
+        wanted = blocks_definition(*(z[row : row + 1, :count] for z in leaves), FREQUENCIES, RULE)  # type: ignore[call-arg]
+        for got, want in zip(
+            torch.autograd.grad(out[row, :count].square().sum(), leaves, retain_graph=True),
+            torch.autograd.grad(wanted.square().sum(), leaves),
+            strict=True,
+        ):
+            assert_close(got, want)
 
 
 def test_no_gradient_flows_into_the_call_before() -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from respike.errors import UnsupportedError
 from respike.layers.mixer import Mixer
 from respike.layers.span import Span
 from respike.layers.storage import Rows
+from respike.ops.backends import needs_gradient
 from respike.ops.blocks import BlockRule, block_softmax, summarise
 from respike.ops.softmax import Keys, dequantise_rows, quantise_rows
 
@@ -51,7 +51,7 @@ class BlockSoftmax(Mixer):
         v = v.transpose(1, 2)
         state.append(k, v, span)
         keys, summaries = state.read(span.end)
-        if q.requires_grad or k.requires_grad or v.requires_grad:
+        if needs_gradient(q, k, v):
             keys = _with_gradient(keys, k, v, span)
         out = block_softmax(q, keys, summaries, span.start, span.frequencies, self.rule)
         return out, state
@@ -59,9 +59,8 @@ class BlockSoftmax(Mixer):
 
 def _with_gradient(keys: Keys, k: Tensor, v: Tensor, span: Span) -> Keys:
     """Caches carry no gradient: this span's keys and values as they came, after the cached ones."""
-    if span.offset is None:
-        raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
-    old, rest = span.offset, keys.k.shape[2] - span.end
+    old, rest = span.common_start(), keys.k.shape[2] - span.end
+    k, v = (x[:, :, : span.end - old] for x in (k, v))
     return Keys(
         *(
             pad(torch.cat((held[:, :, :old].to(new.dtype), new), 2), (0, 0, 0, rest))

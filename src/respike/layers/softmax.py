@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from respike.errors import UnsupportedError
 from respike.layers.mixer import Mixer
 from respike.layers.span import Span
 from respike.layers.state import KVState, WindowState
@@ -51,24 +50,11 @@ class FullSoftmax(Mixer):
 
     def _with_gradient(self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: KVState) -> Tensor:
         """Caches carry no gradient: this span's keys and values as they came, after the cached."""
-        offset = _common_start(span)
+        offset = span.common_start()
         if offset:
             k = torch.cat((state.k[:, :, :offset], k), 2)
             v = torch.cat((state.v[:, :, :offset], v), 2)
         return window_softmax(q, Keys(k, v), start=offset)[0]
-
-
-def _common_start(span: Span) -> int:
-    """Position of every row's first query.
-
-    Raises:
-        UnsupportedError: They differ.
-    """
-    if span.fresh:
-        return 0
-    if span.offset is None:
-        raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
-    return span.offset
 
 
 @dataclass(frozen=True)
@@ -226,7 +212,7 @@ class WindowSoftmax(Mixer):
         window: int,
     ) -> NearWithGradient:
         """The cached sinks and ring in order, and after them this span's keys as they came."""
-        (q, q_sink), (k, v), start = queries, new, _common_start(span)
+        (q, q_sink), (k, v), start = queries, new, span.common_start()
         if start == 0 and span.num_tokens <= window and q_sink is None:
             return NearWithGradient(q, None, Keys(k, v), None, 0, 0, None)
         old_sinks = min(start, self.sink_tokens)

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from respike.errors import UnsupportedError
 from respike.ops.attention import attention_bias, visible
 from respike.ops.rotary import rotary_tables, rotate
 
@@ -50,6 +51,18 @@ class Span:
         self.dtype, self.device = dtype, device
         self.frequencies = frequencies
         self._memo: dict[object, Tensor | tuple[Tensor, Tensor]] = {}
+
+    def common_start(self) -> int:
+        """Position of every row's first token: what a mixer needs to give gradients.
+
+        Raises:
+            UnsupportedError: They differ.
+        """
+        if self.fresh:
+            return 0
+        if self.offset is None:
+            raise UnsupportedError("gradients when rows of a batch continue at unlike lengths")
+        return self.offset
 
     @cached_property
     def positions(self) -> Tensor:

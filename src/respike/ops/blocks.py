@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 from respike.ops.rotary import rotary_tables, rotate_definition
@@ -32,6 +33,8 @@ from respike.ops.softmax import Keys, cache_of
 _KERNEL = {torch.float32: "blocks_f32", torch.bfloat16: "blocks_bf16"}
 TILE_SCORES = 1 << 24
 """Scores the torch form holds at once."""
+GRADIENT_QUERIES = 128
+"""Queries whose scores are recomputed at once for gradients, over the blocks before them."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ def block_softmax(
 ) -> Float[Tensor, "B T H V"]:
     """`blocks_definition` on a cache that holds the queries' tokens, as fast as can be here.
 
+    Queries, exact keys and values have gradients, once; the choice of blocks has none.
+
     Args:
         q: Queries, not rotated; row b's stand at ``start[b]`` and on. What stands behind the cache
             is padding, and its output means nothing.
@@ -187,6 +192,59 @@ def block_softmax(
         ValueError: The tensors do not fit together.
     """
     _check(q, keys, summaries, start, frequencies, rule)
+    if keys.k_scale is None and backends.needs_gradient(q, keys.k, keys.v):
+        out: Tensor = _BlockSoftmax.apply(rule, start, frequencies, summaries, q, keys.k, keys.v)
+        return out
+    return _forward(q, keys, summaries, start, frequencies, rule)
+
+
+class _BlockSoftmax(torch.autograd.Function):
+    """The op with its gradients: those of the torch form, recomputed some queries at a time.
+
+    Which blocks are seen has no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rule: BlockRule,
+        start: Tensor,
+        frequencies: Tensor,
+        summaries: Tensor,
+        *leaves: Tensor,
+    ) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward(start, frequencies, summaries, *leaves)
+        return _forward(leaves[0], Keys(*leaves[1:]), summaries, start, frequencies, rule)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        start, frequencies, summaries, q, *kv = ctx.saved_tensors
+        rule: BlockRule = ctx.rule
+        d_q = torch.empty_like(q)
+        d_kv = [torch.zeros_like(x, dtype=torch.float32) for x in kv]
+        for begin in range(0, q.shape[1], GRADIENT_QUERIES):
+            tile = slice(begin, begin + GRADIENT_QUERIES)
+            reached = int(start.max()) + min(tile.stop, q.shape[1])
+            slots = min(-(-reached // rule.block_tokens) * rule.block_tokens, kv[0].shape[2])
+            means = summaries[:, :, : slots // rule.summary_tokens]
+            leaves = [q[:, tile], *(x[:, :, :slots].float() for x in kv)]
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            with torch.enable_grad():
+                out = _block_softmax(
+                    leaves[0], Keys(*leaves[1:]), means, start + begin, frequencies, rule
+                )
+            d_q[:, tile], *d_some = torch.autograd.grad(out, leaves, d_out[:, tile])
+            for whole, some in zip(d_kv, d_some, strict=True):
+                whole[:, :, :slots] += some
+        return None, None, None, None, d_q, *(d.to(q.dtype) for d in d_kv)
+
+
+def _forward(
+    q: Tensor, keys: Keys, summaries: Tensor, start: Tensor, frequencies: Tensor, rule: BlockRule
+) -> Tensor:
+    """The op without gradients of its own."""
     exact = () if keys.k_scale is not None else keys[:2]
     kernels = backends.choose("blocks", q, summaries, *exact)
     if kernels is None:

@@ -11,16 +11,20 @@ Source: our own. The shared denominator: LoLCATs, arXiv:2410.10254; prototypes a
 the exponential kernel around cluster centres: the fast Gauss transform (Greengard & Strain, 1991).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 from respike.ops.attention import visible
 from respike.ops.gla import gla
 from respike.ops.recurrence import SUFFIX, strided, strided_heads
+
+GRADIENT_CHUNK_TOKENS = 128
+"""Tokens of a chunk where gradients are computed, see `respike.ops.gla.gla`."""
 
 
 class Prototypes(NamedTuple):
@@ -103,6 +107,7 @@ def far_read(
     v: Float[Tensor, "B T G V"],
     log_decay: Float[Tensor, "B T G 1"],
     memory: Float[Tensor, "B G F V1"],
+    chunk_tokens: int = 32,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"], Float[Tensor, "B G F V1"]]:
     """Write each step's key and value to the memory, then read it: mean value, mass, next memory.
 
@@ -112,6 +117,7 @@ def far_read(
         v: Its value.
         log_decay: Applied before the step's write.
         memory: Sums of features times (value, 1), float32, V1 = V + 1.
+        chunk_tokens: As for `respike.ops.gla.gla`.
 
     Returns:
         The mean of all far values as the query weighs them (zeros while there is none), the
@@ -128,6 +134,7 @@ def far_read(
         log_decay,
         memory,
         scale=1.0,
+        chunk_tokens=chunk_tokens,
     )
     mass = read[..., -1]
     some = mass > 0
@@ -176,8 +183,53 @@ def far(
         near: The window's output (B, T, H, V), and the logarithm of its mass (B, T, H), float32.
 
     Returns:
-        The joint average, and the memory after the span.
+        The joint average, and the memory after the span; as a cache, it carries no gradient.
     """
+    if backends.needs_gradient(memory):
+        raise ValueError("the memory is a cache and has no gradient: see far_torch")
+    if backends.needs_gradient(q, k, v, *near, *prototypes):
+        joint, memory = _Far.apply(real, memory, q, k, v, *near, *prototypes)
+        return joint, memory
+    return _far(q, k, v, real, prototypes, memory, near)
+
+
+class _Far(torch.autograd.Function):
+    """The op with its gradients: those of `far_torch`, computed anew."""
+
+    @staticmethod
+    def forward(ctx: Any, real: Tensor, memory: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, *near = leaves[:5]
+        ctx.save_for_backward(real, memory, *leaves)
+        joint, memory = _far(q, k, v, real, Prototypes(*leaves[5:]), memory, (near[0], near[1]))
+        ctx.mark_non_differentiable(memory)
+        return joint, memory
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_joint: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        real, memory, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        leaves = [x.detach().requires_grad_(n) for x, n in zip(saved, needed, strict=True)]
+        q, k, v, *near = leaves[:5]
+        with torch.enable_grad():
+            joint, _ = far_torch(
+                q, k, v, real, Prototypes(*leaves[5:]), memory, (near[0], near[1]),
+                GRADIENT_CHUNK_TOKENS,
+            )  # fmt: skip
+        found = iter(torch.autograd.grad(joint, [x for x in leaves if x.requires_grad], d_joint))
+        return None, None, *(next(found) if n else None for n in needed)
+
+
+def _far(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    real: Tensor,
+    prototypes: Prototypes,
+    memory: Tensor,
+    near: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The op without gradients of its own."""
     out, mass = near
     kernels = backends.choose("far", q, k, v, out, float32=(mass, memory, *prototypes))
     if kernels is None:
@@ -214,8 +266,9 @@ def far_torch(
     prototypes: Prototypes,
     memory: Float[Tensor, "B G F V1"],
     near: tuple[Tensor, Tensor],
+    chunk_tokens: int = 32,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G F V1"]]:
-    """`far` in torch, with gradients."""
+    """`far` in torch, with gradients by autograd."""
     step = torch.arange(q.shape[1])
     ages = (step < real[:, 1:])[:, :, None, None].to(q.device)
     leaves = ages & (step >= real[:, :1])[:, :, None, None].to(q.device)
@@ -225,5 +278,6 @@ def far_torch(
         v,
         prototypes.log_decay.float()[:, None] * ages,
         memory,
+        chunk_tokens,
     )
     return share_denominator(*near, mean, mass)[0], memory
