@@ -205,16 +205,11 @@ class _BlockSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rule: BlockRule,
-        start: Tensor,
-        frequencies: Tensor,
-        summaries: Tensor,
-        *leaves: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, rule: BlockRule, start: Tensor, *rest: Tensor) -> Tensor:
+        frequencies, summaries, *leaves = rest
         ctx.rule = rule
-        ctx.save_for_backward(start, frequencies, summaries, *leaves)
+        # A copy: the cache they lie in is written to before the backward pass comes.
+        ctx.save_for_backward(start, frequencies, summaries.clone(), *leaves)
         return _forward(leaves[0], Keys(*leaves[1:]), summaries, start, frequencies, rule)
 
     @staticmethod
@@ -228,17 +223,17 @@ class _BlockSoftmax(torch.autograd.Function):
             tile = slice(begin, begin + GRADIENT_QUERIES)
             reached = int(start.max()) + min(tile.stop, q.shape[1])
             slots = min(-(-reached // rule.block_tokens) * rule.block_tokens, kv[0].shape[2])
-            means = summaries[:, :, : slots // rule.summary_tokens]
-            leaves = [q[:, tile], *(x[:, :, :slots].float() for x in kv)]
-            leaves = [x.detach().requires_grad_() for x in leaves]
+            given = q[:, tile], *(x[:, :, :slots].float() for x in kv)
+            leaves = [x.detach().requires_grad_() for x in given]
             with torch.enable_grad():
                 out = _block_softmax(
-                    leaves[0], Keys(*leaves[1:]), means, start + begin, frequencies, rule
-                )
+                    leaves[0], Keys(*leaves[1:]), summaries[:, :, : slots // rule.summary_tokens],
+                    start + begin, frequencies, rule,
+                )  # fmt: skip
             d_q[:, tile], *d_some = torch.autograd.grad(out, leaves, d_out[:, tile])
             for whole, some in zip(d_kv, d_some, strict=True):
                 whole[:, :, :slots] += some
-        return None, None, None, None, d_q, *(d.to(q.dtype) for d in d_kv)
+        return *[None] * 4, d_q, *(d.to(q.dtype) for d in d_kv)
 
 
 def _forward(
