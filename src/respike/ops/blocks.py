@@ -193,8 +193,7 @@ def block_softmax(
     """
     _check(q, keys, summaries, start, frequencies, rule)
     if keys.k_scale is None and backends.needs_gradient(q, keys.k, keys.v):
-        out: Tensor = _BlockSoftmax.apply(rule, start, frequencies, summaries, q, keys.k, keys.v)
-        return out
+        return _BlockSoftmax.apply(rule, start, frequencies, summaries, q, keys.k, keys.v)  # type: ignore[no-any-return, no-untyped-call]
     return _forward(q, keys, summaries, start, frequencies, rule)
 
 
@@ -213,7 +212,7 @@ class _BlockSoftmax(torch.autograd.Function):
         return _forward(leaves[0], Keys(*leaves[1:]), summaries, start, frequencies, rule)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         start, frequencies, summaries, q, *kv = ctx.saved_tensors
         rule: BlockRule = ctx.rule

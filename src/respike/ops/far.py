@@ -23,9 +23,6 @@ from respike.ops.attention import visible
 from respike.ops.gla import gla
 from respike.ops.recurrence import SUFFIX, strided, strided_heads
 
-GRADIENT_CHUNK_TOKENS = 128
-"""Tokens of a chunk where gradients are computed, see `respike.ops.gla.gla`."""
-
 
 class Prototypes(NamedTuple):
     """What a far memory has learnt.
@@ -107,7 +104,6 @@ def far_read(
     v: Float[Tensor, "B T G V"],
     log_decay: Float[Tensor, "B T G 1"],
     memory: Float[Tensor, "B G F V1"],
-    chunk_tokens: int = 32,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"], Float[Tensor, "B G F V1"]]:
     """Write each step's key and value to the memory, then read it: mean value, mass, next memory.
 
@@ -117,7 +113,6 @@ def far_read(
         v: Its value.
         log_decay: Applied before the step's write.
         memory: Sums of features times (value, 1), float32, V1 = V + 1.
-        chunk_tokens: As for `respike.ops.gla.gla`.
 
     Returns:
         The mean of all far values as the query weighs them (zeros while there is none), the
@@ -134,7 +129,6 @@ def far_read(
         log_decay,
         memory,
         scale=1.0,
-        chunk_tokens=chunk_tokens,
     )
     mass = read[..., -1]
     some = mass > 0
@@ -188,7 +182,7 @@ def far(
     if backends.needs_gradient(memory):
         raise ValueError("the memory is a cache and has no gradient: see far_torch")
     if backends.needs_gradient(q, k, v, *near, *prototypes):
-        joint, memory = _Far.apply(real, memory, q, k, v, *near, *prototypes)
+        joint, memory = _Far.apply(real, memory, q, k, v, *near, *prototypes)  # type: ignore[no-untyped-call]
         return joint, memory
     return _far(q, k, v, real, prototypes, memory, near)
 
@@ -205,7 +199,7 @@ class _Far(torch.autograd.Function):
         return joint, memory
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_joint: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         real, memory, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
@@ -214,7 +208,6 @@ class _Far(torch.autograd.Function):
         with torch.enable_grad():
             joint, _ = far_torch(
                 q, k, v, real, Prototypes(*leaves[5:]), memory, (near[0], near[1]),
-                GRADIENT_CHUNK_TOKENS,
             )  # fmt: skip
         found = iter(torch.autograd.grad(joint, [x for x in leaves if x.requires_grad], d_joint))
         return None, None, *(next(found) if n else None for n in needed)
@@ -266,7 +259,6 @@ def far_torch(
     prototypes: Prototypes,
     memory: Float[Tensor, "B G F V1"],
     near: tuple[Tensor, Tensor],
-    chunk_tokens: int = 32,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B G F V1"]]:
     """`far` in torch, with gradients by autograd."""
     step = torch.arange(q.shape[1])
@@ -278,6 +270,5 @@ def far_torch(
         v,
         prototypes.log_decay.float()[:, None] * ages,
         memory,
-        chunk_tokens,
     )
     return share_denominator(*near, mean, mass)[0], memory

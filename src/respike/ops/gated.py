@@ -41,8 +41,7 @@ def swiglu(
     if gate.shape != up.shape:
         raise ValueError(f"gate has shape {tuple(gate.shape)}, up {tuple(up.shape)}")
     if backends.needs_gradient(gate, up):
-        out: Tensor = _SwiGLU.apply(gate, up)
-        return out
+        return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
     return _swiglu(gate, up)
 
 
@@ -55,7 +54,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu(gate, up)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         d_gate = d_up = None

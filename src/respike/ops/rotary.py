@@ -86,8 +86,7 @@ def rotate(
     if backends.needs_gradient(cos, sin):
         raise ValueError("rotary tables have no gradient: angles follow from positions")
     if backends.needs_gradient(x):
-        out: Tensor = _Rotate.apply(x, cos, sin)
-        return out
+        return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
     return _turn(x, cos, sin)
 
 
@@ -100,7 +99,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(x, cos, sin)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turn(d_out, cos, -sin), None, None

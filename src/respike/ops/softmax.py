@@ -138,7 +138,7 @@ def window_softmax(
     where = Where(first, start, window_tokens, q.shape[3] ** -0.5 if scale is None else scale)
     exact = [x for part in parts for x in (part.k, part.v) if part.k_scale is None]
     if exact and backends.needs_gradient(q, q_sink, *exact):
-        out, mass = _WindowSoftmax.apply(where, q, q_sink, *exact)
+        out, mass = _WindowSoftmax.apply(where, q, q_sink, *exact)  # type: ignore[no-untyped-call]
         return out, mass
     return _forward(q, q_sink, keys, sinks, where)
 
@@ -166,15 +166,17 @@ class _WindowSoftmax(torch.autograd.Function):
         return out, mass
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_mass: Tensor) -> tuple[Tensor | None, ...]:
         q, q_sink, *exact, out, mass = ctx.saved_tensors
         delta = (d_out.float() * out.float()).sum(-1) - d_mass
-        d_q, *d_parts = part_gradients(Row(q, d_out, mass, delta), *exact[:2], ctx.where)
+        d_q, *d_parts = part_gradients(Row(q, d_out, mass, delta), (exact[0], exact[1]), ctx.where)
         d_q_sink = None
         if exact[2:]:
             where = ctx.where._replace(first=0, window_tokens=None)
-            d_q_sink, *d_sinks = part_gradients(Row(q_sink, d_out, mass, delta), *exact[2:], where)
+            d_q_sink, *d_sinks = part_gradients(
+                Row(q_sink, d_out, mass, delta), (exact[2], exact[3]), where
+            )
             d_parts += d_sinks
             if ctx.same:
                 d_q, d_q_sink = d_q.add_(d_q_sink), None

@@ -35,20 +35,19 @@ class Row(NamedTuple):
 
 
 def part_gradients(
-    row: Row, k: Tensor, v: Tensor, where: tuple[int, int, int | None, float]
+    row: Row, keys: tuple[Tensor, Tensor], where: tuple[int, int, int | None, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values by one run of keys of the softmax.
 
     Args:
         row: The queries, as they see these keys.
-        k: (B, G, S, K), rotated.
-        v: (B, G, S, V).
+        keys: Keys (B, G, S, K), rotated, and values (B, G, S, V).
         where: ``first``, ``start``, ``window_tokens`` and ``scale`` of the op.
 
     Returns:
         In float32: (B, T, H, K), (B, G, S, K), (B, G, S, V).
     """
-    first, start, window, scale = where
+    (k, v), (first, start, window, scale) = keys, where
     (B, T, H, K), (_, G, S, V) = row.q.shape, v.shape
     R = H // G
     q = _rows(row.q.float(), -row.mass / scale, G)
