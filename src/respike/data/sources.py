@@ -65,6 +65,7 @@ class TextSource:
         split: ``train`` or ``heldout``.
         heldout_frac: Share of the documents that is held out, by the hash of their text.
         max_document_tokens: Longer ones come in pieces, each of them a sample of its own.
+        min_document_tokens: Shorter ones, and shorter pieces, are left out.
 
     Raises:
         DataError: The split has no document.
@@ -79,6 +80,7 @@ class TextSource:
         split: Split = "train",
         heldout_frac: float = HELDOUT_FRAC,
         max_document_tokens: int = MAX_DOCUMENT_TOKENS,
+        min_document_tokens: int = 1,
     ) -> None:
         if not 0 <= heldout_frac <= 1 or max_document_tokens < 1 or not 0 <= seed < 1 << 63:
             raise UsageError(
@@ -86,10 +88,15 @@ class TextSource:
                 f"{max_document_tokens}, seed {seed}; expected 0 to 1, at least 1, at least 0"
             )
         self.name, self.store, self.seed = name, store, seed
-        self.fingerprint = f"{store.key} {split} {heldout_frac} {max_document_tokens} {seed}"
-        self._spans = store.spans(split, heldout_frac, max_document_tokens)
+        self.fingerprint = (
+            f"{store.key} {split} {heldout_frac} {min_document_tokens} {max_document_tokens} {seed}"
+        )
+        self._spans = store.spans(split, heldout_frac, max_document_tokens, min_document_tokens)
         if not len(self._spans):
-            raise DataError(f"{store.folder}: no document is in the split {split!r}")
+            raise DataError(
+                f"{store.folder}: no document of at least {min_document_tokens} tokens is in the "
+                f"split {split!r}"
+            )
         self.epoch_samples: int | None = len(self._spans)
         self._orders: dict[int, Array] = {}
 

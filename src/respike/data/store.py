@@ -49,8 +49,12 @@ class TokenStore:
     hashes: Array
     counted: Array | None
 
-    def spans(self, split: Split, heldout_frac: float, max_tokens: int) -> Array:
+    def spans(
+        self, split: Split, heldout_frac: float, max_tokens: int, min_tokens: int = 1
+    ) -> Array:
         """Begin and end (S, 2) of the documents of a split, in pieces of at most ``max_tokens``.
+
+        Documents and pieces shorter than ``min_tokens`` are left out.
 
         A document's split depends on the hash of its text alone: it is the same wherever the text
         stands, and a document held out at some fraction stays so at every greater one.
@@ -63,7 +67,8 @@ class TokenStore:
         first = np.cumsum(pieces) - pieces
         number = np.arange(pieces.sum()) - np.repeat(first, pieces)
         cut = np.repeat(begins, pieces) + number * max_tokens
-        return np.stack([cut, np.minimum(cut + max_tokens, np.repeat(ends, pieces))], axis=1)
+        found = np.stack([cut, np.minimum(cut + max_tokens, np.repeat(ends, pieces))], axis=1)
+        return found[found[:, 1] - found[:, 0] >= min_tokens]
 
 
 def document_hash(document: Document) -> int:

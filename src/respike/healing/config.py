@@ -57,6 +57,8 @@ class Stage(Frozen):
     """Rows of ``context_tokens`` in one step."""
     micro_rows: int = Field(default=1, ge=1)
     """Rows worked on at a time; divides ``rows``. Bounds the memory and changes nothing else."""
+    least_document_tokens: int = Field(default=1, ge=1)
+    """Shorter documents are left out: what fits the window teaches a memory nothing."""
     recall: RecallOptions = RecallOptions()
     train: dict[Projection, Literal["full"] | Annotated[int, Field(ge=1, le=1024)]] = Field(
         default_factory=dict

@@ -93,7 +93,10 @@ class Trainer:
     def _loader(self, stage: Stage, cursor: Mapping[str, Any] | None) -> Loader:
         healing, options = self.healing, stage.recall
         seed = healing.seed * 101 + self.where.stage
-        text = TextSource("text", self.store, seed=seed, heldout_frac=healing.heldout_frac)
+        text = TextSource(
+            "text", self.store, seed=seed, heldout_frac=healing.heldout_frac,
+            min_document_tokens=stage.least_document_tokens,
+        )  # fmt: skip
         sources: list[tuple[Any, float]] = []
         if options.frac < 1:
             sources.append((text, 1 - options.frac))
