@@ -15,7 +15,9 @@ def model_card(report: dict[str, Any]) -> str:
     hashes = ", ".join(f"{n} SHA-256 {h}" for n, h in report["source_sha256"].items())
     kinds = ", ".join(f"{count} tensors {kind}" for kind, count in source["stored_as"].items())
     layers = "\n".join(f"| {row['layers']} | {row['mixers']} |" for row in report["layers"])
-    again = "but for its spikes" if "spikes" in report else "byte for byte"
+    again = "byte for byte"
+    for part, name in (("spikes", "its spikes"), ("healing", "its training")):
+        again = f"but for {name}" if part in report else again
     front = {
         "license": source["license"],
         "base_model": source["name"],
@@ -28,7 +30,7 @@ def model_card(report: dict[str, Any]) -> str:
 
 Made from **{source["name"]}** ({source["family"]}, licence of the source: {source["license"]}) by
 respike {report["respike"]}. The weights are the source's (there {kinds}), read by their own
-rules and stored here as {report["weights"]}; nothing was trained. Of {report["kv_groups"]} KV
+rules and stored here as {report["weights"]}; {_training(report)}. Of {report["kv_groups"]} KV
 groups {report["softmax_groups"]} keep full softmax.{_memories(report)}{_spikes(report)}
 
 | layers | mixers |
@@ -48,6 +50,22 @@ in quality depends on the text: measure it with `respike check ORIGINAL THIS --d
 Source {hashes}; fingerprint {report["fingerprint"]}. `recipe.yaml` makes
 this folder again, {again}; `report.json` has every figure.
 """
+
+
+def _training(report: dict[str, Any]) -> str:
+    """What was trained, and what that gained."""
+    healing = report.get("healing")
+    if healing is None:
+        return "nothing was trained"
+    if "best" not in healing:
+        return f"then healed by {healing['name']} (`respike heal --apply`)"
+    start, best = healing["start"], healing["best"]
+    return (
+        f"then healed by the course `{healing['name']}` (`respike heal`) on {healing['tokens']:,} "
+        f"tokens: on held-out text its KL to the source went from {start['kl_nats']:.4f} to "
+        f"{best['kl_nats']:.4f} nats a token, recall from {100 * start['recall_frac']:.1f} % to "
+        f"{100 * best['recall_frac']:.1f} %"
+    )
 
 
 def _memories(report: dict[str, Any]) -> str:

@@ -165,11 +165,12 @@ def load_healing(name: str, overrides: tuple[str, ...] = ()) -> Healing:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        hint = did_you_mean(str(first["loc"][-1]), Healing.model_fields | Stage.model_fields)
-        raise UsageError(
-            f"{name}: {where}: {first['msg']}", hint=hint if first["type"] == "extra_forbidden"
-            else None,
-        ) from None  # fmt: skip
+        message, hint = first["msg"], None
+        if first["type"] == "extra_forbidden":
+            known = [*Healing.model_fields, *Stage.model_fields, *Judging.model_fields]
+            message = "no such key"
+            hint = did_you_mean(str(first["loc"][-1]), known)
+        raise UsageError(f"{name}: {where}: {message}", hint=hint) from None
 
 
 def _read(path: Path, known: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Which weights are worth keeping: KL on held-out text, as long as recall has not suffered."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +32,16 @@ class Verdict:
     """
 
     kl_nats: float
-    kl_95: tuple[float, float]
+    kl_95: Sequence[float]
     nats_added: float
     recall_frac: float
     answer_nats: float
-    tasks: dict[str, tuple[float, float]]
+    tasks: dict[str, Sequence[float]]
 
     def as_dict(self) -> dict[str, Any]:
-        """For the log."""
-        return dict(vars(self))
+        """For the log: what it reads back as."""
+        tasks = {name: list(score) for name, score in self.tasks.items()}
+        return {**vars(self), "kl_95": list(self.kl_95), "tasks": tasks}
 
 
 class Judge:
@@ -79,7 +80,7 @@ class Judge:
         bucket = found.bucket(
             min(FIRST_BUCKET, judging.context_tokens // 2), judging.context_tokens
         )
-        tasks = {}
+        tasks: dict[str, Sequence[float]] = {}
         for done, setting in enumerate(judging.recall, start=1):
             score = recall(
                 decoder, self.vocabulary, parse_task(setting), trials=judging.trials, seed=1

@@ -25,6 +25,7 @@ from respike.healing.log import Log
 from respike.healing.objectives import Pair
 from respike.healing.parallel import World, join_world
 from respike.healing.trainable import prepare as prepare_student
+from respike.healing.trainable import shut_gates
 from respike.healing.trainer import CHECKPOINT_STEPS, Trainer
 from respike.healing.weights import fast_copy, merge, plain_weights
 from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer, pack_or_plain
@@ -274,9 +275,11 @@ def _judge(course: Course, progress: Step | None) -> None:
     where = trainer.where
     if progress:
         progress(where.total_steps, trainer.all_steps, "measuring")
-    trained = {n: trainer.world.full(t) for n, t in trainer.average.tensors().items()}
-    weights = merge(plain_weights(trainer.pair.student, trainer.world), trained)
-    verdict = course.judge.measure(fast_copy(trainer.pair.student, weights))
+    student, world = trainer.pair.student, trainer.world
+    found = trainer.average.tensors() | shut_gates(student, trainer.healing)
+    trained = {name: world.full(tensor) for name, tensor in found.items()}
+    weights = merge(plain_weights(student, world), trained)
+    verdict = course.judge.measure(fast_copy(student, weights))
     assert course.start is not None
     slack = trainer.healing.judge.recall_slack_frac
     kept = is_better(verdict, course.best, course.start, slack)

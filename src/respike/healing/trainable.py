@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from respike.checkpoint.families import mixer_of
 from respike.errors import UsageError
@@ -44,7 +44,7 @@ class Trained:
         self.tensor.copy_(self.master)
 
     @torch.no_grad()
-    def collect(self, factor: float = 1.0) -> None:
+    def collect(self, factor: int = 1) -> None:
         """Move the model's gradient, times ``factor``, to the master, which sums in float32."""
         if self.tensor.grad is None:
             return
@@ -114,3 +114,14 @@ def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[
                 yield name, False
         elif stage.train.get(projection) == "full":  # type: ignore[call-overload]
             yield name, False
+
+
+def shut_gates(decoder: Decoder, healing: Healing) -> dict[str, Tensor]:
+    """What a control's weights have beside those that are trained: memories that stay shut."""
+    if healing.memory == "on":
+        return {}
+    return {
+        name: parameter.detach()
+        for name, parameter in decoder.named_parameters()
+        if name.endswith(".beta") and mixer_of(decoder.config, name) is not None
+    }

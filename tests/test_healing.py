@@ -1,0 +1,400 @@
+"""Healing: packed rows, losses, courses that stop and go on, differences, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from refusal import one_line
+from respike.conversion import convert, plan
+from respike.data import Batch
+from respike.errors import DataError, UnsupportedError, UsageError
+from respike.healing import Healing, Request, apply, heal, load_healing
+from respike.healing.config import Stage, builtin_healings
+from respike.healing.judge import Verdict, is_better
+from respike.healing.losses import summed_kl, summed_nats
+from respike.healing.objectives import choose_positions
+from respike.healing.optimiser import rate_at
+from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
+from respike.healing.trainable import prepare
+from respike.layers.far import FarSoftmax
+from respike.layers.low_rank import LowRank, merged
+from respike.loading import load
+from respike.models.packing import pack_decoder
+from respike.recipe import load_recipe
+from tiny import BLOCKS, MEMORIES, model_config, random_decoder, random_tokens, save_tiny
+from tolerance import assert_close
+
+SETTINGS = (
+    "window_tokens=9", "sink_tokens=2", "far.features=5", "far.calibration_tokens=600",
+    "softmax_groups={1: [0]}", "softmax=blocks", "blocks.block_tokens=4",
+    "blocks.summary_tokens=4", "blocks.top_blocks=3", "blocks.reach_tokens=24",
+)  # fmt: skip
+LAYERS = MEMORIES + BLOCKS
+RECALL = {"families": ["copy"], "least_tokens": 16, "first_tokens": 24, "last_tokens": 32}
+JUDGE = {
+    "every_tokens": 1500, "contexts": 2, "context_tokens": 48, "recall": ["copy:12"], "trials": 3,
+    "recall_slack_frac": 1.0,
+}  # fmt: skip
+
+
+def course(**changes: Any) -> Healing:
+    stages = [
+        {
+            "kind": "transfer", "tokens": 16 * 96, "context_tokens": 48, "rows": 2,
+            "memory_rate": 3e-3, "recall": RECALL,
+        },
+        {
+            "kind": "distil", "tokens": 24 * 96, "context_tokens": 48, "rows": 2,
+            "train": {"v_proj": "full", "o_proj": 3}, "rate": 3e-3, "memory_rate": 3e-3,
+            "recall": RECALL, "window_dropout": {"first_frac": 0.5, "window_tokens": 4},
+        },
+    ]  # fmt: skip
+    fields = {"heal": 1, "name": "tiny", "stages": stages, "judge": JUDGE, "heldout_frac": 0.3}
+    return Healing.model_validate(fields | changes)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short documents, no two of them alike."""
+    folder = tmp_path_factory.mktemp("text")
+    draw = torch.Generator().manual_seed(0)
+    words = [" the", " and", " a", " ing", " she", " sand", " there", " or", " then", " on"]
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(40):
+            picks = torch.randint(len(words), (90,), generator=draw).tolist()
+            body = "".join(words[i] for i in picks)
+            file.write(json.dumps({"text": f"{number}:{body}"}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted")
+    source = save_tiny(folder / "source")
+    convert(plan(source, load_recipe("constant", SETTINGS)), folder / "model")
+    return folder / "model"
+
+
+def request(converted: Path, text: Path, out: Path, **changes: Any) -> Request:
+    return Request(converted, out, (str(text),), **changes)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
+
+
+def packed_batch(tokens: Tensor, documents: list[list[int]], continues: list[bool]) -> Batch:
+    owner = torch.tensor(documents)
+    mask = owner > 0
+    return Batch(
+        tokens, owner, torch.zeros_like(owner), mask, torch.zeros_like(mask),
+        torch.zeros_like(owner), torch.tensor(continues),
+    )  # fmt: skip
+
+
+# ---- packed rows
+
+
+def test_a_packed_row_is_its_documents_one_by_one() -> None:
+    decoder = random_decoder(model_config(LAYERS))
+    tokens = random_tokens(2, 40)
+    documents = [[1] * 13 + [2] * 27, [1] * 33 + [0] * 7]
+    batch = packed_batch(tokens, documents, [False, False])
+    hidden = Packed(decoder, tokens, segments(batch), None).hidden()
+    for row, begin, end in ((0, 0, 13), (0, 13, 40), (1, 0, 33)):
+        alone, _ = decoder.hidden(tokens[row : row + 1, begin:end])
+        assert_close(hidden[row, begin:end], alone[0])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["student", "teacher"])
+def test_states_are_carried_from_row_to_row_and_a_border_drops_them(packed: bool) -> None:
+    decoder = random_decoder(model_config(LAYERS))
+    tokens = random_tokens(2, 60)
+    whole, _ = decoder.hidden(tokens)
+    fresh, _ = decoder.hidden(tokens[1:, 30:])
+    if packed:
+        pack_decoder(decoder)
+    lanes = Lanes({})
+    halves = []
+    for begin, continues in ((0, [False, False]), (30, [True, False])):
+        half = tokens[:, begin : begin + 30]
+        parts = segments(packed_batch(half, [[1] * 30, [1] * 30], continues))
+        with torch.no_grad():
+            halves.append(
+                teacher_hidden(decoder, half, parts, lanes)
+                if packed
+                else Packed(decoder, half, parts, lanes).hidden()
+            )
+    assert_close(halves[1][0], whole[0, 30:])
+    assert_close(halves[1][1], fresh[0])
+
+
+def test_windows_are_short_only_where_and_while_asked() -> None:
+    decoder = random_decoder(model_config(LAYERS))
+    far = [
+        (i, m)
+        for i, part in enumerate(decoder.layers)
+        for m in part.self_attn.mixers
+        if isinstance(m, FarSoftmax)
+    ]
+    index, mixer = far[0]
+    before = mixer.window.window_tokens
+    with short_windows(decoder, {index}, 2):
+        assert mixer.window.window_tokens == min(2, before)
+    assert mixer.window.window_tokens == before
+
+
+# ---- losses
+
+
+@pytest.mark.parametrize("kind", ["kl", "nats"])
+def test_losses_and_their_gradients_are_those_of_plain_logits(kind: str) -> None:
+    r = torch.Generator().manual_seed(0)
+    head, their_head = (torch.randn(19, 7, generator=r) for _ in range(2))
+    hidden, theirs = (torch.randn(11, 7, generator=r) for _ in range(2))
+    target = torch.randint(19, (11,), generator=r)
+    mine = hidden.clone().requires_grad_()
+    plain = hidden.clone().requires_grad_()
+    log_q = (plain @ head.T).log_softmax(-1)
+    if kind == "kl":
+        found = summed_kl(mine, head, theirs, their_head)
+        log_p = (theirs @ their_head.T).log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum()
+    else:
+        found = summed_nats(mine, head, target)
+        expected = -log_q.gather(1, target[:, None]).sum()
+    found.backward()
+    expected.backward()
+    assert_close(found, expected)
+    assert_close(mine.grad, plain.grad)
+
+
+def test_all_answers_are_looked_at_and_nothing_that_does_not_count() -> None:
+    tokens = random_tokens(3, 50)
+    batch = packed_batch(tokens, [[1] * 20 + [2] * 30] * 3, [False] * 3)
+    batch.loss_mask[:, [0, 20]] = False
+    batch.answers[1, 30:35] = True
+    stage = Stage(kind="distil", tokens=1, sampled_frac=0.2)
+    chosen = choose_positions(batch, stage, "a")
+    assert chosen[1, 29:34].all()
+    assert not chosen[:, 19].any()
+    assert not chosen[:, 49].any()
+    assert 10 < int(chosen.sum()) < 60
+    assert torch.equal(chosen, choose_positions(batch, stage, "a"))
+    assert not torch.equal(chosen, choose_positions(batch, stage, "b"))
+
+
+def test_rates_rise_then_fall_to_their_share() -> None:
+    stage = Stage(kind="distil", tokens=1, warmup_frac=0.1, final_frac=0.2)
+    rates = [rate_at(stage, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.2, abs=0.01)
+
+
+# ---- what is trained
+
+
+def test_a_low_rank_layer_begins_as_its_base_and_merges_into_what_it_does() -> None:
+    base = nn.Linear(7, 5, bias=True)
+    layer, x = LowRank(base, 2, seed=3), torch.randn(4, 7)
+    assert torch.equal(layer(x), base(x))
+    layer.up.data.normal_()
+    plain = nn.Linear(7, 5, bias=True)
+    plain.load_state_dict({"weight": merged(base.weight, layer.down, layer.up), "bias": base.bias})
+    assert_close(layer(x), plain(x))
+
+
+def test_shut_heads_are_opened_to_learn_and_a_control_has_none() -> None:
+    decoder = random_decoder(model_config(LAYERS))
+    far = [m for m in decoder.modules() if isinstance(m, FarSoftmax)]
+    far[0].beta.data[0] = -torch.inf
+    memories = course(stages=[course().stages[0].model_dump()])
+    prepare(decoder, memories)
+    assert far[0].beta.isfinite().all()
+    prepare(decoder, memories.model_copy(update={"memory": "off"}))
+    assert all((m.beta == -torch.inf).all() for m in far)
+
+
+def test_weights_are_kept_only_if_recall_did_not_suffer() -> None:
+    start, good, forgetful = (
+        Verdict(kl, (0.0, 1.0), 0.0, right, 1.0, {})
+        for kl, right in ((0.03, 0.60), (0.02, 0.59), (0.01, 0.50))
+    )
+    assert is_better(good, None, start, 0.02)
+    assert not is_better(forgetful, good, start, 0.02)
+    assert is_better(forgetful, good, start, 0.2)
+
+
+# ---- courses
+
+
+@pytest.fixture(scope="module")
+def healed(
+    converted: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("healed") / "model"
+    return out, heal(request(converted, text, out), course())
+
+
+def test_healing_brings_the_model_nearer_to_its_original(
+    healed: tuple[Path, dict[str, Any]], converted: Path
+) -> None:
+    out, report = healed
+    assert report["done"]
+    assert report["best"]["kl_nats"] < 0.9 * report["start"]["kl_nats"]
+    assert report["tokens"] == sum(entry["tokens"] for entry in report["ledger"])
+    written = json.loads((out / "report.json").read_text())
+    assert written["healing"]["best"] == report["best"]
+    assert written["converted_fingerprint"] == load(converted).fingerprint
+    assert yaml.safe_load((out / "healing.yaml").read_text())["name"] == "tiny"
+    assert "healed" in (out / "README.md").read_text()
+    kinds = [json.loads(line)["kind"] for line in (out / "healing.jsonl").read_text().splitlines()]
+    assert kinds.count("step") == 40
+    load(out)
+
+
+def test_a_course_in_legs_gives_the_same_bytes_as_one_without_a_stop(
+    healed: tuple[Path, dict[str, Any]], converted: Path, text: Path, tmp_path: Path
+) -> None:
+    out, report = healed
+    asked = request(converted, text, tmp_path / "model")
+    legs = [heal(asked, course(), leg_minutes=0.0)]
+    # A kill in the middle: what the log has beyond the checkpoint is done again.
+    log = tmp_path / "model.healing" / "log.jsonl"
+    with log.open("a") as file:
+        file.write('{"kind": "step", "step": 17, "tokens": 1}\n{"kind": "st')
+    while not legs[-1]["done"]:
+        legs.append(heal(asked, course(), leg_minutes=0.0))
+    assert len(legs) == 3
+    assert weights(tmp_path / "model") == weights(out)
+    assert legs[-1]["best"] == report["best"]
+    assert legs[-1]["ledger"] == report["ledger"]
+
+
+def test_a_difference_gives_the_healed_weights_bit_for_bit(
+    healed: tuple[Path, dict[str, Any]], converted: Path, tmp_path: Path
+) -> None:
+    out, report = healed
+    apply(Request(converted, tmp_path / "model"), Path(report["difference"]))
+    assert weights(tmp_path / "model") == weights(out)
+
+
+def test_carried_states_and_conversations_train(converted: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"},
+                      {"role": "assistant", "content": "the sand and the ring " * (2 + n % 5)}]}
+        for n in range(60)
+    ]  # fmt: skip
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"tokens": 4 * 96, "context_tokens": 48, "rows": 2, "recall": {"frac": 0.0}}
+    stages = [
+        {"kind": "length", "memory_rate": 3e-3, **common, "recall": RECALL},
+        {"kind": "finetune", "train": {"v_proj": "full"}, "rate": 3e-3, **common},
+    ]
+    report = heal(request(converted, chats, tmp_path / "out"), course(stages=stages))
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / "healing.jsonl").read_text().splitlines()
+    ]
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    assert len(losses) == 8
+    assert losses[-1] < losses[4]
+    assert report["done"]
+
+
+def test_a_control_is_trained_alike_and_its_memories_stay_shut(
+    converted: Path, text: Path, tmp_path: Path
+) -> None:
+    stages = [course().stages[1].model_dump()]
+    heal(request(converted, text, tmp_path / "out"), course(memory="off", stages=stages))
+    decoder = load(tmp_path / "out").decoder
+    far = [m for m in decoder.modules() if isinstance(m, FarSoftmax)]
+    assert all((m.beta == -torch.inf).all() for m in far)
+
+
+# ---- what is refused
+
+
+def test_a_course_goes_on_only_with_what_it_began_with(
+    converted: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = request(converted, text, tmp_path / "model")
+    heal(asked, course(), leg_minutes=0.0)
+    with pytest.raises(UsageError) as error:
+        heal(asked, course(seed=1), leg_minutes=0.0)
+    one_line(error.value, "model.healing", "another healing")
+
+
+def test_what_cannot_be_healed_is_refused(
+    healed: tuple[Path, dict[str, Any]], converted: Path, text: Path, tmp_path: Path
+) -> None:
+    source = save_tiny(tmp_path / "source", seed=1)
+    with pytest.raises(UsageError) as error:
+        heal(Request(source, tmp_path / "a", (str(text),)), course())
+    one_line(error.value, "not a converted model")
+    with pytest.raises(UsageError) as error:
+        heal(Request(converted, tmp_path / "b"), course())
+    one_line(error.value, "no data")
+    with pytest.raises(UnsupportedError) as refused:
+        heal(Request(healed[0], tmp_path / "c", (str(text),)), course())
+    one_line(refused.value, "source")
+    with pytest.raises(UsageError) as error:
+        heal(Request(converted, healed[0], (str(text),)), course())
+    one_line(error.value, "already exists")
+    other = tmp_path / "other"
+    convert(plan(source, load_recipe("constant", SETTINGS)), other)
+    with pytest.raises(DataError) as data_error:
+        apply(Request(other, tmp_path / "d"), Path(healed[1]["difference"]))
+    one_line(data_error.value, "belongs to a converted model")
+    assert not any((tmp_path / name).exists() for name in "abcd")
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(
+    converted: Path, text: Path, tmp_path: Path
+) -> None:
+    asked = request(converted, text, tmp_path / "model")
+    heal(asked, course(), leg_minutes=0.0)
+    folder = next((tmp_path / "model.healing" / "checkpoint").glob("step-*"))
+    shutil.copytree(folder, tmp_path / "kept")
+    (folder / "state.json").write_text("{")
+    with pytest.raises(DataError) as error:
+        heal(asked, course(), leg_minutes=0.0)
+    one_line(error.value, "not a checkpoint")
+    assert (folder / "state.safetensors").read_bytes() == (
+        tmp_path / "kept" / "state.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stages.0.tokns=3", ("tokns", "did you mean `tokens`")),
+        ("stages.0.rows=3", ("micro_rows",)),
+        ("stages.0.kind=distill", ("kind", "distil")),
+        ("stages.9.rows=3", ("--set", "KEY=VALUE")),
+        ("seed", ("--set", "KEY=VALUE")),
+    ],
+)
+def test_a_malformed_course_says_where(change: str, words: tuple[str, ...]) -> None:
+    more = ("stages.0.micro_rows=2",) if "rows=3" in change else ()
+    with pytest.raises(UsageError) as error:
+        load_healing("quick", (*more, change))
+    one_line(error.value, words[0])
+    assert all(word in f"{error.value} {error.value.hint}" for word in words)
+
+
+def test_every_built_in_course_is_one() -> None:
+    assert "default" in builtin_healings()
+    for name in builtin_healings():
+        assert load_healing(name).name == name
+    with pytest.raises(UsageError) as error:
+        load_healing("defualt")
+    one_line(error.value, "default")
