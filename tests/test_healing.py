@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,11 @@ def request(converted: Path, text: Path, out: Path, **changes: Any) -> Request:
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "healing.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == "step"]
 
 
 def packed_batch(tokens: Tensor, documents: list[list[int]], continues: list[bool]) -> Batch:
@@ -256,8 +263,7 @@ def test_healing_brings_the_model_nearer_to_its_original(
     assert written["converted_fingerprint"] == load(converted).fingerprint
     assert yaml.safe_load((out / "healing.yaml").read_text())["name"] == "tiny"
     assert "healed" in (out / "README.md").read_text()
-    kinds = [json.loads(line)["kind"] for line in (out / "healing.jsonl").read_text().splitlines()]
-    assert kinds.count("step") == 40
+    assert len(steps(out)) == 40
     load(out)
 
 
@@ -301,10 +307,7 @@ def test_carried_states_and_conversations_train(converted: Path, tmp_path: Path)
         {"kind": "finetune", "train": {"v_proj": "full"}, "rate": 3e-3, **common},
     ]
     report = heal(request(converted, chats, tmp_path / "out"), course(stages=stages))
-    lines = [
-        json.loads(line) for line in (tmp_path / "out" / "healing.jsonl").read_text().splitlines()
-    ]
-    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    losses = [line["loss"] for line in steps(tmp_path / "out")]
     assert len(losses) == 8
     assert losses[-1] < losses[4]
     assert report["done"]
@@ -318,6 +321,31 @@ def test_a_control_is_trained_alike_and_its_memories_stay_shut(
     decoder = load(tmp_path / "out").decoder
     far = [m for m in decoder.modules() if isinstance(m, FarSoftmax)]
     assert all((m.beta == -torch.inf).all() for m in far)
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(
+    converted: Path, text: Path, tmp_path: Path
+) -> None:
+    """In float32: in bfloat16 their products round otherwise, and so would their losses."""
+    settings, asked = tmp_path / "course.yaml", course(compute="f32")
+    settings.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    one = heal(request(converted, text, tmp_path / "one"), asked)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "-m", "respike", "heal", str(converted), str(tmp_path / "two"), "--no-plot",
+        "--config", str(settings), "--data", str(text), "--threads", "1", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    assert two["processes"] == 2
+    assert two["ledger"] == one["ledger"]
+    pairs = zip(steps(tmp_path / "one"), steps(tmp_path / "two"), strict=True)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-4
+    first, second = (load(tmp_path / name).decoder.state_dict() for name in ("one", "two"))
+    for name, tensor in first.items():
+        if tensor.is_floating_point():
+            assert_close(second[name].float(), tensor.float(), dtype=torch.bfloat16)
 
 
 # ---- what is refused

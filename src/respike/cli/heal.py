@@ -1,5 +1,6 @@
 """The verb that trains: heal."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,11 @@ def heal_command(model: str, out: str, **options: Any) -> None:
     from respike.device import set_threads
     from respike.healing import Request, apply, heal, load_healing, summary
 
-    set_threads(options["threads"])
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = set_threads(options["threads"])
+    if options["threads"] is None:
+        set_threads(max(1, threads // processes))
+    quiet = os.environ.get("RANK", "0") != "0"
     request = Request(
         Path(model), Path(out), options["data"], options["original"], options["force"]
     )
@@ -89,6 +94,8 @@ def heal_command(model: str, out: str, **options: Any) -> None:
                     plot=options["plot"],
                     progress=step,
                 )
+    if quiet:  # the first of several processes talks
+        return
     if options["as_json"]:
         echo_json(report)
     else:

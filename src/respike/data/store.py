@@ -68,7 +68,8 @@ class TokenStore:
         number = np.arange(pieces.sum()) - np.repeat(first, pieces)
         cut = np.repeat(begins, pieces) + number * max_tokens
         found = np.stack([cut, np.minimum(cut + max_tokens, np.repeat(ends, pieces))], axis=1)
-        return found[found[:, 1] - found[:, 0] >= min_tokens]
+        kept: Array = found[found[:, 1] - found[:, 0] >= min_tokens]
+        return kept
 
 
 def document_hash(document: Document) -> int:

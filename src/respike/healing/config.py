@@ -112,6 +112,8 @@ class Healing(Frozen):
     seed: int = Field(default=0, ge=0, lt=1 << 31)
     memory: Literal["on", "off"] = "on"
     """off: the control. Memories are shut while training, everything else is alike."""
+    compute: Literal["bf16", "f32"] = "bf16"
+    """What the models compute in. Masters, moments and averages are float32 in any case."""
     heldout_frac: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents that is never trained on."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98

@@ -13,10 +13,11 @@ class Log:
 
     Args:
         path: Of the file; made when the first line comes.
+        writes: Not so in all processes but one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def step(self, line: dict[str, Any]) -> None:
         """A step; ``line`` has ``step``, steps so far."""
@@ -28,12 +29,14 @@ class Log:
         self._write(line | verdict.as_dict())
 
     def _write(self, line: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def cut(self, step: int) -> None:
         """Leave out what came after a step: it will be done again."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         kept = [line for line in self.lines() if step and line["step"] <= step]
         staging = self.path.with_suffix(".partial")

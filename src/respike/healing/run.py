@@ -118,20 +118,20 @@ def original_of(folder: Folder, original: str | Path | None) -> Weights:
 
 
 def models(folder: Folder, original: str | Path | None, healing: Healing) -> Pair:
-    """The converted model ready to be trained, and the original in its two forms, in bfloat16."""
+    """The converted model ready to be trained, and the original in its two forms."""
     source = original_of(folder, original)
     if source.config.vocab_size != folder.config.vocab_size:
         raise UsageError(
             f"the original has {source.config.vocab_size} tokens in its vocabulary, "
             f"{folder.path} has {folder.config.vocab_size}"
         )
-    student = load_decoder(folder, dtype="bf16")
+    student = load_decoder(folder, dtype=healing.compute)
     prepare_student(student, healing)
-    layerwise = load_decoder(source, dtype="bf16")
+    layerwise = load_decoder(source, dtype=healing.compute)
     head = layerwise.lm_head
     weight = layerwise.embedding if head is None else head.weight
     assert isinstance(weight, Tensor)
-    teacher = pack_or_plain(load_decoder(source, dtype="bf16"))
+    teacher = pack_or_plain(load_decoder(source, dtype=healing.compute))
     return Pair(student, layerwise, teacher, weight)
 
 
@@ -181,12 +181,12 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
         progress(0, 1, "loading the models")
     trainer = Trainer(models(folder, request.original, healing), healing, store, tokenizer, world)
     judge = Judge(trainer.pair.teacher, store, tokenizer, healing.judge, healing.heldout_frac)
-    course = Course(trainer, judge, Log(work / "log.jsonl"), work, identity)
+    course = Course(trainer, judge, Log(work / "log.jsonl", world.first), work, identity)
     _take_up(course)
     if course.start is None:
         if progress:
             progress(0, trainer.all_steps, "measuring the converted model")
-        course.start = judge.measure(fast_decoder(folder, dtype="bf16"))
+        course.start = judge.measure(fast_decoder(folder, dtype=healing.compute))
         course.log.verdict(0, 0, course.start, kept=False)
     return course
 

@@ -1,7 +1,7 @@
 """Which tensors are trained, and their exact values beside the rounded ones the model runs on.
 
-The model computes in bfloat16. Each trained tensor has a master in float32, which the optimiser
-steps; the model's own tensor is the master rounded, so what is trained is what is stored.
+The model computes in bfloat16, as a rule. Each trained tensor has a master in float32, which the
+optimiser steps; the model's own tensor is the master rounded: what is trained is what is stored.
 """
 
 from collections.abc import Iterator

@@ -74,9 +74,9 @@ class Trainer:
         self.trained = all_trained(pair.student, healing)
         self.average = Average(self.trained, healing.ema_decay)
         self.where = Where()
-        self._begin_stage()
+        self.begin_stage()
 
-    def _begin_stage(self, cursor: Mapping[str, Any] | None = None) -> None:
+    def begin_stage(self, cursor: Mapping[str, Any] | None = None) -> None:
         """Data, optimiser and gradients of the current stage."""
         stage = self.stage
         names = dict(trained_names(self.pair.student, self.healing, stage))
@@ -153,7 +153,7 @@ class Trainer:
         }
         if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
             where.stage, where.step = where.stage + 1, 0
-            self._begin_stage()
+            self.begin_stage()
         return line
 
     def _gradients(self, batch: Batch) -> float:
@@ -214,7 +214,7 @@ class Trainer:
     def take_up(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from what `tensors` and `facts` gave."""
         self.where = Where(**facts["where"])
-        self._begin_stage(facts["cursor"])
+        self.begin_stage(facts["cursor"])
         self.average.steps = facts["average_steps"]
         with torch.no_grad():
             for tensor, value in zip(self.trained, self.average.values, strict=True):
