@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from respike.bench.machine import machine_facts
+from respike.bench.machine import provenance
 from respike.checkpoint import open_checkpoint
 from respike.data import Loader, TextSource, open_store
 from respike.device import set_threads
@@ -107,7 +107,7 @@ def main() -> None:
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     report = {
         "command": f"python benchmarks/heal_speed.py CONVERTED TOKENS --steps {args.steps}",
-        "machine": machine_facts(),
+        **provenance(),
         "threads": threads,
         "rows": shape.rows,
         "context_tokens": shape.context_tokens,

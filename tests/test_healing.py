@@ -381,7 +381,7 @@ def test_what_cannot_be_healed_is_refused(
     convert(plan(source, load_recipe("constant", SETTINGS)), other)
     with pytest.raises(DataError) as data_error:
         apply(Request(other, tmp_path / "d"), Path(healed[1]["difference"]))
-    one_line(data_error.value, "belongs to a converted model")
+    one_line(data_error.value, "belongs to another converted model")
     assert not any((tmp_path / name).exists() for name in "abcd")
 
 

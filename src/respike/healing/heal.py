@@ -8,13 +8,18 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from respike.checkpoint import fingerprint, read_json
+from respike.checkpoint import read_json
 from respike.conversion.execute import check_out, convert
 from respike.conversion.plan import plan_as_it_is
 from respike.errors import UsageError
 from respike.healing.config import Healing
 from respike.healing.run import Course, Request, Step, begin, converted_folder, run_leg
-from respike.healing.weights import load_difference, merge, save_difference
+from respike.healing.weights import (
+    load_difference,
+    merge,
+    save_difference,
+    source_fingerprint,
+)
 
 DIFFERENCE = "difference.safetensors"
 
@@ -94,7 +99,7 @@ def _write(request: Request, course: Course, report: dict[str, Any]) -> dict[str
             hint="see log.jsonl there; train with more recall data, or a lower rate",
         )
     file = course.folder / DIFFERENCE
-    save_difference(file, course.best_tensors, course.identity["model"])
+    save_difference(file, course.best_tensors, source_fingerprint(converted_folder(request.model)))
     shutil.rmtree(course.folder / "checkpoint", ignore_errors=True)
 
     def also(folder: Path) -> None:
@@ -124,7 +129,7 @@ def apply(request: Request, difference: Path) -> dict[str, Any]:
     """
     check_out(request.out, request.model, request.force)
     source = converted_folder(request.model)
-    trained = load_difference(difference, fingerprint(source.config, source.files))
+    trained = load_difference(difference, source_fingerprint(source))
     facts: dict[str, Any] = {"name": f"difference {difference.name}", "applied": True}
     _healed_folder(request, trained, facts, lambda _: None)
     return facts | {"difference_bytes": difference.stat().st_size}

@@ -4,6 +4,7 @@ A difference is a safetensors file of what was trained and nothing else: low-ran
 two factors, everything else whole, in bfloat16. It says which converted model it belongs to.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from respike.checkpoint import Folder
+from respike.checkpoint.families import mixer_of
 from respike.errors import DataError
 from respike.healing.parallel import World
 from respike.layers.low_rank import merged
@@ -61,13 +64,27 @@ def fast_copy(student: Decoder, weights: Mapping[str, Tensor]) -> Decoder:
     return pack_or_plain(decoder.requires_grad_(False).eval())
 
 
+def source_fingerprint(folder: Folder) -> str:
+    """SHA-256 of a converted folder's config and of every tensor its source had.
+
+    What conversion added is left out: a difference holds all of it, and its fit to text may differ
+    in the last bit from machine to machine.
+    """
+    digest = hashlib.sha256(folder.config.model_dump_json().encode())
+    for name in sorted(folder.stored_as):
+        if mixer_of(folder.config, name) is None:
+            digest.update(name.encode())
+            digest.update(folder.read(name).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_difference(path: Path, trained: Mapping[str, Tensor], belongs_to: str) -> None:
     """Write a difference.
 
     Args:
         path: File to write.
         trained: What was trained, by name.
-        belongs_to: Fingerprint of the converted model.
+        belongs_to: From `source_fingerprint` of the converted folder.
     """
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in trained.items()}
     facts = {"format": FORMAT, "version": VERSION, "belongs_to": belongs_to}
@@ -93,8 +110,8 @@ def load_difference(path: Path, belongs_to: str) -> dict[str, Tensor]:
         raise DataError(f"{path}: not a difference, or not of version {VERSION}")
     if facts.get("belongs_to") != belongs_to:
         raise DataError(
-            f"{path}: belongs to a converted model with fingerprint {facts.get('belongs_to')}, "
-            f"this one has {belongs_to}",
-            hint="convert the same source by the same recipe with the same version of respike",
+            f"{path}: belongs to another converted model ({facts.get('belongs_to')}, this one is "
+            f"{belongs_to})",
+            hint="convert the same source by the same recipe",
         )
     return tensors
