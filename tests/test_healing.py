@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 from refusal import one_line
+from respike.checkpoint import open_checkpoint
 from respike.conversion import convert, plan
 from respike.data import Batch
 from respike.errors import DataError, UnsupportedError, UsageError
@@ -23,10 +24,11 @@ from respike.healing.losses import summed_kl, summed_nats
 from respike.healing.objectives import choose_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
+from respike.healing.run import converted_folder, models
 from respike.healing.trainable import prepare
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank, merged
-from respike.loading import load
+from respike.loading import load, load_decoder
 from respike.models.packing import pack_decoder
 from respike.recipe import load_recipe
 from tiny import BLOCKS, MEMORIES, model_config, random_decoder, random_tokens, save_tiny
@@ -238,6 +240,22 @@ def test_weights_are_kept_only_if_recall_did_not_suffer() -> None:
     assert is_better(good, None, start, 0.02)
     assert not is_better(forgetful, good, start, 0.02)
     assert is_better(forgetful, good, start, 0.2)
+
+
+def test_before_the_first_step_the_student_is_the_converted_model(converted: Path) -> None:
+    plain = load_decoder(open_checkpoint(converted), dtype="f32")
+    pair = models(converted_folder(converted), None, course(compute="f32"))
+    tokens = random_tokens(2, 48)
+    batch = packed_batch(tokens, [[1] * 48, [1] * 48], [False, False])
+    with torch.no_grad():
+        hidden = Packed(pair.student, tokens, segments(batch), None).hidden()
+        for row in range(2):
+            expected, _ = plain.hidden(tokens[row : row + 1])
+            assert_close(hidden[row], expected[0])
+            teacher, _ = pair.teacher.hidden(tokens[row : row + 1])
+            original, _ = pair.original.hidden(tokens[row : row + 1])
+            assert_close(teacher, original)
+            assert (original - expected).abs().max() > 0.01
 
 
 # ---- courses
