@@ -29,7 +29,8 @@ from respike.layers.span import Span
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
 from respike.ops.far import far_definition
-from respike.tasks import FILLER, Trial, make_trials
+from respike.material import FILLER, Trial
+from respike.tasks import make_trials
 from respike.text import Use, builtin_text, calibration_contexts, contexts, read_text
 from respike.tokenizer import Tokenizer
 from tiny import V, full, model_config, random_decoder, random_tokens, save_tokenizer, window

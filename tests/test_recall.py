@@ -18,7 +18,8 @@ from respike.evaluation.recall import truncated
 from respike.evaluation.suites import SUITES, split_by_length, tasks_of
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
-from respike.tasks import FAMILIES, SENTENCES, Trial, parse_task
+from respike.material import SENTENCES, Trial
+from respike.tasks import FAMILIES, parse_task
 from respike.tokenizer import Tokenizer
 from tiny import V, full, model_config, random_decoder, save_tokenizer, window
 

@@ -9,7 +9,8 @@ import pytest
 from respike.data import Curriculum, Loader, RecallSource, TextSource, prepare
 from respike.data.recall import DIGITS, MATERIAL, TRAINING_SENTENCES
 from respike.errors import UsageError
-from respike.tasks import FAMILIES, SENTENCES, Material, Task, Vocabulary, make_trials
+from respike.material import SENTENCES, Material, Vocabulary
+from respike.tasks import FAMILIES, Task, make_trials
 from respike.tokenizer import Tokenizer
 from tiny import save_tokenizer
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from respike.data.sources import Sample, TextSource
 from respike.errors import UsageError
-from respike.tasks import FAMILIES, MAX_HOPS, SENTENCES, Material, Task, Vocabulary
+from respike.material import SENTENCES, Material, Vocabulary
+from respike.tasks import FAMILIES, MAX_HOPS, Task
 from respike.tokenizer import Tokenizer
 
 DIGITS = (4, 6, 7)

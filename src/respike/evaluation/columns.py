@@ -17,7 +17,8 @@ from respike.evaluation.recall import Score, recall
 from respike.evaluation.stats import mean_interval
 from respike.models.ablation import without
 from respike.models.decoder import Decoder
-from respike.tasks import Task, Vocabulary
+from respike.material import Vocabulary
+from respike.tasks import Task
 
 LABELS = {
     "original": "original",

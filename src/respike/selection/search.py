@@ -28,7 +28,8 @@ from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
 from respike.models.state import DecoderState
 from respike.recipe import Recipe, Rule, SourceShape
-from respike.tasks import Task, Trial, Vocabulary, make_trials
+from respike.material import Trial, Vocabulary
+from respike.tasks import Task, make_trials
 from respike.tokenizer import Tokenizer
 
 Group = tuple[int, int]

@@ -1,0 +1,103 @@
+"""Markdown tables of result files; `scripts/docs.py` puts them into the documents."""
+
+from typing import Any
+
+
+def source_line(result: dict[str, Any]) -> str:
+    """What was measured on what, and where."""
+    machine = result.get("machine")
+    where = f" {machine['processor']}, {result['date']}, commit {result['commit']}." if machine else ""
+    return f"{result['model']}, computed in {result['asked']['dtype']}.{where}"
+
+
+def interval(ends: list[float], digits: int, scale: float = 1.0) -> str:
+    return f"{scale * ends[0]:.{digits}f} to {scale * ends[1]:.{digits}f}"
+
+
+def with_interval(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+    return f"{scale * found[name]:.{digits}f} ({interval(found[f'{name}_95'], digits, scale)})"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Text to the left in the first column, figures to the right in the others."""
+    lines = [f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def healing_table(result: dict[str, Any]) -> str:
+    """One table a length of text, one of what is written, one of paired differences."""
+    lines = [
+        f"{source_line(result)} Text: {result['text']}. Intervals are 95 %, over contexts or prompts.",
+        "",
+    ]
+    parts = list(dict.fromkeys(part for row in result["rows"] for part in row["parts"]))
+    for part in parts:
+        rows = [(row["name"], row["parts"][part]) for row in result["rows"] if part in row["parts"]]
+        lines += (_text_part if part.startswith("text") else _written_part)(part, rows, result)
+        lines.append("")
+    if result.get("differences"):
+        lines += _differences(result["differences"])
+    return "\n".join(lines).rstrip()
+
+
+def _text_part(
+    part: str, rows: list[tuple[str, dict[str, Any]]], result: dict[str, Any]
+) -> list[str]:
+    _, length, _, contexts = part.split()
+    buckets = [f"{b['from_tokens']}-{b['to_tokens'] - 1}" for b in rows[0][1]["buckets"]]
+    beyond = f"beyond {result['asked']['beyond_tokens']} tokens"
+    header = [f"{contexts} contexts of {length}", *(f"nats at {b}" for b in buckets)]
+    header += [f"KL {beyond}", f"perplexity ratio {beyond}", f"top-1 agreement {beyond}"]
+    cells = []
+    for name, found in rows:
+        far = found["beyond"]
+        ratio = {"ratio": 2.718281828459045 ** far["nats_added"]}
+        ratio["ratio_95"] = [2.718281828459045**end for end in far["nats_added_95"]]
+        cells.append([
+            name, *(f"{b['nats']:.4f}" for b in found["buckets"]),
+            with_interval(far, "kl_nats", 4), with_interval(ratio, "ratio", 3),
+            f"{100 * far['top1_agreement_frac']:.1f} %",
+        ])  # fmt: skip
+    return markdown(header, cells)
+
+
+def _written_part(
+    part: str, rows: list[tuple[str, dict[str, Any]]], result: dict[str, Any]
+) -> list[str]:
+    del result
+    _, written, _, prompts, _, length = part.split()
+    header = [
+        f"{written} tokens after {prompts} prompts of {length}", "tokens before the first difference",
+        "same token at the same place, %", "repeated 4-grams, %", "of the original, %", "added, %",
+    ]  # fmt: skip
+    return markdown(
+        header,
+        [
+            [
+                name, with_interval(found, "prefix_tokens", 0),
+                with_interval(found, "agreement_frac", 0, 100),
+                with_interval(found, "repetition_frac", 0, 100),
+                f"{100 * found['repetition_reference_frac']:.0f}",
+                with_interval(found, "repetition_added_frac", 0, 100),
+            ]
+            for name, found in rows
+        ],
+    )  # fmt: skip
+
+
+MEASURES = {
+    "kl_nats": "KL, nats", "nats": "nats", "top1_agreement_frac": "top-1 agreement",
+    "agreement_frac": "same token written", "repetition_added_frac": "repetition added",
+}  # fmt: skip
+
+
+def _differences(found: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for row in found:
+        low, high = row["gain_95"]
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        gain = f"{row['gain']:+.4f} ({interval([low, high], 4)})"
+        what = f"{row['better']} against {row['than']}"
+        rows.append([what, row["part"], MEASURES[row["measure"]], str(row["n"]), gain, verdict])
+    header = ["paired by context or prompt", "on", "measure", "n", "gain (above 0 is better)", ""]
+    return markdown(header, rows)
