@@ -1,6 +1,6 @@
 """What healing brought back: models beside the original, on text nobody trained on.
 
-    python benchmarks/healing.py MODEL healed=FOLDER control=FOLDER -o benchmarks/results/healing_X.json
+    python benchmarks/healing.py MODEL healed=FOLDER control=FOLDER -o healing_X.json
 
 The first NAME=FOLDER is the model in question: it gets all five columns (itself, memory off, window
 off, beside the original and the original shown its window only). Others follow as rows of their
@@ -25,7 +25,7 @@ from tables import healing_table
 from torch import Tensor
 
 from respike.checkpoint import fingerprint, open_checkpoint
-from respike.device import dtype_name, set_threads
+from respike.device import set_threads
 from respike.errors import UsageError
 from respike.evaluation import (
     Reference,
@@ -198,8 +198,9 @@ def measure(judge: Judge, run: Run, model: Callable[[], Model], parts: Parts) ->
             row["missing"] = str(error)
             print(f"{run.name:34} {part}: {error}", flush=True)
             break
-        parts.keep(row, part, {**found, "seconds": round(time.perf_counter() - began, 1)})
-        print(f"{run.name:34} {part}: {summary(found)}, {row['parts'][part]['seconds']} s", flush=True)
+        took = round(time.perf_counter() - began, 1)
+        parts.keep(row, part, {**found, "seconds": took})
+        print(f"{run.name:34} {part}: {summary(found)}, {took} s", flush=True)
 
 
 def summary(found: dict[str, Any]) -> str:

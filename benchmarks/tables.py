@@ -6,7 +6,9 @@ from typing import Any
 def source_line(result: dict[str, Any]) -> str:
     """What was measured on what, and where."""
     machine = result.get("machine")
-    where = f" {machine['processor']}, {result['date']}, commit {result['commit']}." if machine else ""
+    where = (
+        f" {machine['processor']}, {result['date']}, commit {result['commit']}." if machine else ""
+    )
     return f"{result['model']}, computed in {result['asked']['dtype']}.{where}"
 
 
@@ -27,7 +29,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
 def healing_table(result: dict[str, Any]) -> str:
     """One table a length of text, one of what is written, one of paired differences."""
     lines = [
-        f"{source_line(result)} Text: {result['text']}. Intervals are 95 %, over contexts or prompts.",
+        f"{source_line(result)} Text: {result['text']}. Intervals are 95 %, over contexts or "
+        "prompts.",
         "",
     ]
     parts = list(dict.fromkeys(part for row in result["rows"] for part in row["parts"]))
@@ -67,8 +70,9 @@ def _written_part(
     del result
     _, written, _, prompts, _, length = part.split()
     header = [
-        f"{written} tokens after {prompts} prompts of {length}", "tokens before the first difference",
-        "same token at the same place, %", "repeated 4-grams, %", "of the original, %", "added, %",
+        f"{written} tokens after {prompts} prompts of {length}",
+        "tokens before the first difference", "same token at the same place, %",
+        "repeated 4-grams, %", "of the original, %", "added, %",
     ]  # fmt: skip
     return markdown(
         header,

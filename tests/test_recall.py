@@ -16,9 +16,9 @@ from respike.evaluation import Score, Task, Vocabulary, make_trials, recall
 from respike.evaluation.columns import Column, five_columns, row, window_tokens
 from respike.evaluation.recall import truncated
 from respike.evaluation.suites import SUITES, split_by_length, tasks_of
+from respike.material import SENTENCES, Trial
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
-from respike.material import SENTENCES, Trial
 from respike.tasks import FAMILIES, parse_task
 from respike.tokenizer import Tokenizer
 from tiny import V, full, model_config, random_decoder, save_tokenizer, window

@@ -40,6 +40,8 @@ EXAMPLES = 2
 MAX_HOPS = 8
 ASKED_PAIRS = 16
 """Keys that a multi-query trial asks for, at most."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One setting of a family.

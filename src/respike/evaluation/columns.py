@@ -15,9 +15,9 @@ from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation.recall import Score, recall
 from respike.evaluation.stats import mean_interval
+from respike.material import Vocabulary
 from respike.models.ablation import without
 from respike.models.decoder import Decoder
-from respike.material import Vocabulary
 from respike.tasks import Task
 
 LABELS = {

@@ -1,4 +1,4 @@
-"""What models write: greedy continuations of the same prompts, how far they agree, what they repeat.
+"""What models write: greedy continuations of the same prompts, and how far they agree.
 
 Letters: N prompts, T tokens of each, M tokens written.
 """
@@ -53,8 +53,8 @@ def continuations(
         )
     size = max(1, BATCH_TOKENS // (prompts.shape[1] + new_tokens))
     step = new_tokens if last_tokens is None else max(1, last_tokens // 4)
-    rows = []
-    for batch in prompts.to(decoder.embedding.device).split(size):
+    rows: list[Tensor] = []
+    for batch in torch.split(prompts.to(decoder.embedding.device), size):
         text = batch
         while (made := text.shape[1] - batch.shape[1]) < new_tokens:
             seen = text if last_tokens is None else text[:, -max(1, last_tokens - step) :]
@@ -62,7 +62,7 @@ def continuations(
             made_now = _greedy(decoder, seen, count, list(never), chunk_tokens)
             text = torch.cat((text, made_now), 1)
             if progress:
-                done = sum(map(len, rows)) * new_tokens + len(batch) * (made + count)
+                done = sum(len(row) for row in rows) * new_tokens + len(batch) * (made + count)
                 progress(done, len(prompts) * new_tokens)
         rows.append(text[:, batch.shape[1] :])
     return torch.cat(rows).cpu()
@@ -83,12 +83,12 @@ def _greedy(
     return torch.cat(made, 1)
 
 
-def common_prefix(a: Int[Tensor, "N M"], b: Int[Tensor, "N M"]) -> Int[Tensor, "N"]:
+def common_prefix(a: Int[Tensor, "N M"], b: Int[Tensor, "N M"]) -> Int[Tensor, " N"]:
     """Tokens before the first that differs."""
     return (a == b).long().cumprod(1).sum(1)
 
 
-def repetition(tokens: Int[Tensor, "N M"], ngram_tokens: int = NGRAM_TOKENS) -> Float[Tensor, "N"]:
+def repetition(tokens: Int[Tensor, "N M"], ngram_tokens: int = NGRAM_TOKENS) -> Float[Tensor, " N"]:
     """Share of a text's n-grams that stood in it before; 0 for a text too short to have any."""
     rates = []
     for row in tokens.tolist():
@@ -113,7 +113,7 @@ def continuation_agreement(a: Int[Tensor, "N M"], b: Int[Tensor, "N M"]) -> dict
     return found
 
 
-def per_prompt(a: Int[Tensor, "N M"], b: Int[Tensor, "N M"]) -> dict[str, Float[Tensor, "N"]]:
+def per_prompt(a: Int[Tensor, "N M"], b: Int[Tensor, "N M"]) -> dict[str, Float[Tensor, " N"]]:
     """The measures of `continuation_agreement`, one value a prompt."""
     prefix, (before, after) = common_prefix(a, b).float(), (repetition(a), repetition(b))
     return {

@@ -159,7 +159,7 @@ def hidden_of_last(decoder: Decoder, tokens: Tensor, last_tokens: int) -> Tensor
     begins = [0, *range(step, total - last_tokens + step, step)]
     rows = torch.stack([_padded(tokens[b : b + last_tokens], last_tokens) for b in begins])
     parts = []
-    for some in rows.split(max(1, BATCH_TOKENS // last_tokens)):
+    for some in torch.split(rows, max(1, BATCH_TOKENS // last_tokens)):
         parts.append(decoder.hidden(some)[0])
     pieces = torch.cat(parts)
     first, rest = pieces[0], pieces[1:, last_tokens - step :].flatten(0, 1)

@@ -1,7 +1,7 @@
 """Reading texts and answering questions about them; what texts begin with alike is read once."""
 
-import os
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,8 +41,12 @@ def read_answers(decoder: Decoder, texts: Sequence[Sequence[Trial]]) -> Iterator
 
 def common_beginning(trials: Sequence[Trial]) -> int:
     """Tokens that all trials begin with and that stand before whatever predicts an answer."""
-    least = min(min(trial.answers) for trial in trials) - 1
-    return len(os.path.commonprefix([trial.tokens[:least] for trial in trials]))
+    end = min(min(trial.answers) for trial in trials) - 1
+    first = trials[0].tokens
+    for trial in trials[1:]:
+        pairs = zip(first[:end], trial.tokens, strict=False)
+        end = next((place for place, (a, b) in enumerate(pairs) if a != b), end)
+    return end
 
 
 def _of_texts(
@@ -67,13 +71,12 @@ def _padded(rows: Sequence[list[int]], decoder: Decoder) -> Tensor:
     return torch.tensor(filled, device=decoder.embedding.device)
 
 
-def _read(
-    decoder: Decoder, rows: Sequence[list[int]], state: DecoderState | None
-) -> DecoderState:
+def _read(decoder: Decoder, rows: Sequence[list[int]], state: DecoderState | None) -> DecoderState:
     """The state after these tokens."""
     lengths = torch.tensor([len(row) for row in rows])
     with torch.inference_mode():
-        return decoder(_padded(rows, decoder), state, lengths=lengths, logits="none")[1]
+        _, after = decoder(_padded(rows, decoder), state, lengths=lengths, logits="none")
+    return cast(DecoderState, after)
 
 
 def _answers(

@@ -1,4 +1,4 @@
-"""What recall trials are made of: words, numbers, filler, facts; and how they are hidden in text."""
+"""What recall trials are made of: words, numbers, filler, facts, and how these are hidden."""
 
 import copy
 import random
