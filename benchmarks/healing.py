@@ -286,7 +286,7 @@ def main() -> None:
         measure(judge, run, lambda run=run: loaded(run.path), parts)
     head["differences"] = differences(parts.rows, pairs)
     parts.write()
-    print(healing_table({**head, "rows": parts.rows}))
+    print(healing_table(parts.report()))
 
 
 if __name__ == "__main__":

@@ -45,13 +45,13 @@ class Parts:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        before = rows_before(self.path, self.head["asked"]) if self.path.exists() else []
-        self._before = {_artefact(row): row["parts"] for row in before}
+        before = rows_before(self.path, self.head["asked"])
+        self._before = {_artefact(row): row for row in before}
 
     def row(self, name: str, fingerprint: str, **facts: Any) -> dict[str, Any]:
         """A new row, with the parts that were measured before."""
         made: dict[str, Any] = {"name": name, "fingerprint": fingerprint, **facts}
-        made["parts"] = self._before.get(_artefact(made), {})
+        made["parts"] = self._before.get(_artefact(made), {}).get("parts", {})
         self.rows.append(made)
         return made
 
@@ -61,9 +61,15 @@ class Parts:
         row["parts"] = {**row["parts"], part: {**found, **came}}
         self.write()
 
+    def report(self) -> dict[str, Any]:
+        """What stands in the file: rows that this call does not ask for stay in it, at the end."""
+        mine = {name for row in self.rows for name in (_artefact(row), row["name"])}
+        others = [r for r in self._before.values() if not {_artefact(r), r["name"]} & mine]
+        return {**provenance(), **self.head, "rows": [*self.rows, *others]}
+
     def write(self) -> None:
         """The file, as far as it is."""
-        write(self.path, {**provenance(), **self.head, "rows": self.rows})
+        write(self.path, self.report())
 
 
 def _artefact(row: Mapping[str, Any]) -> tuple[Any, ...]:

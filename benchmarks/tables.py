@@ -17,7 +17,9 @@ def interval(ends: list[float], digits: int, scale: float = 1.0) -> str:
 
 
 def with_interval(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
-    return f"{scale * found[name]:.{digits}f} ({interval(found[f'{name}_95'], digits, scale)})"
+    """A figure and its interval; a share's interval is named without the word for its unit."""
+    ends = found.get(f"{name}_95") or found[f"{name.removesuffix('_frac')}_95"]
+    return f"{scale * found[name]:.{digits}f} ({interval(ends, digits, scale)})"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -105,3 +107,42 @@ def _differences(found: list[dict[str, Any]]) -> list[str]:
         rows.append([what, row["part"], MEASURES[row["measure"]], str(row["n"]), gain, verdict])
     header = ["paired by context or prompt", "on", "measure", "n", "gain (above 0 is better)", ""]
     return markdown(header, rows)
+
+
+def recall_table(result: dict[str, Any]) -> str:
+    """One table a family: lengths down, models across."""
+    trained = result["trained_tokens"]
+    lines = [
+        f"{source_line(result)} Share of questions answered, % (95 % interval); lost: against the "
+        f"original, paired by trial. The original was trained for {trained:,} tokens.",
+        "",
+    ]
+    names = [row["name"] for row in result["rows"]]
+    found = {
+        (*part.split()[:2], row["name"]): score
+        for row in result["rows"]
+        for part, score in row["parts"].items()
+    }
+    for family in dict.fromkeys(key[0] for key in found):
+        weak = "" if result["evidence"].get(family, True) else " (no evidence)"
+        header = [f"{family}{weak}", "trials", "chance, %", "original"]
+        for name in names[1:]:
+            header += [name, "lost, points"]
+        lengths = sorted({int(key[1]) for key in found if key[0] == family})
+        rows = [_recall_row(found, family, length, names) for length in lengths]
+        lines += [*markdown(header, rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _recall_row(
+    found: dict[tuple[str, ...], dict[str, Any]], family: str, length: int, names: list[str]
+) -> list[str]:
+    mine = [found.get((family, str(length), name)) for name in names]
+    some = next(score for score in mine if score)
+    cells = [f"{length:,}", str(some["trials"]), f"{100 * some['chance_frac']:.2g}"]
+    for number, score in enumerate(mine):
+        cells.append(with_interval(score, "accuracy_frac", 0, 100) if score else "-")
+        if number:
+            lost = score is not None and "lost_frac" in score
+            cells.append(with_interval(score, "lost_frac", 1, 100) if lost and score else "-")
+    return cells
