@@ -146,3 +146,30 @@ def _recall_row(
             lost = score is not None and "lost_frac" in score
             cells.append(with_interval(score, "lost_frac", 1, 100) if lost and score else "-")
     return cells
+
+
+def harness_table(result: dict[str, Any]) -> str:
+    """Tasks down, models across."""
+    lines = [
+        f"{source_line(result)} Small slices, 0-shot, %; 95 % intervals. Lost: against the "
+        "original, paired by question.",
+        "",
+    ]
+    original, *others = result["rows"]
+    header = ["task", "questions", "chance, %", "original"]
+    for row in others:
+        header += [row["name"], "lost, points"]
+    rows = []
+    for task, found in original["parts"].items():
+        weak = "" if found["informative"] else " (original not above chance: no evidence)"
+        cells = [f"{task}{weak}", str(found["questions"]), f"{100 * found['chance_frac']:.0f}"]
+        cells.append(with_interval(found, "accuracy_frac", 0, 100))
+        for row in others:
+            score = row["parts"].get(task)
+            cells += (
+                [with_interval(score, n, 0, 100) for n in ("accuracy_frac", "lost_frac")]
+                if score
+                else ["-", "-"]
+            )
+        rows.append(cells)
+    return "\n".join([*lines, *markdown(header, rows)])

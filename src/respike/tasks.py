@@ -307,7 +307,7 @@ FAMILIES = {
         questions_trial,
         "length",
         tokens=lambda _, task: task.size,
-        chance_frac=lambda *_: 1 / QUESTIONS,
+        chance_frac=lambda vocabulary, _: vocabulary.material.facts.chance_frac,
         whole=True,
     ),
     "multi-query": Family(

@@ -38,6 +38,11 @@ class Facts:
     people: tuple[str, ...]
     relations: tuple[Relation, ...]
 
+    @property
+    def chance_frac(self) -> float:
+        """Of who knows what is asked for and guesses among its values."""
+        return sum(1 / len(r.values) for r in self.relations) / len(self.relations)
+
     def draw(self, count: int, rng: random.Random) -> list[Fact]:
         """``count`` facts, each of another person and another relation."""
         relations, people = rng.sample(self.relations, count), rng.sample(self.people, count)
@@ -75,7 +80,7 @@ FACTS = people(
     "George",
     (
         relation(
-            "{who} lives in {what}.", "Where does {who} live?", "{who} lives in",
+            "{who} lives in {what}.", "Where does {who} live?", "The city where {who} lives is",
             "Paris London Rome Berlin Madrid Vienna Boston Chicago",
         ),
         relation(
@@ -83,7 +88,7 @@ FACTS = people(
             "dog cat horse rabbit parrot snake turtle mouse",
         ),
         relation(
-            "{who} works as a {what}.", "What is the job of {who}?", "{who} works as a",
+            "{who} works as a {what}.", "What is the job of {who}?", "{who}'s job is to be a",
             "teacher doctor farmer lawyer nurse pilot baker painter",
         ),
         relation(
@@ -92,10 +97,10 @@ FACTS = people(
         ),
         relation(
             "{who} likes to drink {what}.", "What does {who} like to drink?",
-            "{who} likes to drink", "tea coffee milk water juice beer wine lemonade",
+            "{who} drinks", "tea coffee milk water juice beer wine lemonade",
         ),
         relation(
-            "{who} plays {what} on Sundays.", "What does {who} play on Sundays?", "{who} plays",
+            "{who} plays {what} on Sundays.", "What does {who} play on Sundays?", "On Sundays, {who} plays",
             "tennis football chess golf hockey basketball baseball volleyball",
         ),
     ),
