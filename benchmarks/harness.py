@@ -5,10 +5,10 @@
     python benchmarks/harness.py MODEL healed=FOLDER -o harness_X.json
 
 To be called from the repository's root, as the tasks in benchmarks/harness_tasks name their data
-from there. HumanEval runs what the models write and needs --confirm-run-unsafe-code. A task whose
-original is not above chance by its interval says nothing about a conversion and is marked so. Slices
-are small and 0-shot: no figure here can be compared with published ones. A second call measures
-only what the file does not hold yet.
+from there. HumanEval runs what the models write and needs --confirm-run-unsafe-code. A task on
+which the original is not above chance by its interval says nothing about a conversion and is marked
+so. Slices are small and 0-shot: no figure here can be compared with published ones. A second call
+measures only what the file does not hold yet.
 """
 
 import argparse

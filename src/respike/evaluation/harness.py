@@ -118,7 +118,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc] # the harness ships no typ
         return [found[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of ``max_length`` tokens that do not overlap."""
+        """Log-likelihood of texts, in windows of ``max_length`` tokens that do not overlap."""
         del disable_tqdm
         totals = []
         for request in requests:

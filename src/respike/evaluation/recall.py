@@ -100,11 +100,11 @@ def recall(
                 owners.append((number, question))
     hits: dict[tuple[int, int], list[Tensor]] = {owner: [] for owner in owners}
     nats = []
-    for owner, (correct, losses) in zip(owners, read_answers(decoder, texts), strict=True):
-        hits[owner].append(correct)
+    for done, (correct, losses) in enumerate(read_answers(decoder, texts), start=1):
+        hits[owners[done - 1]].append(correct)
         nats.append(losses)
         if progress:
-            progress(owner[0] + (owner == owners[-1]), trials)
+            progress(owners[done][0] if done < len(owners) else trials, trials)
     right: list[list[Tensor]] = [[] for _ in range(trials)]
     for (number, _), some in hits.items():
         each = torch.cat(some)

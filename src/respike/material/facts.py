@@ -100,7 +100,8 @@ FACTS = people(
             "{who} drinks", "tea coffee milk water juice beer wine lemonade",
         ),
         relation(
-            "{who} plays {what} on Sundays.", "What does {who} play on Sundays?", "On Sundays, {who} plays",
+            "{who} plays {what} on Sundays.", "What does {who} play on Sundays?",
+            "On Sundays, {who} plays",
             "tennis football chess golf hockey basketball baseball volleyball",
         ),
     ),
