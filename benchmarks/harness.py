@@ -24,7 +24,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from report import Parts, named_folder, unique
+from resultfile import Parts, named_folder, unique
 from tables import harness_table
 
 from respike.checkpoint import fingerprint, open_checkpoint

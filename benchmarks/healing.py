@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Parts, counts, named_folder, unique
+from resultfile import Parts, counts, named_folder, unique
 from tables import healing_table
 from torch import Tensor
 

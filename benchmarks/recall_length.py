@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import Parts, counts, named_folder, unique
+from resultfile import Parts, counts, named_folder, unique
 from tables import recall_table
 
 from respike.checkpoint import fingerprint, open_checkpoint
