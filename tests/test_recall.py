@@ -434,7 +434,7 @@ def test_the_quick_suite_is_what_results_were_published_for() -> None:
 
 def test_the_complete_suite_reaches_from_half_the_window_to_32_windows() -> None:
     tasks = tasks_of(["complete"], 256)
-    assert len(tasks) == len(set(tasks)) == 7 + 7 + 2 * 5 * 4 + 3 * 2
+    assert len(tasks) == len(set(tasks)) == 7 + 7 + 2 * 5 * 4 + 2 * 4 + 3 * 2
     lags = [128, 256, 512, 1024, 2048, 4096, 8192]
     assert [t.size for t in tasks if t.family == "copy"] == lags
     assert [t.size for t in tasks if t.family == "multi-query"] == [8, 16, 32, 64, 128, 256, 512]
@@ -442,6 +442,8 @@ def test_the_complete_suite_reaches_from_half_the_window_to_32_windows() -> None
         grid = {(t.depth_frac, t.size) for t in tasks if t.family == family}
         lengths = (1024, 2048, 4096, 8192)
         assert grid == {(d, n) for d in (0.1, 0.25, 0.5, 0.75, 0.9) for n in lengths}
+    for family in ("multi-needle", "questions"):
+        assert [t.size for t in tasks if t.family == family] == [1024, 2048, 4096, 8192]
     chains = {(t.size, t.hops) for t in tasks if t.family == "variables"}
     assert chains == {(n, h) for n in (1024, 4096) for h in (2, 3, 4)}
     assert [t.size for t in tasks_of(["complete"], 100)][:3] == [50, 100, 200]

@@ -33,6 +33,7 @@ def complete(window_tokens: int) -> list[Task]:
             for length in LENGTHS
             for depth in DEPTHS
         ),
+        *(Task(family, length) for family in ("multi-needle", "questions") for length in LENGTHS),
         *(Task("variables", length, hops=hops) for length in (1024, 4096) for hops in (2, 3, 4)),
     ]
 
