@@ -131,7 +131,8 @@ def nats(model: Model, context: list[int], continuation: list[int]) -> tuple[flo
 def test_choices_are_scored_as_each_on_its_own(judge: Any) -> None:
     asked = [
         ("the rain in the", " sea"), ("on the sun", " rain and sea"),
-        ("the rain in the", " sun on"), ("a", " b"), ("the rain in the", " rain"), ("on the sun", " sea"),
+        ("the rain in the", " sun on"), ("a", " b"),
+        ("the rain in the", " rain"), ("on the sun", " sea"),
     ]  # fmt: skip
     found = judge.loglikelihood(requests(*asked), disable_tqdm=True)
     for (context, continuation), (value, greedy) in zip(asked, found, strict=True):
