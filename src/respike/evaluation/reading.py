@@ -35,7 +35,8 @@ def read_answers(decoder: Decoder, texts: Sequence[Sequence[Trial]]) -> Iterator
             state = _read(decoder, [every[0].tokens[:begin]], None)
     with torch.inference_mode():
         for number in range(0, len(texts), size):
-            before = None if state is None else state.clone()
+            last = number + size >= len(texts)
+            before = state if state is None or last else state.clone()
             yield from _of_texts(decoder, texts[number : number + size], before, begin)
 
 
@@ -68,7 +69,7 @@ def _of_texts(
 def _padded(rows: Sequence[list[int]], decoder: Decoder) -> Tensor:
     longest = max(map(len, rows))
     filled = [row + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(filled, device=decoder.embedding.device)
+    return torch.tensor(filled, dtype=torch.int64, device=decoder.embedding.device)
 
 
 def _read(decoder: Decoder, rows: Sequence[list[int]], state: DecoderState | None) -> DecoderState:
