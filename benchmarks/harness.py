@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = parser().parse_args()
+    options = parser().parse_intermixed_args()
     tasks = options.tasks.split(",")
     for task in tasks:
         if task not in TASKS:

@@ -262,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = parser().parse_args()
+    options = parser().parse_intermixed_args()
     set_threads(options.threads)
     judge = Judge(options)
     source = open_checkpoint(options.model)

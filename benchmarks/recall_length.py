@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = parser().parse_args()
+    options = parser().parse_intermixed_args()
     set_threads(options.threads)
     families = options.families.split(",")
     for family in families:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 
 from respike.config import FarMemory
-from respike.data.recall import TRAINING_FACTS
+from respike.data.recall import TRAINING_FACTS, TRAINING_FILLER
 from respike.errors import UsageError
 from respike.evaluation import Score, Task, Vocabulary, make_trials, recall
 from respike.evaluation.columns import Column, five_columns, row, window_tokens
 from respike.evaluation.reading import common_beginning, read_answers
 from respike.evaluation.recall import truncated
 from respike.evaluation.suites import SUITES, split_by_length, tasks_of
-from respike.material import SENTENCES, Trial
+from respike.material import FILLER, SENTENCES, Trial
 from respike.material.facts import FACTS
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
@@ -317,6 +318,8 @@ def test_facts_of_evaluation_and_training_share_no_word() -> None:
         assert mine.chance_frac == 1 / 8
     values = [{v for r in facts.relations for v in r.values} for facts in (FACTS, TRAINING_FACTS)]
     assert not values[0] & values[1]
+    for mine, filler in zip(values, (FILLER, TRAINING_FILLER), strict=True):
+        assert not mine & set(re.findall(r"\w+", filler)), "or the filler would name answers too"
     sentences = [{r.sentence for r in facts.relations} for facts in (FACTS, TRAINING_FACTS)]
     assert not sentences[0] & sentences[1]
 

@@ -41,7 +41,7 @@ TRAINING_FACTS = people(
         ),
         relation(
             "{who} sold the old {what}.", "What did {who} sell?", "{who} sold the old",
-            "car house boat piano bicycle clock table mirror",
+            "car house camera piano bicycle guitar carpet mirror",
         ),
         relation(
             "{who} is learning {what}.", "Which language does {who} learn?", "{who} is learning",
@@ -49,7 +49,7 @@ TRAINING_FACTS = people(
         ),
         relation(
             "{who} always travels by {what}.", "How does {who} travel?",
-            "{who} always travels by", "train bus plane ship taxi tram truck ferry",
+            "{who} always travels by", "subway bus plane ship taxi tram truck ferry",
         ),
         relation(
             "The garden of {who} is full of {what}.", "What grows in the garden of {who}?",

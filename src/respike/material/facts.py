@@ -93,7 +93,7 @@ FACTS = people(
         ),
         relation(
             "The favorite color of {who} is {what}.", "What is the favorite color of {who}?",
-            "The favorite color of {who} is", "red blue green yellow purple orange black white",
+            "The favorite color of {who} is", "red pink purple orange black white gray brown",
         ),
         relation(
             "{who} likes to drink {what}.", "What does {who} like to drink?",
