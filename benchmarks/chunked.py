@@ -13,7 +13,6 @@ lengths takes long is measured once, and the table says so.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from resultfile import write
 from torch.nn.functional import normalize
 
 from respike.bench.fits import predicted_seconds
@@ -236,8 +236,7 @@ def main() -> None:
     settings = {**vars(layer), "lengths": lengths, "dtypes": names, "chunk_tokens": chunk_tokens}
     report = {"benchmark": "chunked", **provenance(), "settings": settings | limits, "rows": rows}
     report["machine"] |= {"cores": os.cpu_count()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options.output, report)
     print(text_table(rows))
     print(f"wrote {options.output}", file=sys.stderr)
 

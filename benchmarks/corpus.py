@@ -7,7 +7,6 @@ fetches the packages, leaves out what is nearly in benchmarks/data/evaluate or i
 reference that comes with Python, and counts tokens with the model's tokenizer.
 """
 
-import json
 import resource
 import sys
 import tempfile
@@ -15,8 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from machine import provenance
+from resultfile import write
 
+from respike.bench.machine import provenance
 from respike.checkpoint import open_checkpoint
 from respike.data.corpus import build_corpus
 from respike.data.manifest import load_manifest
@@ -56,7 +56,7 @@ def main(name: str, model: str, out: str) -> None:
         **receipt,
     }
     path = HERE / "results" / f"corpus_{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(path, result)
     print(f"wrote {path}")
 
 

@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from resultfile import rows_before, write
+
 from respike.account import state_bytes
 from respike.bench.machine import provenance
 from respike.checkpoint import fingerprint
@@ -101,15 +103,6 @@ def row(
     }
 
 
-def measured_before(path: Path, asked: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Rows of an earlier run of the same measurement, by kind and fingerprint of the artefact."""
-    if not path.exists():
-        return {}
-    before = json.loads(path.read_text(encoding="utf-8"))
-    rows = before["rows"] if before.get("asked") == asked else []
-    return {(r["kind"], r["fingerprint"]): r for r in rows}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -143,7 +136,7 @@ def main() -> None:
     configs = [c for c in configs if not any(part.startswith(skipped) for part in c[:2])]
     rows = []
     asked = {"tokens": text.numel(), "trials": options.trials, "dtype": options.dtype}
-    done = measured_before(options.output, asked)
+    done = {(r["kind"], r["fingerprint"]): r for r in rows_before(options.output, asked)}
     for kind, name, config in configs:
         # The floor: the same model, worked through in other chunks, so rounded elsewhere.
         chunk = 192 if kind == "floor" else PREFILL_CHUNK_TOKENS
@@ -164,8 +157,7 @@ def main() -> None:
             "asked": asked,
             "rows": rows,
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(options.output, report)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from resultfile import write
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -189,8 +190,7 @@ def main() -> None:
     ]
     highest_level()
     report["read_after"] = read_bandwidth(options.rounds)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options.output, report)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resultfile import write
 
 from respike.account import REPORT_LENGTHS, num_parameters, state_bytes
 from respike.bench.machine import provenance
@@ -164,8 +165,7 @@ def main() -> None:
             "trials": options.trials,
             "rows": rows,
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(options.output, report)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ at which sinks are seen changes: within the window, the trained length, or none 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from frontier import wear
+from resultfile import write
 
 from respike.bench.machine import provenance
 from respike.device import dtype_name, set_threads
@@ -68,8 +68,7 @@ def main() -> None:
         "trained_tokens": trained,
         "rows": rows,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options.output, report)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Contenders give the same outputs, checked before, and take turns; median and ran
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +20,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from context import count_of, lengths_of
+from chunked import count_of, lengths_of
 from linear import read_bandwidth, use_level
-from machine import provenance
+from resultfile import write
 from torch import Tensor
 
+from respike.bench.machine import provenance
 from respike.cli.show import progress, table
 from respike.device import dtype_name, get_dtype, set_threads
 from respike.ops.attention import attend, attention_bias, visible
@@ -213,10 +213,7 @@ def main() -> None:
     report = {"benchmark": "softmax", **provenance(), "settings": settings}
     report["machine"] |= {"cores": os.cpu_count()}
     report |= {"read_before": before, "read_after": read_bandwidth(options.rounds)}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(
-        json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
+    write(options.output, report | {"rows": rows})
     print(text_table(rows))
     print(f"one thread reads memory at {before['GB_per_s']} GB/s")
 

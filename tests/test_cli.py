@@ -334,6 +334,23 @@ def test_check_of_a_model_with_itself_is_zero(respike: Program) -> None:
     assert report["contexts"] == 4
 
 
+def test_check_compares_what_both_models_write(respike: Program) -> None:
+    options = (*TEXT, "--generate", "9", "--prompts", "3", "--prompt-tokens", "40")
+    same = succeeded(respike("check", "tiny", "tiny", *options, "--json")).json["generation"]
+    assert (same["prompts"], same["prompt_tokens"], same["new_tokens"]) == (3, 40, 9)
+    assert same["prefix_tokens"] == 9
+    assert same["agreement_frac_95"] == [1, 1]
+    other = succeeded(respike("check", "tiny", "window", *options, "--json")).json["generation"]
+    assert other["prefix_tokens"] < 9
+    assert other["repetition_reference_frac"] == same["repetition_frac"]
+    shown = succeeded(respike("check", "tiny", "window", *options)).out
+    assert f"{other['prefix_tokens']:.1f}" in shown.splitlines()[-5]
+    assert "9 tokens after 3 prompts" in shown
+    refused = respike("check", "tiny", "tiny", *TEXT, "--prompts", "3")
+    assert refused.code == 2
+    assert "--prompts means nothing without --generate" in refused.err
+
+
 @pytest.mark.parametrize("extra", [(), ("--json",)])
 def test_a_check_that_is_not_met_ends_with_1_and_still_prints_its_figures(
     respike: Program, extra: tuple[str, ...]

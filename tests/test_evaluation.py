@@ -26,10 +26,11 @@ from respike.evaluation import (
 )
 from respike.layers.far import FarSoftmax
 from respike.layers.span import Span
+from respike.material import FILLER, Trial
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
 from respike.ops.far import far_definition
-from respike.tasks import FILLER, Trial, make_trials
+from respike.tasks import make_trials
 from respike.text import Use, builtin_text, calibration_contexts, contexts, read_text
 from respike.tokenizer import Tokenizer
 from tiny import V, full, model_config, random_decoder, random_tokens, save_tokenizer, window
@@ -571,7 +572,7 @@ def test_trials_side_by_side_equal_one_by_one(
 ) -> None:
     together = recall(decoder, vocabulary, task, trials=5)
     # By name, because the package's `recall` is the function.
-    monkeypatch.setattr(import_module("respike.evaluation.recall"), "BATCH_TOKENS", 1)
+    monkeypatch.setattr(import_module("respike.evaluation.reading"), "BATCH_TOKENS", 1)
     alone = recall(decoder, vocabulary, task, trials=5)
     assert torch.equal(together.per_trial, alone.per_trial)
     assert together.answer_nats == pytest.approx(alone.answer_nats, rel=1e-5)
@@ -580,13 +581,13 @@ def test_trials_side_by_side_equal_one_by_one(
 def test_a_batch_of_unlike_lengths_equals_one_by_one(
     vocabulary: Vocabulary, decoder: Decoder
 ) -> None:
-    from respike.evaluation.recall import _answers
+    from respike.evaluation.reading import _answers
 
     made = [trials(vocabulary, task, 1)[0] for task in TASKS]
     assert len({len(t.tokens) for t in made}) == 3
     with torch.inference_mode():
-        together = _answers(decoder, made)
-        alone = [_answers(decoder, [trial])[0] for trial in made]
+        together = _answers(decoder, made, None, [0] * len(made))
+        alone = [_answers(decoder, [trial], None, [0])[0] for trial in made]
     for (hits, nats), (one_hits, one_nats), trial in zip(together, alone, made, strict=True):
         assert len(hits) == len(trial.answers)
         assert torch.equal(hits, one_hits)

@@ -2,23 +2,29 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from respike.config import FarMemory
+from respike.data.recall import TRAINING_FACTS, TRAINING_FILLER
 from respike.errors import UsageError
 from respike.evaluation import Score, Task, Vocabulary, make_trials, recall
 from respike.evaluation.columns import Column, five_columns, row, window_tokens
+from respike.evaluation.reading import common_beginning, read_answers
 from respike.evaluation.recall import truncated
 from respike.evaluation.suites import SUITES, split_by_length, tasks_of
+from respike.material import FILLER, SENTENCES, Trial
+from respike.material.facts import FACTS
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
-from respike.tasks import FAMILIES, SENTENCES, Trial, parse_task
+from respike.tasks import FAMILIES, parse_task
 from respike.tokenizer import Tokenizer
 from tiny import V, full, model_config, random_decoder, save_tokenizer, window
 
@@ -96,6 +102,8 @@ EVERY = [
     Task("passkey", 310, 0.3),
     Task("needles", 410, 0.3),
     Task("variables", 760, hops=3),
+    Task("multi-needle", 410),
+    Task("questions", 430),
     Task("multi-query", 19),
 ]
 
@@ -113,7 +121,8 @@ def test_trials_depend_on_task_and_seed_only_and_are_as_long_as_said(
     assert make_trials(vocabulary, task, 3, seed=1) != first
     assert len({tuple(t.tokens) for t in first}) == 3
     for trial in first:
-        assert len(trial.tokens) == FAMILIES[task.family].tokens(vocabulary, task)
+        longest = max(len(asked.tokens) for asked in trial.asked())
+        assert longest == FAMILIES[task.family].tokens(vocabulary, task)
         assert 0 < min(trial.answers) <= max(trial.answers) < len(trial.tokens)
 
 
@@ -258,7 +267,119 @@ def test_the_examples_of_variables_are_solved_and_stand_first(vocabulary: Vocabu
         assert asked > solved[1]
 
 
-@pytest.mark.parametrize("family", ["passkey", "needles", "variables"])
+def test_multi_needle_asks_for_all_four_each_right_after_the_text(vocabulary: Vocabulary) -> None:
+    equals = text_ids(vocabulary, "=")
+    orders = set()
+    for trial in make_trials(vocabulary, Task("multi-needle", 520), 6):
+        lines = lines_of(vocabulary, trial)
+        value_of = {name: value for _, name, value in lines}
+        assert len(value_of) == len({tuple(value) for value in value_of.values()}) == 4
+        text = trial.tokens[: trial.questions[0][0]]
+        quarters = [4 * begin // len(text) for begin, _, _ in lines if begin < len(text)]
+        assert quarters == [0, 1, 2, 3]
+        asked = trial.asked()
+        names = []
+        for question in asked:
+            assert question.tokens[: len(text)] == text
+            name, *rest = question.tokens[len(text) + 1 :]
+            names.append(name)
+            assert rest == equals + value_of[name]
+            assert question.answers == list(range(520 - DIGITS, 520))
+        assert sorted(names) == sorted(value_of)
+        orders.add(tuple(sorted(names).index(name) for name in names))
+    assert len(orders) > 1
+
+
+def test_questions_ask_for_each_fact_of_the_text_once(vocabulary: Vocabulary) -> None:
+    for trial in make_trials(vocabulary, Task("questions", 700), 6):
+        text = vocabulary.tokenizer.decode(trial.tokens[: trial.questions[0][0]])
+        relations = []
+        for question in trial.asked():
+            said = vocabulary.tokenizer.decode(question.tokens)[len(text) :]
+            answer = vocabulary.tokenizer.decode([question.tokens[a] for a in question.answers])
+            assert said.startswith("\nQuestion: ")
+            assert said.endswith(answer)
+            (relation,) = (
+                r for r in FACTS.relations if r.question.split("{who}")[0] in said
+                and r.question.split("{who}")[1] in said
+            )  # fmt: skip
+            relations.append(relation)
+            who = next(name for name in FACTS.people if name in said)
+            assert answer.strip() in relation.values
+            assert f" {relation.sentence.format(who=who, what=answer.strip())}" in text
+        assert len(set(relations)) == len(relations) == 4
+
+
+def test_facts_of_evaluation_and_training_share_no_word() -> None:
+    for mine, theirs in ((FACTS, TRAINING_FACTS), (TRAINING_FACTS, FACTS)):
+        assert not set(mine.people) & set(theirs.people)
+        assert all(len(set(r.values)) == 8 for r in mine.relations)
+        assert len({r.question for r in mine.relations}) == len(mine.relations)
+        assert mine.chance_frac == 1 / 8
+    values = [{v for r in facts.relations for v in r.values} for facts in (FACTS, TRAINING_FACTS)]
+    assert not values[0] & values[1]
+    for mine, filler in zip(values, (FILLER, TRAINING_FILLER), strict=True):
+        assert not mine & set(re.findall(r"\w+", filler)), "or the filler would name answers too"
+    sentences = [{r.sentence for r in facts.relations} for facts in (FACTS, TRAINING_FACTS)]
+    assert not sentences[0] & sentences[1]
+
+
+@pytest.mark.parametrize("task", [Task("multi-needle", 300), Task("questions", 330)])
+def test_questions_from_one_state_are_answered_as_each_text_read_anew(
+    vocabulary: Vocabulary, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = random_decoder(model_config(SHORT, vocab_size=vocabulary.tokenizer.vocab_size))
+    texts = [trial.asked() for trial in make_trials(vocabulary, task, 3)]
+    alone = [next(iter(read_answers(decoder, [[q]]))) for text in texts for q in text]
+    for most in (8192, 700, 1):
+        monkeypatch.setattr("respike.evaluation.reading.BATCH_TOKENS", most)
+        monkeypatch.setattr("respike.evaluation.reading.PREFILL_CHUNK_TOKENS", 16)
+        found = list(read_answers(decoder, texts))
+        for (hits, nats), (right_hits, right_nats) in zip(found, alone, strict=True):
+            assert torch.equal(hits, right_hits)
+            torch.testing.assert_close(nats, right_nats, rtol=1e-4, atol=1e-4)
+
+
+def test_what_long_texts_begin_with_alike_is_read_once(
+    plain: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = random_decoder(model_config(SHORT, vocab_size=plain.tokenizer.vocab_size))
+    trials = make_trials(plain, Task("passkey", 400, 0.5), 3)
+    shared = common_beginning(trials)
+    assert trials[0].tokens[:shared] == trials[2].tokens[:shared]
+    assert 150 < shared < 250
+    expected = [next(iter(read_answers(decoder, [[trial]]))) for trial in trials]
+    monkeypatch.setattr("respike.evaluation.reading.BATCH_TOKENS", 1)
+    monkeypatch.setattr("respike.evaluation.reading.PREFILL_CHUNK_TOKENS", 64)
+    read: list[int] = []
+    chunks = decoder._chunks
+
+    def counting(tokens: Tensor, *rest: Any) -> Any:
+        read.append(tokens.shape[1])
+        return chunks(tokens, *rest)
+
+    monkeypatch.setattr(decoder, "_chunks", counting)
+    found = list(read_answers(decoder, [[trial] for trial in trials]))
+    begin = shared // 64 * 64
+    assert read == [begin, *(len(trial.tokens) - begin for trial in trials)]
+    for (hits, nats), (right_hits, right_nats) in zip(found, expected, strict=True):
+        assert torch.equal(hits, right_hits)
+        torch.testing.assert_close(nats, right_nats, rtol=1e-4, atol=1e-4)
+
+
+def test_a_score_of_several_questions_is_the_share_answered(plain: Vocabulary) -> None:
+    decoder = random_decoder(model_config(SHORT, vocab_size=plain.tokenizer.vocab_size))
+    task = Task("questions", 330)
+    texts = [trial.asked() for trial in make_trials(plain, task, 2)]
+    answers = iter(read_answers(decoder, texts))
+    expected = [sum(bool(next(answers)[0].all()) for _ in text) / len(text) for text in texts]
+    assert recall(decoder, plain, task, trials=2).per_trial.tolist() == pytest.approx(expected)
+    shown = recall(decoder, plain, task, trials=2, last_tokens=64)
+    assert shown.per_trial.shape == (2,)
+    assert shown.answer_nats != recall(decoder, plain, task, trials=2).answer_nats
+
+
+@pytest.mark.parametrize("family", ["passkey", "needles", "variables", "multi-needle", "questions"])
 def test_what_does_not_fit_is_refused_with_the_length_it_needs(
     vocabulary: Vocabulary, family: str
 ) -> None:
@@ -266,7 +387,7 @@ def test_what_does_not_fit_is_refused_with_the_length_it_needs(
         make_trials(vocabulary, Task(family, 20), 1)
     enough = int(str(caught.value).split()[-2])
     trial = make_trials(vocabulary, Task(family, enough), 1)[0]
-    assert len(trial.tokens) == enough
+    assert max(len(asked.tokens) for asked in trial.asked()) == enough
     with pytest.raises(UsageError):
         make_trials(vocabulary, Task(family, enough - 1), 1)
 
@@ -282,6 +403,8 @@ def test_what_does_not_fit_is_refused_with_the_length_it_needs(
         ("needles:2048:0.25", Task("needles", 2048, 0.25), "needles length 2048 depth 0.25"),
         ("variables:4096:4", Task("variables", 4096, hops=4), "variables length 4096 hops 4"),
         ("variables:4096", Task("variables", 4096, hops=2), "variables length 4096 hops 2"),
+        ("multi-needle:2048", Task("multi-needle", 2048), "multi-needle length 2048"),
+        ("questions:4096", Task("questions", 4096), "questions length 4096"),
         ("multi-query:32", Task("multi-query", 32), "multi-query pairs 32"),
     ],
 )
@@ -314,7 +437,7 @@ def test_the_quick_suite_is_what_results_were_published_for() -> None:
 
 def test_the_complete_suite_reaches_from_half_the_window_to_32_windows() -> None:
     tasks = tasks_of(["complete"], 256)
-    assert len(tasks) == len(set(tasks)) == 7 + 7 + 2 * 5 * 4 + 3 * 2
+    assert len(tasks) == len(set(tasks)) == 7 + 7 + 2 * 5 * 4 + 2 * 4 + 3 * 2
     lags = [128, 256, 512, 1024, 2048, 4096, 8192]
     assert [t.size for t in tasks if t.family == "copy"] == lags
     assert [t.size for t in tasks if t.family == "multi-query"] == [8, 16, 32, 64, 128, 256, 512]
@@ -322,6 +445,8 @@ def test_the_complete_suite_reaches_from_half_the_window_to_32_windows() -> None
         grid = {(t.depth_frac, t.size) for t in tasks if t.family == family}
         lengths = (1024, 2048, 4096, 8192)
         assert grid == {(d, n) for d in (0.1, 0.25, 0.5, 0.75, 0.9) for n in lengths}
+    for family in ("multi-needle", "questions"):
+        assert [t.size for t in tasks if t.family == family] == [1024, 2048, 4096, 8192]
     chains = {(t.size, t.hops) for t in tasks if t.family == "variables"}
     assert chains == {(n, h) for n in (1024, 4096) for h in (2, 3, 4)}
     assert [t.size for t in tasks_of(["complete"], 100)][:3] == [50, 100, 200]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from respike.data import Curriculum, Loader, RecallSource, TextSource, prepare
-from respike.data.recall import DIGITS, MATERIAL, TRAINING_SENTENCES
+from respike.data.recall import DIGITS, MATERIAL, TRAINING_FACTS, TRAINING_SENTENCES
 from respike.errors import UsageError
-from respike.tasks import FAMILIES, SENTENCES, Material, Task, Vocabulary, make_trials
+from respike.material import SENTENCES, Material, Vocabulary
+from respike.tasks import FAMILIES, Task, make_trials
 from respike.tokenizer import Tokenizer
 from tiny import save_tokenizer
 
@@ -82,6 +83,13 @@ def test_no_answer_of_the_evaluation_is_an_answer_in_training(
         said = tokenizer.decode(sample.tokens[sample.answers].tolist())
         if family == "multi-query":
             trained |= set(said.split())
+        elif family == "questions":
+            trained |= set(said.split())
+            assert trained <= {v for r in TRAINING_FACTS.relations for v in r.values}
+        elif family == "multi-needle":
+            numbers = re.findall("=([0-9]+)", tokenizer.decode(sample.tokens.tolist()))
+            assert {len(number) for number in numbers} <= set(DIGITS)
+            trained |= set(numbers)
         elif family == "copy":
             trained |= {tuple(sample.tokens[i : i + 6]) for i in range(len(sample.tokens) - 6)}
         else:
@@ -109,6 +117,15 @@ def test_answers_are_what_the_text_before_them_says(tokenizer: Tokenizer, family
             half = len(sample.tokens) // 2
             assert (sample.tokens[:half] == sample.tokens[half:]).all()
             assert answers == list(range(half + 1, 2 * half))
+        elif family in ("multi-needle", "questions"):
+            asked = re.findall(
+                r"=([0-9]+)$" if family == "multi-needle" else r"^Answer: .* (\w+)$", text, re.M
+            )[-4:]
+            said = tokenizer.decode([int(sample.tokens[a]) for a in answers])
+            assert "".join(asked) == said.replace(" ", "")
+            sign = " " if family == "questions" else "="
+            assert all(len(re.findall(rf"{sign}{answer}\b", text)) == 2 for answer in asked)
+            assert any(s.strip() in text for s in TRAINING_SENTENCES)
         elif family == "multi-query":
             first, again = {}, 0
             for key, value in re.findall(r" (\w+) = (\w+)\n", text):

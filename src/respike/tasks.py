@@ -6,71 +6,40 @@ needles      Four such numbers, each with a name; one is asked for by its name. 
 variables    Chains in filler: a name has a number, another name has that name's, and so on; the
              last name of one chain is asked for. Score: all digits of its number right.
 multi-query  Word pairs, then some keys again, shuffled. Score: values predicted right.
+multi-needle Four named numbers, one in each quarter of the filler, all asked for: each on its own,
+             right after the text. Score: share of the numbers found.
+questions    Sentences about people in filler, a question about each of them, asked likewise.
+             Score: share of the questions answered right.
 
 To add a family: a function that makes a trial, and an entry in `FAMILIES`. Evaluation and training
 share the makers and never the material: see `Material`.
 """
 
-import copy
 import random
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from respike.errors import UsageError
-from respike.tokenizer import Tokenizer
+from respike.material import (
+    Trial,
+    Vocabulary,
+    hidden_in_filler,
+    spread,
+    words_and_text,
+)
 
 NEEDLES = 4
 """Numbers in a needles trial."""
 CHAINS = 2
 """Chains in the filler of a variables trial; the first is asked for."""
+QUESTIONS = 4
+"""Facts in a questions trial; all are asked about."""
 EXAMPLES = 2
 """Solved chains that a variables trial begins with."""
 MAX_HOPS = 8
 ASKED_PAIRS = 16
 """Keys that a multi-query trial asks for, at most."""
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
-SENTENCES = tuple(f" {sentence}." for sentence in FILLER.strip(". ").split(". "))
-
-
-@dataclass(frozen=True)
-class Material:
-    """What trials are made of, besides tokens. Training has its own (`respike.data.recall`).
-
-    Attributes:
-        sentences: Filler, each sentence with a space before it.
-        digits: Of every number that is to be found.
-        word: Names, keys and values: tokens whose text it matches in full.
-    """
-
-    sentences: tuple[str, ...] = SENTENCES
-    digits: int = 5
-    word: re.Pattern[str] = re.compile(" [a-z]{3,}")
-
-    @property
-    def numbers(self) -> range:
-        """Every number that may be drawn."""
-        return range(10**self.digits)
-
-    def number(self, value: int) -> str:
-        """``value`` with leading zeros."""
-        return f"{value:0{self.digits}d}"
-
-    @property
-    def filler(self) -> str:
-        """The sentences as running text that begins and ends at a sentence."""
-        return "".join(self.sentences).lstrip() + " "
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Token ids and the indices of those that count as answers."""
-
-    tokens: list[int]
-    answers: list[int]
 
 
 @dataclass(frozen=True)
@@ -107,32 +76,6 @@ class Task:
         return float(self.hops) if FAMILIES[self.family].third == "hops" else self.depth_frac
 
 
-class Vocabulary:
-    """What tasks are made of: all tokens but the special ones, and those that are plain words.
-
-    For evaluation a word is one token of a space and at least three lower-case ASCII letters. In a
-    vocabulary with hardly any (a toy), every token serves as one.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, material: Material = Material()) -> None:
-        self.tokenizer = tokenizer
-        self.material = material
-        special = set(tokenizer.special_ids)
-        self.tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
-        words = [t for t in self.tokens if material.word.fullmatch(tokenizer.decode([t]))]
-        self.words = words if len(words) >= 16 else self.tokens
-
-    def with_material(self, sentences: tuple[str, ...], digits: int) -> "Vocabulary":
-        """The same words with other filler and numbers."""
-        other = copy.copy(self)
-        other.material = replace(self.material, sentences=sentences, digits=digits)
-        return other
-
-    def ids(self, text: str) -> list[int]:
-        """Token ids of plain text that stands inside other text: never a BOS."""
-        return self.tokenizer.encode(text, bos=False)
-
-
 @dataclass(frozen=True)
 class Family:
     """A kind of task.
@@ -140,10 +83,10 @@ class Family:
     Attributes:
         make: A trial; depends on its arguments only.
         unit: What `Task.size` counts: ``lag``, ``length`` or ``pairs``.
-        tokens: Length of a trial.
+        tokens: Length of a trial: what is read to answer one of its questions.
         chance_frac: Score of a guess.
         third: What a setting's third field is, if it has one.
-        whole: A trial is right when all its answer tokens are, and wrong otherwise.
+        whole: An answer is right when all its tokens are, and wrong otherwise.
     """
 
     make: Callable[[Vocabulary, Task, random.Random], Trial]
@@ -188,14 +131,43 @@ def needles_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Tri
     names = rng.sample(vocabulary.words, NEEDLES)
     material = vocabulary.material
     keys = [material.number(n) for n in rng.sample(material.numbers, NEEDLES)]
-    depths = [task.depth_frac, *_spread(NEEDLES - 1, rng)]
+    depths = [task.depth_frac, *spread(NEEDLES - 1, rng)]
     # The number in a piece of its own: its tokens must be those of the answer.
     pieces = [
-        (depth, _words(vocabulary, "\n", name, "=", key, "\n"))
+        (depth, words_and_text(vocabulary, "\n", name, "=", key, "\n"))
         for depth, name, key in zip(depths, names, keys, strict=True)
     ]
-    question = _words(vocabulary, "\n", names[0], "=")
-    return _ask(vocabulary, task, pieces, question, keys[0])
+    question = words_and_text(vocabulary, "\n", names[0], "=")
+    return _ask(vocabulary, task, pieces, [(question, keys[0])])
+
+
+def multi_needle_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
+    """Four lines as in `needles_trial`, spread over the filler; all are asked for, in any order."""
+    names = rng.sample(vocabulary.words, NEEDLES)
+    material = vocabulary.material
+    keys = [material.number(n) for n in rng.sample(material.numbers, NEEDLES)]
+    pieces = [
+        (depth, words_and_text(vocabulary, "\n", name, "=", key, "\n"))
+        for depth, name, key in zip(spread(NEEDLES, rng), names, keys, strict=True)
+    ]
+    questions = [
+        (words_and_text(vocabulary, "\n", name, "="), key)
+        for name, key in zip(names, keys, strict=True)
+    ]
+    rng.shuffle(questions)
+    return _ask(vocabulary, task, pieces, questions)
+
+
+def questions_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
+    """Facts spread over the filler, in sentences; a question about each, in any order."""
+    facts = vocabulary.material.facts.draw(QUESTIONS, rng)
+    pieces = [
+        (depth, vocabulary.ids(f" {fact.sentence}"))
+        for depth, fact in zip(spread(QUESTIONS, rng), facts, strict=True)
+    ]
+    questions = [(vocabulary.ids(fact.question), f" {fact.answer}") for fact in facts]
+    rng.shuffle(questions)
+    return _ask(vocabulary, task, pieces, questions)
 
 
 def variables_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
@@ -220,23 +192,23 @@ def variables_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> T
             for part in (*lines, question, vocabulary.ids(f" {key}\n")):
                 examples += part
         else:
-            pieces += zip(_spread(links, rng), lines, strict=True)
+            pieces += zip(spread(links, rng), lines, strict=True)
     asked = _value_of(vocabulary, drawn[(EXAMPLES + 1) * links - 1])
-    return _ask(vocabulary, task, pieces, asked, f" {keys[EXAMPLES]}")
+    return _ask(vocabulary, task, pieces, [(asked, f" {keys[EXAMPLES]}")])
 
 
 def _chain(vocabulary: Vocabulary, names: list[int], key: str) -> list[list[int]]:
     """Lines that give the first name a number and every other name the one before it."""
-    others = [_words(vocabulary, " VAR", name) for name in names[:-1]]
+    others = [words_and_text(vocabulary, " VAR", name) for name in names[:-1]]
     values = [vocabulary.ids(f" {key}"), *others]
     return [
-        [*_words(vocabulary, "\n VAR", name, " ="), *value, *vocabulary.ids("\n")]
+        [*words_and_text(vocabulary, "\n VAR", name, " ="), *value, *vocabulary.ids("\n")]
         for name, value in zip(names, values, strict=True)
     ]
 
 
 def _value_of(vocabulary: Vocabulary, name: int) -> list[int]:
-    return _words(vocabulary, "\n The value of VAR", name, " is")
+    return words_and_text(vocabulary, "\n The value of VAR", name, " is")
 
 
 def multi_query_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) -> Trial:
@@ -256,19 +228,6 @@ def multi_query_trial(vocabulary: Vocabulary, task: Task, rng: random.Random) ->
     return Trial(tokens, answers)
 
 
-def _spread(count: int, rng: random.Random) -> list[float]:
-    """One random depth in each of ``count`` equal parts of the text."""
-    return [(part + rng.random()) / count for part in range(count)]
-
-
-def _words(vocabulary: Vocabulary, *parts: str | int) -> list[int]:
-    """Token ids of text in which some words are given as tokens."""
-    tokens: list[int] = []
-    for part in parts:
-        tokens += vocabulary.ids(part) if isinstance(part, str) else [part]
-    return tokens
-
-
 def _room(task: Task, *fixed: list[int]) -> int:
     """Tokens of filler that a trial of ``size`` tokens has room for."""
     least = sum(map(len, fixed))
@@ -281,34 +240,24 @@ def _ask(
     vocabulary: Vocabulary,
     task: Task,
     pieces: list[tuple[float, list[int]]],
-    question: list[int],
-    answer: str,
+    questions: list[tuple[list[int], str]],
 ) -> Trial:
-    """``size`` tokens: the pieces at their depths in filler, the question, the answer.
+    """The pieces at their depths in filler, the questions with their answers.
 
-    A piece stands between two sentences, the nearest place to its depth. What does not fit of the
-    filler is cut from its beginning, so that the question follows a whole sentence.
+    The text has ``size`` tokens with the longest of the questions: so much is read for each.
     """
-    expected = vocabulary.ids(answer)
-    room = _room(task, question, expected, *(piece for _, piece in pieces))
-    sentences = [vocabulary.ids(sentence) for sentence in vocabulary.material.sentences]
-    filler: list[list[int]] = []
-    missing = room
-    while missing > 0:
-        filler.insert(0, sentences[-1 - len(filler) % len(sentences)][-missing:])
-        missing -= len(filler[0])
-    waiting = sorted(pieces, key=lambda piece: piece[0])
-    tokens: list[int] = []
-    read = 0
-    for sentence in filler:
-        while waiting and waiting[0][0] * room < read + len(sentence) / 2:
-            tokens += waiting.pop(0)[1]
-        tokens += sentence
-        read += len(sentence)
-    for _, piece in waiting:
-        tokens += piece
-    tokens += question + expected
-    return Trial(tokens, list(range(len(tokens) - len(expected), len(tokens))))
+    solved = [(question, vocabulary.ids(answer)) for question, answer in questions]
+    longest = max(([*question, *answer] for question, answer in solved), key=len)
+    room = _room(task, longest, *(piece for _, piece in pieces))
+    tokens = hidden_in_filler(vocabulary, room, pieces)
+    answers: list[int] = []
+    asked = []
+    for question, answer in solved:
+        begin = len(tokens)
+        tokens += question + answer
+        answers += range(begin + len(question), len(tokens))
+        asked.append((begin, len(tokens)))
+    return Trial(tokens, answers, tuple(asked) if len(asked) > 1 else ())
 
 
 def _multi_query_tokens(vocabulary: Vocabulary, task: Task) -> int:
@@ -345,6 +294,20 @@ FAMILIES = {
         tokens=lambda _, task: task.size,
         chance_frac=lambda *_: 1 / CHAINS,
         third="hops",
+        whole=True,
+    ),
+    "multi-needle": Family(
+        multi_needle_trial,
+        "length",
+        tokens=lambda _, task: task.size,
+        chance_frac=lambda *_: 1 / NEEDLES,
+        whole=True,
+    ),
+    "questions": Family(
+        questions_trial,
+        "length",
+        tokens=lambda _, task: task.size,
+        chance_frac=lambda vocabulary, _: vocabulary.material.facts.chance_frac,
         whole=True,
     ),
     "multi-query": Family(

@@ -7,6 +7,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from respike.cli.continuation import (
+    compare_continuations,
+    continuation_text,
+    generation_options,
+    refuse_generation_options,
+)
 from respike.cli.recall import (
     check_recall_options,
     measure_recall,
@@ -93,6 +99,7 @@ def _facts(model: Any) -> dict[str, str]:
 @click.argument("a")
 @click.argument("b")
 @text_options
+@generation_options
 @click.option(
     "--max-kl", type=click.FloatRange(0), metavar="NATS", help="Exit 1 if the mean KL is larger."
 )
@@ -102,10 +109,12 @@ def check_command(a: str, b: str, **options: Any) -> None:
     """How far model B's predictions are from model A's, on the same text.
 
     KL is KL(A || B) in nats per token; top-1 agreement is the share of tokens that both rank first.
+    With --generate, also how long both write the same, and how often they repeat themselves.
     """
     from respike.device import set_threads
     from respike.evaluation import Reference, position_buckets
 
+    refuse_generation_options(options)
     set_threads(options["threads"])
     first, second = _load(a, options | AS_STORED), _load(b, options)
     _refuse_other_vocabulary(first, second)
@@ -126,11 +135,15 @@ def check_command(a: str, b: str, **options: Any) -> None:
         "all": total,
         "buckets": [distances.bucket(*edges) for edges in position_buckets(text.shape[1])],
     }
+    if options["new_tokens"]:
+        report["generation"] = compare_continuations(first, second, options)
     if options["as_json"]:
         echo_json(report)
     else:
         click.echo(_distance_table([*report["buckets"], total]))
         click.echo(f"\nlargest logit difference  {distances.max_logit_difference:.6g}")
+        if options["new_tokens"]:
+            click.echo(f"\n{continuation_text(report['generation'])}")
     if not met:
         click.echo(
             f"error: KL {total['kl_nats']:.4g} is above --max-kl {options['max_kl']:g}", err=True

@@ -52,7 +52,8 @@ def recall_options(command: Any) -> Any:
             show_default=True,
             metavar="SUITE|TASK",
             help="quick, complete, or one task: copy:LAG, passkey:LENGTH[:DEPTH], "
-            "needles:LENGTH[:DEPTH], variables:LENGTH[:HOPS], multi-query:PAIRS; repeatable.",
+            "needles:LENGTH[:DEPTH], multi-needle:LENGTH, questions:LENGTH, "
+            "variables:LENGTH[:HOPS], multi-query:PAIRS; repeatable.",
         ),
     ):
         command = option(command)

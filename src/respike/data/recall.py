@@ -14,7 +14,9 @@ import numpy as np
 
 from respike.data.sources import Sample, TextSource
 from respike.errors import UsageError
-from respike.tasks import FAMILIES, MAX_HOPS, SENTENCES, Material, Task, Vocabulary
+from respike.material import SENTENCES, Material, Vocabulary
+from respike.material.facts import people, relation
+from respike.tasks import FAMILIES, MAX_HOPS, Task
 from respike.tokenizer import Tokenizer
 
 DIGITS = (4, 6, 7)
@@ -29,7 +31,38 @@ TRAINING_FILLER = (
     "Nobody answered the bell. The garden needs water. Stars come out after dusk. "
 )
 TRAINING_SENTENCES = tuple(f" {s}." for s in TRAINING_FILLER.strip(". ").split(". "))
-MATERIAL = Material(TRAINING_SENTENCES, DIGITS[0], re.compile(" [A-Z][a-z]{2,}"))
+TRAINING_FACTS = people(
+    "Kevin Linda Oscar Diana Victor Nancy Albert Rachel Samuel Judith Walter Olivia Henry Grace "
+    "Philip Sophie",
+    (
+        relation(
+            "{who} was born in {what}.", "In which month was {who} born?", "{who} was born in",
+            "January March April June July August October December",
+        ),
+        relation(
+            "{who} sold the old {what}.", "What did {who} sell?", "{who} sold the old",
+            "car house camera piano bicycle guitar carpet mirror",
+        ),
+        relation(
+            "{who} is learning {what}.", "Which language does {who} learn?", "{who} is learning",
+            "French German Spanish Chinese Latin Arabic Greek Russian",
+        ),
+        relation(
+            "{who} always travels by {what}.", "How does {who} travel?",
+            "{who} always travels by", "subway bus plane ship taxi tram truck ferry",
+        ),
+        relation(
+            "The garden of {who} is full of {what}.", "What grows in the garden of {who}?",
+            "The garden of {who} is full of",
+            "roses tulips apples lemons onions carrots herbs beans",
+        ),
+        relation(
+            "{who} studied {what}.", "What did {who} study?", "{who} studied",
+            "history physics law music medicine biology art geography",
+        ),
+    ),
+)  # fmt: skip
+MATERIAL = Material(TRAINING_SENTENCES, DIGITS[0], re.compile(" [A-Z][a-z]{2,}"), TRAINING_FACTS)
 MIN_SENTENCES, MAX_SENTENCES = 24, 400
 SENTENCE = re.compile(r"(?:^|(?<=[.!?])|\n)\s*([A-Z][^.!?\n]{20,300})\.(?=\s|$)")
 FILLER_DOCUMENTS = 16

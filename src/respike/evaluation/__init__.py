@@ -1,5 +1,6 @@
 """Measuring models: distances on text, recall, intervals."""
 
+from respike.evaluation.continuation import continuation_agreement, continuations
 from respike.evaluation.distance import (
     Distances,
     Reference,
@@ -9,7 +10,8 @@ from respike.evaluation.distance import (
 from respike.evaluation.recall import Score, recall
 from respike.evaluation.share import MemoryShare, memory_shares
 from respike.evaluation.stats import mean_interval, wilson
-from respike.tasks import Task, Vocabulary, make_trials
+from respike.material import Vocabulary
+from respike.tasks import Task, make_trials
 
 __all__ = [
     "Distances",
@@ -18,6 +20,8 @@ __all__ = [
     "Score",
     "Task",
     "Vocabulary",
+    "continuation_agreement",
+    "continuations",
     "make_trials",
     "mean_interval",
     "memory_shares",

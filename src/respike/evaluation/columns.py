@@ -15,9 +15,10 @@ from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation.recall import Score, recall
 from respike.evaluation.stats import mean_interval
+from respike.material import Vocabulary
 from respike.models.ablation import without
 from respike.models.decoder import Decoder
-from respike.tasks import Task, Vocabulary
+from respike.tasks import Task
 
 LABELS = {
     "original": "original",

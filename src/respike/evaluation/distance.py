@@ -11,11 +11,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from respike.errors import UsageError
 from respike.evaluation.stats import mean_interval
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
 
 HEAD_TOKENS = 256
 """Tokens whose logits exist at once."""
+BATCH_TOKENS = 8192
+"""Tokens that are read side by side."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,22 @@ class Distances:
     agree: Tensor
     max_logit_difference: float
 
+    def per_context(self, low: int, high: int) -> dict[str, Tensor]:
+        """Means of each context (N,) over predictions from ``low`` to ``high - 1`` tokens."""
+        part = slice(max(low, 1) - 1, high - 1)
+        return {
+            "nats_reference": self.nats_reference[:, part].mean(1),
+            "nats": self.nats[:, part].mean(1),
+            "nats_added": (self.nats - self.nats_reference)[:, part].mean(1),
+            "kl_nats": self.kl[:, part].mean(1),
+            "top1_agreement_frac": self.agree[:, part].mean(1),
+        }
+
     def bucket(self, low: int, high: int) -> dict[str, object]:
         """Means over predictions made from ``low`` to ``high - 1`` tokens of context."""
         part = slice(max(low, 1) - 1, high - 1)
-        kl = self.kl[:, part].mean(1)
-        delta = (self.nats - self.nats_reference)[:, part].mean(1)
+        each = self.per_context(low, high)
+        kl, delta = each["kl_nats"], each["nats_added"]
         return {
             "from_tokens": low,
             "to_tokens": high,
@@ -92,6 +106,7 @@ class Reference:
         progress: Callable[[int, int], None] | None = None,
         *,
         chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        last_tokens: int | None = None,
     ) -> Distances:
         """Measure ``candidate`` (same vocabulary) against the reference.
 
@@ -99,6 +114,7 @@ class Reference:
             candidate: The model to measure.
             progress: Called with (contexts done, contexts).
             chunk_tokens: Of the candidate's prefill; another size shows the floor of rounding.
+            last_tokens: Show the candidate at most this many tokens, see `hidden_of_last`.
         """
         rows: list[list[Tensor]] = []
         largest = 0.0
@@ -107,7 +123,10 @@ class Reference:
                 zip(self.contexts, self.hidden, strict=True), start=1
             ):
                 tokens = tokens[None].to(candidate.embedding.device)
-                theirs, _ = candidate.hidden(tokens, chunk_tokens=chunk_tokens)
+                if last_tokens is None:
+                    theirs, _ = candidate.hidden(tokens, chunk_tokens=chunk_tokens)
+                else:
+                    theirs = hidden_of_last(candidate, tokens[0], last_tokens)
                 pieces = []
                 for begin in range(0, tokens.shape[1] - 1, HEAD_TOKENS):
                     part = slice(begin, min(begin + HEAD_TOKENS, tokens.shape[1] - 1))
@@ -121,6 +140,34 @@ class Reference:
                     progress(done, len(self.contexts))
         a, b, kl, agree = (torch.stack(column).cpu() for column in zip(*rows, strict=True))
         return Distances(a, b, kl, agree, largest)
+
+
+def hidden_of_last(decoder: Decoder, tokens: Tensor, last_tokens: int) -> Tensor:
+    """Hidden states (1, T, D) of a decoder that sees only what it has read last.
+
+    The text (T,) is read in pieces of ``last_tokens``, each as a text of its own, that begin
+    ``last_tokens / 4`` apart. A piece after the first counts for its last quarter, so that every
+    prediction there comes from 3/4 ``last_tokens`` to ``last_tokens`` tokens, as in
+    `respike.evaluation.recall.truncated`.
+
+    Raises:
+        UsageError: ``last_tokens`` is less than 4.
+    """
+    if last_tokens < 4:
+        raise UsageError(f"last_tokens is {last_tokens}, expected at least 4")
+    step, total = last_tokens // 4, len(tokens)
+    begins = [0, *range(step, total - last_tokens + step, step)]
+    rows = torch.stack([_padded(tokens[b : b + last_tokens], last_tokens) for b in begins])
+    parts = []
+    for some in torch.split(rows, max(1, BATCH_TOKENS // last_tokens)):
+        parts.append(decoder.hidden(some)[0])
+    pieces = torch.cat(parts)
+    first, rest = pieces[0], pieces[1:, last_tokens - step :].flatten(0, 1)
+    return torch.cat((first, rest))[None, :total]
+
+
+def _padded(tokens: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, length - len(tokens)))
 
 
 def _token_distances(a: Tensor, b: Tensor, target: Tensor) -> tuple[Tensor, ...]:

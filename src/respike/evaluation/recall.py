@@ -3,28 +3,27 @@
 Every task is made of the model's own vocabulary and scored by its most likely next token, with the
 right answer fed back (so that one slip is one slip). The chance level is that of a guess among the
 answers a reader could know of without knowing which is asked for: 1 / vocabulary for copy, 10^-5
-for passkey, else 1 over the number of values in the text.
+for passkey, 1 over the values that the relation takes for questions, else 1 over the number of
+values in the text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from respike.evaluation.distance import HEAD_TOKENS
+from respike.evaluation.reading import read_answers
 from respike.evaluation.stats import mean_interval, wilson
+from respike.material import Trial, Vocabulary
 from respike.models.decoder import Decoder
-from respike.tasks import FAMILIES, Task, Trial, Vocabulary, make_trials
-
-BATCH_TOKENS = 8192
-"""Tokens of trials that run side by side."""
+from respike.tasks import FAMILIES, Task, make_trials
 
 
 @dataclass(frozen=True)
 class Score:
-    """Result of a task: one value in 0..1 a trial."""
+    """Result of a task: one value in 0..1 a trial; of several questions, the share answered."""
 
     task: Task
     per_trial: Tensor
@@ -89,42 +88,27 @@ def recall(
         progress: Called with (trials done, trials).
     """
     kind = FAMILIES[task.family]
-    made = make_trials(vocabulary, task, trials, seed)
-    pieces = [[trial] if last_tokens is None else truncated(trial, last_tokens) for trial in made]
-    flat = [(number, piece) for number, some in enumerate(pieces) for piece in some]
-    size = max(1, BATCH_TOKENS // max(len(piece.tokens) for _, piece in flat))
-    hits: list[list[Tensor]] = [[] for _ in made]
+    texts, owners = [], []
+    for number, trial in enumerate(make_trials(vocabulary, task, trials, seed)):
+        if last_tokens is None:
+            texts.append(trial.asked())
+            owners += [(number, question) for question in range(len(texts[-1]))]
+            continue
+        for question, asked in enumerate(trial.asked()):
+            for piece in truncated(asked, last_tokens):
+                texts.append([piece])
+                owners.append((number, question))
+    hits: dict[tuple[int, int], list[Tensor]] = {owner: [] for owner in owners}
     nats = []
-    with torch.inference_mode():
-        for begin in range(0, len(flat), size):
-            batch = flat[begin : begin + size]
-            found = _answers(decoder, [piece for _, piece in batch])
-            for (number, _), (correct, losses) in zip(batch, found, strict=True):
-                hits[number].append(correct)
-                nats.append(losses)
-            if progress:
-                progress(flat[begin + size][0] if begin + size < len(flat) else trials, trials)
-    right = [torch.cat(some) for some in hits]
-    per_trial = torch.stack([h.all().float() if kind.whole else h.float().mean() for h in right])
+    for done, (correct, losses) in enumerate(read_answers(decoder, texts), start=1):
+        hits[owners[done - 1]].append(correct)
+        nats.append(losses)
+        if progress:
+            progress(owners[done][0] if done < len(owners) else trials, trials)
+    right: list[list[Tensor]] = [[] for _ in range(trials)]
+    for (number, _), some in hits.items():
+        each = torch.cat(some)
+        right[number].append(each.all().float() if kind.whole else each.float().mean())
+    per_trial = torch.stack([torch.stack(each).mean() for each in right])
     chance = kind.chance_frac(vocabulary, task)
     return Score(task, per_trial, float(torch.cat(nats).mean()), chance)
-
-
-def _answers(decoder: Decoder, trials: Sequence[Trial]) -> list[tuple[Tensor, Tensor]]:
-    """For each trial: which answer tokens came out first (bool), and their nats."""
-    longest = max(len(t.tokens) for t in trials)
-    rows = [t.tokens + [0] * (longest - len(t.tokens)) for t in trials]
-    # Padding stands behind everything that is asked for, so causality keeps it out.
-    tokens = torch.tensor(rows, device=decoder.embedding.device)
-    hidden, _ = decoder.hidden(tokens)
-    results = []
-    for row, trial in enumerate(trials):
-        hits, losses = [], []
-        # Logits of a long trial's answers, all at once, would be gigabytes.
-        for index in torch.split(torch.tensor(trial.answers, device=tokens.device), HEAD_TOKENS):
-            logits = decoder.head(hidden[row : row + 1, index - 1])[0].float()
-            target = tokens[row, index]
-            losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-            hits.append(logits.argmax(-1) == target)
-        results.append((torch.cat(hits).cpu(), torch.cat(losses).cpu()))
-    return results

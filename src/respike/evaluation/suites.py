@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from respike.errors import UsageError, did_you_mean
-from respike.tasks import FAMILIES, Task, Vocabulary, parse_task
+from respike.material import Vocabulary
+from respike.tasks import FAMILIES, Task, parse_task
 
 DEPTHS = (0.1, 0.25, 0.5, 0.75, 0.9)
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -32,6 +33,7 @@ def complete(window_tokens: int) -> list[Task]:
             for length in LENGTHS
             for depth in DEPTHS
         ),
+        *(Task(family, length) for family in ("multi-needle", "questions") for length in LENGTHS),
         *(Task("variables", length, hops=hops) for length in (1024, 4096) for hops in (2, 3, 4)),
     ]
 

@@ -11,8 +11,9 @@ from respike.data import TextSource, TokenStore
 from respike.errors import DataError
 from respike.evaluation import Reference, recall
 from respike.healing.config import Judging
+from respike.material import Vocabulary
 from respike.models.decoder import Decoder
-from respike.tasks import Vocabulary, parse_task
+from respike.tasks import parse_task
 from respike.tokenizer import Tokenizer
 
 FIRST_BUCKET = 256

@@ -1,7 +1,7 @@
 """One process or many: what `torchrun` starts shares rows and shards the student (FSDP2).
 
-The same command runs on one machine (gloo) and on a cluster (nccl, hccl): torch picks the backend
-of the device. Each process keeps the original whole, for its engine.
+The same command runs on one machine (gloo) and on a cluster: torch picks the backend
+of the device (`docs/concepts/healing.md`). Each process keeps the original whole, for its engine.
 """
 
 import os

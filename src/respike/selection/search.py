@@ -25,10 +25,11 @@ from respike.errors import UsageError
 from respike.layers.mixer import Mixer
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
+from respike.material import Trial, Vocabulary
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
 from respike.models.state import DecoderState
 from respike.recipe import Recipe, Rule, SourceShape
-from respike.tasks import Task, Trial, Vocabulary, make_trials
+from respike.tasks import Task, make_trials
 from respike.tokenizer import Tokenizer
 
 Group = tuple[int, int]

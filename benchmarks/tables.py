@@ -1,0 +1,175 @@
+"""Markdown tables of result files; `scripts/docs.py` puts them into the documents."""
+
+from typing import Any
+
+
+def source_line(result: dict[str, Any]) -> str:
+    """What was measured on what, and where."""
+    machine = result.get("machine")
+    where = (
+        f" {machine['processor']}, {result['date']}, commit {result['commit']}." if machine else ""
+    )
+    return f"{result['model']}, computed in {result['asked']['dtype']}.{where}"
+
+
+def interval(ends: list[float], digits: int, scale: float = 1.0) -> str:
+    return f"{scale * ends[0]:.{digits}f} to {scale * ends[1]:.{digits}f}"
+
+
+def with_interval(found: dict[str, Any], name: str, digits: int, scale: float = 1.0) -> str:
+    """A figure and its interval; a share's interval is named without the word for its unit."""
+    ends = found.get(f"{name}_95") or found[f"{name.removesuffix('_frac')}_95"]
+    return f"{scale * found[name]:.{digits}f} ({interval(ends, digits, scale)})"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Text to the left in the first column, figures to the right in the others."""
+    lines = [f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def healing_table(result: dict[str, Any]) -> str:
+    """One table a length of text, one of what is written, one of paired differences."""
+    lines = [
+        f"{source_line(result)} Text: {result['text']}. Intervals are 95 %, over contexts or "
+        "prompts.",
+        "",
+    ]
+    parts = list(dict.fromkeys(part for row in result["rows"] for part in row["parts"]))
+    for part in parts:
+        rows = [(row["name"], row["parts"][part]) for row in result["rows"] if part in row["parts"]]
+        lines += (_text_part if part.startswith("text") else _written_part)(part, rows, result)
+        lines.append("")
+    if result.get("differences"):
+        lines += _differences(result["differences"])
+    return "\n".join(lines).rstrip()
+
+
+def _text_part(
+    part: str, rows: list[tuple[str, dict[str, Any]]], result: dict[str, Any]
+) -> list[str]:
+    _, length, _, contexts = part.split()
+    buckets = [f"{b['from_tokens']}-{b['to_tokens'] - 1}" for b in rows[0][1]["buckets"]]
+    beyond = f"beyond {result['asked']['beyond_tokens']} tokens"
+    header = [f"{contexts} contexts of {length}", *(f"nats at {b}" for b in buckets)]
+    header += [f"KL {beyond}", f"perplexity ratio {beyond}", f"top-1 agreement {beyond}"]
+    cells = []
+    for name, found in rows:
+        far = found["beyond"]
+        ratio = {"ratio": 2.718281828459045 ** far["nats_added"]}
+        ratio["ratio_95"] = [2.718281828459045**end for end in far["nats_added_95"]]
+        cells.append([
+            name, *(f"{b['nats']:.4f}" for b in found["buckets"]),
+            with_interval(far, "kl_nats", 4), with_interval(ratio, "ratio", 3),
+            f"{100 * far['top1_agreement_frac']:.1f} %",
+        ])  # fmt: skip
+    return markdown(header, cells)
+
+
+def _written_part(
+    part: str, rows: list[tuple[str, dict[str, Any]]], result: dict[str, Any]
+) -> list[str]:
+    del result
+    _, written, _, prompts, _, length = part.split()
+    header = [
+        f"{written} tokens after {prompts} prompts of {length}",
+        "tokens before the first difference", "same token at the same place, %",
+        "repeated 4-grams, %", "of the original, %", "added, %",
+    ]  # fmt: skip
+    return markdown(
+        header,
+        [
+            [
+                name, with_interval(found, "prefix_tokens", 0),
+                with_interval(found, "agreement_frac", 0, 100),
+                with_interval(found, "repetition_frac", 0, 100),
+                f"{100 * found['repetition_reference_frac']:.0f}",
+                with_interval(found, "repetition_added_frac", 0, 100),
+            ]
+            for name, found in rows
+        ],
+    )  # fmt: skip
+
+
+MEASURES = {
+    "kl_nats": "KL, nats", "nats": "nats", "top1_agreement_frac": "top-1 agreement",
+    "agreement_frac": "same token written", "repetition_added_frac": "repetition added",
+}  # fmt: skip
+
+
+def _differences(found: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for row in found:
+        low, high = row["gain_95"]
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        gain = f"{row['gain']:+.4f} ({interval([low, high], 4)})"
+        what = f"{row['better']} against {row['than']}"
+        rows.append([what, row["part"], MEASURES[row["measure"]], str(row["n"]), gain, verdict])
+    header = ["paired by context or prompt", "on", "measure", "n", "gain (above 0 is better)", ""]
+    return markdown(header, rows)
+
+
+def recall_table(result: dict[str, Any]) -> str:
+    """One table a family: lengths down, models across."""
+    trained = result["trained_tokens"]
+    lines = [
+        f"{source_line(result)} Share of questions answered, % (95 % interval); lost: against the "
+        f"original, paired by trial. The original was trained for {trained:,} tokens.",
+        "",
+    ]
+    names = [row["name"] for row in result["rows"]]
+    found = {
+        (*part.split()[:2], row["name"]): score
+        for row in result["rows"]
+        for part, score in row["parts"].items()
+    }
+    for family in dict.fromkeys(key[0] for key in found):
+        weak = "" if result["evidence"].get(family, True) else " (no evidence)"
+        header = [f"{family}{weak}", "trials", "chance, %", "original"]
+        for name in names[1:]:
+            header += [name, "lost, points"]
+        lengths = sorted({int(key[1]) for key in found if key[0] == family})
+        rows = [_recall_row(found, family, length, names) for length in lengths]
+        lines += [*markdown(header, rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _recall_row(
+    found: dict[tuple[str, ...], dict[str, Any]], family: str, length: int, names: list[str]
+) -> list[str]:
+    mine = [found.get((family, str(length), name)) for name in names]
+    some = next(score for score in mine if score)
+    cells = [f"{length:,}", str(some["trials"]), f"{100 * some['chance_frac']:.2g}"]
+    for number, score in enumerate(mine):
+        cells.append(with_interval(score, "accuracy_frac", 0, 100) if score else "-")
+        if number:
+            lost = score is not None and "lost_frac" in score
+            cells.append(with_interval(score, "lost_frac", 1, 100) if lost and score else "-")
+    return cells
+
+
+def harness_table(result: dict[str, Any]) -> str:
+    """Tasks down, models across."""
+    lines = [
+        f"{source_line(result)} Small slices, 0-shot, %; 95 % intervals. Lost: against the "
+        "original, paired by question.",
+        "",
+    ]
+    original, *others = result["rows"]
+    header = ["task", "questions", "chance, %", "original"]
+    for row in others:
+        header += [row["name"], "lost, points"]
+    rows = []
+    for task, found in original["parts"].items():
+        weak = "" if found["informative"] else " (original not above chance: no evidence)"
+        cells = [f"{task}{weak}", str(found["questions"]), f"{100 * found['chance_frac']:.0f}"]
+        cells.append(with_interval(found, "accuracy_frac", 0, 100))
+        for row in others:
+            score = row["parts"].get(task)
+            cells += (
+                [with_interval(score, n, 0, 100) for n in ("accuracy_frac", "lost_frac")]
+                if score
+                else ["-", "-"]
+            )
+        rows.append(cells)
+    return "\n".join([*lines, *markdown(header, rows)])
