@@ -34,6 +34,11 @@ def what_changed(results: Results) -> str:
 
 def untrained(results: Results) -> str:
     """What became of the weights, in one sentence."""
+    if healing := results.get("healing"):
+        return (
+            f"The model was then healed by {healing['tokens']:,} tokens of distillation (the "
+            f"course {healing['name']}, run before; its difference is in the repository)."
+        )
     if not results["memory"]:
         return "The weights are the original's: nothing was trained."
     fitted = results["convert"]["converted"]["calibration"]

@@ -12,6 +12,9 @@ from respike.cli.show import progress
 from respike.evaluation import Distances, Reference, Score, Task
 from respike.loading import Model
 
+HEALED = Path(__file__).resolve().parents[1] / "healed"
+"""Differences that courses of healing left, with what they were trained on; committed."""
+
 
 @dataclass
 class Run:
@@ -39,6 +42,19 @@ class Run:
         """Free what the steps before have loaded."""
         self.models.clear()
         self.reference = self.converted_distances = None
+
+    @property
+    def difference(self) -> Path | None:
+        """What healing changed in the conversion by this recipe, if the repository has it."""
+        file = HEALED / f"{self.folder(self.recipe).name}.safetensors"
+        return file if file.exists() else None
+
+    @property
+    def unhealed(self) -> Path:
+        """The conversion as it comes: what is healed, or already the converted model."""
+        if self.difference is None:
+            return self.folder(self.recipe)
+        return self.folder(f"{Path(self.recipe).stem}-unhealed")
 
     @property
     def notes(self) -> Path:

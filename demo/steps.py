@@ -4,8 +4,10 @@ To add a step: write the function and put it in `STEPS`; `stage.py` holds what a
 share. To show it: a section in `report.py`.
 """
 
+import json
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from committed import as_context
@@ -41,6 +43,7 @@ from respike.evaluation import (
 )
 from respike.evaluation.recall import make_trials
 from respike.generation import stream
+from respike.healing import Request, apply
 from respike.loading import load
 from respike.recipe import load_recipe
 from respike.text import builtin_text, contexts
@@ -105,11 +108,12 @@ def convert_both(run: Run) -> None:
     for role, recipe in jobs.items():
         made = plan(run.model, recipe)
         verb = "calibrating and converting" if made.calibrates else "converting"
+        folder = run.unhealed if role == "converted" else run.paths[role]
         with bar(f"{verb}: {recipe.name}") as step:
-            report = convert(made, run.paths[role], force=True, progress=step)
+            report = convert(made, folder, force=True, progress=step)
         configs[role] = made.config
         done[role] = {
-            "folder": str(run.paths[role]),
+            "folder": str(folder),
             "recipe": recipe.name,
             "window_tokens": recipe.window_tokens,
             "sink_tokens": recipe.sink_tokens,
@@ -120,7 +124,7 @@ def convert_both(run: Run) -> None:
             "calibration": {k: v for k, v in report.get("calibration", {}).items() if k != "each"},
         }
         groups = f"{report['softmax_groups']} of {report['kv_groups']} KV groups keep softmax"
-        print(f"  wrote {run.paths[role]}: {groups}")
+        print(f"  wrote {folder}: {groups}")
     converted = configs["converted"]
     done["about"] = jobs["converted"].about
     done["layers"] = layer_table(converted)
@@ -131,6 +135,33 @@ def convert_both(run: Run) -> None:
         "bytes": {r: [state_bytes(c, n) for n in STATE_LENGTHS] for r, c in configs.items()},
         "parts": {str(n): state_parts(converted, n) for n in REPORT_LENGTHS},
     }
+
+
+def heal_converted(run: Run) -> None:
+    """Put in what a committed course of healing changed; the course itself takes an hour."""
+    if run.difference is None:
+        print("  no difference for this recipe in healed/: the weights stay the original's")
+        run.results["healing"] = None
+        return
+    apply(Request(run.unhealed, run.paths["converted"], force=True), run.difference)
+    course = json.loads(run.difference.with_suffix(".json").read_text(encoding="utf-8"))
+    run.results["healing"] = course
+    start, best = course["start"], course["best"]
+    print(
+        f"  wrote {run.paths['converted']}: {course['tokens']:,} tokens of distillation took the "
+        f"KL on held-out documents from {start['kl_nats']:.4f} to {best['kl_nats']:.4f} nats"
+    )
+
+
+def heal_commands(run: Run) -> list[str]:
+    if run.difference is None:
+        return []
+    healed = near_here(run.difference)
+    return [f"respike heal {run.unhealed} {run.paths['converted']} --apply {healed} --force"]
+
+
+def near_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def softmax_grid(config: ModelConfig) -> list[list[bool]]:
@@ -283,7 +314,7 @@ def context_command(run: Run) -> list[str]:
 def convert_commands(run: Run) -> list[str]:
     settings = " ".join(f"--set {setting}" for setting in window_settings(run))
     return [
-        f"respike convert {run.model} {run.paths['converted']} --recipe {run.recipe} --force",
+        f"respike convert {run.model} {run.unhealed} --recipe {run.recipe} --force",
         f"respike convert {run.model} {run.paths['window']} --recipe window {settings} --force",
     ]
 
@@ -313,6 +344,7 @@ def ask_commands(run: Run) -> list[str]:
 STEPS = [
     Step("What the original is", lambda run: [f"respike inspect {run.model}"], inspect_original),
     Step("Convert it, and for comparison with a window alone", convert_commands, convert_both),
+    Step("Heal it", heal_commands, heal_converted),
     Step("How far the predictions moved", check_commands, compare_predictions),
     Step("What is still found far back", recall_commands, compare_recall),
     Step("What the memory is worth", memory_commands, memory_worth),

@@ -196,7 +196,6 @@ def _tokens(data: Sequence[str], tokenizer: Tokenizer, folder: Path, world: Worl
     if not data:
         raise UsageError("no data to train on", hint="give --data PATH, such as a corpus folder")
     if world.first:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         prepare(data, tokenizer, folder)
     world.barrier()
     return prepare(data, tokenizer, folder)
