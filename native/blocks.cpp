@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "pool.hpp"
+#include "scratch.hpp"
 #include "vec.hpp"
 
 namespace respike {
@@ -137,25 +138,6 @@ BlockParts<T, E> block_parts([[maybe_unused]] Level level) {
   return portable::parts<T, E>();
 }
 
-int64_t up_to_line(int64_t floats) { return (floats + 15) / 16 * 16; }
-
-// Memory handed out from cache line to cache line; with no memory it only counts.
-class Desk {
- public:
-  explicit Desk(float* memory) : memory_(memory) {}
-  template <class N>
-  N* take(int64_t count) {
-    float* start = memory_ == nullptr ? nullptr : memory_ + used_;
-    used_ += up_to_line((count * static_cast<int64_t>(sizeof(N)) + 3) / 4);
-    return reinterpret_cast<N*>(start);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  float* memory_;
-  int64_t used_ = 0;
-};
-
 // What is seen in one way: queries and what is done to keys.
 enum class Way { placed, still, sink };
 
@@ -255,7 +237,10 @@ class BlockTile {
     show_sinks();
     show_chosen();
     show_near();
-    parts_.finish(tile_, job_.out + first_ * job_.out_stride, job_.out_stride, nullptr, 0);
+    float* log_mass = job_.log_mass;
+    if (log_mass != nullptr) log_mass += first_ * job_.mass_stride;
+    parts_.finish(tile_, job_.out + first_ * job_.out_stride, job_.out_stride, log_mass,
+                  job_.mass_stride);
   }
 
  private:
@@ -436,7 +421,10 @@ class BlockTile {
       const float* scores = scoring_.scores + t * job_.heads * scoring_.stride + sinks_;
       own_.choose(scores, scoring_.stride, job_.heads, count, rule_.top, mass_, found);
       for (const Found& f : found) {
-        chosen[(sinks_ + f.block) * words + t / 64] |= std::uint64_t{1} << (t % 64);
+        const int64_t b = sinks_ + f.block;
+        chosen[b * words + t / 64] |= std::uint64_t{1} << (t % 64);
+        if (job_.chosen == nullptr) continue;
+        job_.chosen[(first_ + t) * job_.chosen_stride + b / 64] |= std::uint64_t{1} << (b % 64);
       }
     }
     for (int64_t b = sinks_; b < far_; ++b) {
@@ -507,14 +495,6 @@ class BlockTile {
   float *cells_[3] = {}, *packed_keys_ = nullptr, *packed_values_ = nullptr;
   T *turned_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
 };
-
-// float32 memory from a cache line on; kept, because the next call needs it again.
-float* kept(std::vector<float>& memory, int64_t floats) {
-  const auto size = static_cast<std::size_t>(floats) + 16;
-  if (memory.size() < size) memory.resize(size);
-  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
-}
 
 template <class T, class E>
 int64_t tile_tokens(const BlockRule& rule, const BlocksJob<T, E>& job) {

@@ -14,7 +14,7 @@
 
 namespace respike {
 
-// respike.ops.blocks.BlockRule.
+// respike.ops.block_rule.BlockRule.
 struct BlockRule {
   std::int64_t window, sinks, block, summary, top, sink_reach, reach;
   static constexpr std::int64_t everywhere = std::numeric_limits<std::int64_t>::max();  // as reach
@@ -72,6 +72,14 @@ struct BlocksJob {
   float scale;            // of scores
   T* out;                 // (tokens, heads, value_dim)
   std::int64_t out_stride;
+  // What gradients need to know; null: not wanted.
+  float* log_mass = nullptr;  // (tokens, heads), logarithm of the denominator
+  std::int64_t mass_stride = 0;
+  // (tokens, chosen_words(..)): bit b of a token: it chose block b. Of a token with no more
+  // candidates than it may choose, which sees them all, nothing is said.
+  std::uint64_t* chosen = nullptr;
+  static constexpr std::int64_t chosen_words(std::int64_t blocks) { return (blocks + 63) / 64; }
+  std::int64_t chosen_stride = 0;
 };
 
 // One query or many. The bits do not depend on the number of threads.

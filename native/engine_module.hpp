@@ -7,7 +7,7 @@
 
 #include "blocks.hpp"
 
-// The fields of respike.ops.blocks.BlockRule in order; -1 where a reach is None.
+// The fields of respike.ops.block_rule.BlockRule in order; -1 where a reach is None.
 using BlockRuleNumbers = std::array<std::int64_t, 7>;
 
 inline respike::BlockRule block_rule(const BlockRuleNumbers& r) {

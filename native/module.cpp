@@ -14,6 +14,8 @@
 #include "blocks.hpp"
 #include "engine_module.hpp"
 #include "kernels.hpp"
+#include "module_gradient.hpp"
+#include "module_keys.hpp"
 #include "module_recurrent.hpp"
 #include "pool.hpp"
 #include "softmax.hpp"
@@ -98,25 +100,6 @@ void rotate(int level, int threads, uintptr_t x, int64_t stride, uintptr_t cos, 
                   tokens, heads, half);
 }
 
-// Addresses of k, v and their scales, steps from one sequence and from one group to the next: of k,
-// of v, of scales; the steps from row to row of k and v; rows.
-using Cache = std::array<int64_t, 13>;
-
-template <class E>
-respike::Keys<E> keys_of(const Cache& c, int64_t b, int64_t g) {
-  const auto at = [&](int address, int steps) {
-    return std::pair{static_cast<uintptr_t>(c[address]), b * c[steps] + g * c[steps + 1]};
-  };
-  const auto scales = [&](int address) -> const float* {
-    if (c[address] == 0) return nullptr;
-    return buffer<const float>(at(address, 8).first) + at(address, 8).second;
-  };
-  const auto [k, k_at] = at(0, 4);
-  const auto [v, v_at] = at(1, 6);
-  return {buffer<const E>(k) + k_at, buffer<const E>(v) + v_at, c[10], c[12], scales(2), scales(3),
-          c[11]};
-}
-
 // shape: sequences, groups, tokens, heads of a group, head_dim, value_dim; q and out contiguous.
 template <class T, class E>
 void softmax_jobs(int level, int threads, uintptr_t q, uintptr_t q_sink, const Cache& keys,
@@ -153,13 +136,13 @@ void softmax(bool int8, int level, int threads, uintptr_t q, uintptr_t q_sink, c
 // Window, sinks, block, summary, top, reach of sinks and of blocks; none: -1.
 // shape: groups, tokens between sequences of q, heads of a group, head_dim, value_dim. Of sequence
 // b, count[b] tokens from start[b] on; summaries: address, steps from sequence to sequence and from
-// group to group.
+// group to group; known: addresses of log_mass and chosen (or 0), words of chosen for each token.
 template <class T, class E>
 void blocks_jobs(int level, int threads, const respike::BlockTurns& turns, const BlockRuleNumbers& rule,
                  uintptr_t q, const Cache& keys, const std::array<int64_t, 3>& summaries,
                  uintptr_t out, const std::array<int64_t, 5>& shape,
                  const std::vector<int64_t>& start, const std::vector<int64_t>& count,
-                 float scale) {
+                 const std::array<int64_t, 3>& known, float scale) {
   const auto [groups, tokens, heads, head_dim, value_dim] = shape;
   std::vector<respike::BlocksJob<T, E>> jobs;
   for (std::size_t b = 0; b < start.size(); ++b) {
@@ -172,6 +155,12 @@ void blocks_jobs(int level, int threads, const respike::BlockTurns& turns, const
                           g * summaries[2],
                       start[b], count[b], heads, head_dim, value_dim, scale,
                       buffer<T>(out) + head * value_dim, groups * heads * value_dim});
+      if (known[0] == 0) continue;
+      jobs.back().log_mass = buffer<float>(static_cast<uintptr_t>(known[0])) + head;
+      jobs.back().mass_stride = groups * heads;
+      jobs.back().chosen = buffer<std::uint64_t>(static_cast<uintptr_t>(known[1])) +
+                           (row * groups + g) * tokens * known[2];
+      jobs.back().chosen_stride = known[2];
     }
   }
   respike::blocks(respike::checked_level(level), threads, block_rule(rule), turns, jobs.data(),
@@ -182,9 +171,9 @@ template <class T>
 void blocks(bool int8, int level, int threads, const respike::BlockTurns& turns, const BlockRuleNumbers& rule,
             uintptr_t q, const Cache& keys, const std::array<int64_t, 3>& summaries, uintptr_t out,
             const std::array<int64_t, 5>& shape, const std::vector<int64_t>& start,
-            const std::vector<int64_t>& count, float scale) {
+            const std::vector<int64_t>& count, const std::array<int64_t, 3>& known, float scale) {
   const auto run = int8 ? blocks_jobs<T, std::int8_t> : blocks_jobs<T, T>;
-  run(level, threads, turns, rule, q, keys, summaries, out, shape, start, count, scale);
+  run(level, threads, turns, rule, q, keys, summaries, out, shape, start, count, known, scale);
 }
 
 // Binds NAME_f32 and NAME_bf16; the GIL is released while they run.
@@ -216,6 +205,7 @@ NB_MODULE(_native, m) {
   def_both(m, "rotate", &rotate<float>, &rotate<respike::bf16>, "level"_a, "threads"_a, "x"_a,
            "stride"_a, "cos"_a, "sin"_a, "out"_a, "out_stride"_a, "tokens"_a, "heads"_a, "half"_a);
   bind_recurrent(m);
+  bind_gradient(m);
 
   def_both(m, "softmax", &softmax<float>, &softmax<respike::bf16>, "int8"_a, "level"_a, "threads"_a,
            "q"_a, "q_sink"_a, "keys"_a, "sinks"_a, "out"_a, "log_mass"_a, "shape"_a, "first"_a,
@@ -231,7 +221,7 @@ NB_MODULE(_native, m) {
           "rule"_a, "frequencies"_a);
   def_both(m, "blocks", &blocks<float>, &blocks<respike::bf16>, "int8"_a, "level"_a, "threads"_a,
            "turns"_a, "rule"_a, "q"_a, "keys"_a, "summaries"_a, "out"_a, "shape"_a, "start"_a,
-           "count"_a, "scale"_a);
+           "count"_a, "known"_a, "scale"_a);
 
   m.def(
       "search_int4_f32",

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "module_far.hpp"
 #include "recurrent.hpp"
 
 namespace nb = nanobind;
@@ -89,44 +90,13 @@ void delta(int level, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintpt
                  static_cast<int64_t>(jobs.size()));
 }
 
-// weights: key_weight, key_bias, query_weight, beta, log_decay; first_real and real: one a row.
 template <class T>
 void far(int level, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t first_real,
          uintptr_t real, const std::array<uintptr_t, 5>& weights, uintptr_t memory,
          uintptr_t near_log_mass, uintptr_t near, const std::array<Three, 3>& strides,
          const Six& sizes, int64_t features) {
-  const auto& [batch, tokens, heads, groups, key_dim, value_dim] = sizes;
-  std::vector<respike::FarJob<T>> jobs;
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t each = heads / groups, head = b * tokens * heads + g * each;
-      respike::FarJob<T> job{};
-      job.q = at<const T>(q, strides[0], b, g);
-      job.q_stride = strides[0][1];
-      job.k = at<const T>(k, strides[1], b, g);
-      job.v = at<const T>(v, strides[2], b, g);
-      job.k_stride = strides[1][1];
-      job.v_stride = strides[2][1];
-      job.first_real = *at<const int64_t>(first_real, b);
-      job.real = *at<const int64_t>(real, b);
-      job.key_weight = at<const float>(weights[0], g * features * key_dim);
-      job.key_bias = at<const float>(weights[1], g * features);
-      job.query_weight = at<const float>(weights[2], g * each * features * key_dim);
-      job.beta = at<const float>(weights[3], g * each);
-      job.log_decay = *at<const float>(weights[4], g);
-      job.memory = at<float>(memory, (b * groups + g) * features * (value_dim + 1));
-      job.near_log_mass = at<const float>(near_log_mass, head);
-      job.mass_stride = heads;
-      job.near = at<T>(near, head * value_dim);
-      job.near_stride = heads * value_dim;
-      job.tokens = tokens;
-      job.heads = each;
-      job.features = features;
-      job.key_dim = key_dim;
-      job.value_dim = value_dim;
-      jobs.push_back(job);
-    }
-  }
+  const auto jobs = far_jobs<T>(q, k, v, first_real, real, weights, memory, near_log_mass, near,
+                                strides, sizes, features);
   respike::far(respike::checked_level(level), threads, jobs.data(),
                static_cast<int64_t>(jobs.size()));
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "pool.hpp"
+#include "scratch.hpp"
 #include "vec.hpp"
 
 namespace respike {
@@ -100,13 +101,13 @@ int64_t state_of(const SoftmaxJob<T, E>& job, const Cut& cut) {
 }
 
 // Scratch of one thread, in floats from its start.
-struct Desk {
+struct Places {
   int64_t q_sink, keys, values, state, all;
 };
 
 template <class T, class E>
-Desk desk_of(const SoftmaxJob<T, E>& job, const Cut& cut) {
-  Desk desk;
+Places desk_of(const SoftmaxJob<T, E>& job, const Cut& cut) {
+  Places desk;
   const int64_t q = floats_of_line(cut.tokens * job.heads * query_row(job.head_dim));
   desk.q_sink = q;
   desk.keys = 2 * q;
@@ -171,7 +172,7 @@ void show(const SoftmaxParts<T, E>& parts, const SoftmaxTile& tile, const Keys<E
 template <class T, class E>
 void run(const SoftmaxParts<T, E>& parts, const SoftmaxJob<T, E>& job, const Cut& cut,
          const Unit& unit, float* memory) {
-  const Desk desk = desk_of(job, cut);
+  const Places desk = desk_of(job, cut);
   const int64_t first = unit.tile * cut.tokens;
   const int64_t last = std::min(job.tokens, first + cut.tokens);
   SoftmaxTile tile = tile_of(job, first, last);
@@ -221,14 +222,6 @@ void join(const SoftmaxParts<T, E>& parts, const SoftmaxJob<T, E>& job, const Cu
   tile = at(0);
   for (int64_t piece = 1; piece < cut.pieces; ++piece) parts.merge(tile, at(piece));
   parts.finish(tile, job.out, job.out_stride, job.log_mass, job.mass_stride);
-}
-
-// float32 memory from a cache line on; kept, because the next call needs it again.
-float* kept(std::vector<float>& memory, int64_t floats) {
-  const auto size = static_cast<std::size_t>(floats) + 16;
-  if (memory.size() < size) memory.resize(size);
-  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
 
 }  // namespace

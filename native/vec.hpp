@@ -141,6 +141,12 @@ RESPIKE_INLINE float total(const V& v) {
 RESPIKE_INLINE V within(const V& v, const V& other, int from, int to) {
   return each([&](int i) { return i >= from && i < to ? v.lane[i] : other.lane[i]; });
 }
+// x in lanes where from <= v < to, 0 elsewhere.
+RESPIKE_INLINE V keep_between(const V& x, const V& v, const V& from, const V& to) {
+  return each([&](int i) {
+    return from.lane[i] <= v.lane[i] && v.lane[i] < to.lane[i] ? x.lane[i] : 0.0f;
+  });
+}
 
 using Cell = float;
 template <class T>
@@ -298,6 +304,11 @@ RESPIKE_OP V within(V v, V other, int from, int to) {
   const __m256i inside = _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lane);
   return _mm256_blendv_ps(other, v, _mm256_castsi256_ps(_mm256_andnot_si256(before, inside)));
 }
+RESPIKE_OP V keep_between(V x, V v, V from, V to) {
+  const V inside =
+      _mm256_and_ps(_mm256_cmp_ps(from, v, _CMP_LE_OQ), _mm256_cmp_ps(v, to, _CMP_LT_OQ));
+  return _mm256_and_ps(inside, x);
+}
 
 using Cell = float;
 template <class T>
@@ -429,6 +440,10 @@ RESPIKE_OP V within(V v, V other, int from, int to) {
   const __mmask16 after = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(from));
   return _mm512_mask_mov_ps(
       other, _mm512_mask_cmplt_epi32_mask(after, lane, _mm512_set1_epi32(to)), v);
+}
+RESPIKE_OP V keep_between(V x, V v, V from, V to) {
+  const __mmask16 after = _mm512_cmp_ps_mask(from, v, _CMP_LE_OQ);
+  return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(after, v, to, _CMP_LT_OQ), x);
 }
 
 using Cell = float;

@@ -42,7 +42,8 @@ from respike.layers.state import MixerState
 from respike.layers.storage import VARIABLE
 from respike.ops import backends
 from respike.ops import blocks as blocks_op
-from respike.ops.blocks import BlockRule, block_softmax, blocks_definition, summarise
+from respike.ops.block_rule import BlockRule
+from respike.ops.blocks import block_softmax, blocks_definition, summarise
 from respike.ops.rotary import rotary_frequencies, rotary_tables, rotate_definition
 from respike.ops.softmax import Keys, quantise_rows
 from tolerance import assert_close

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradients import gradients
-from kernels import at_torch
+from kernels import at_level, at_torch, each_level, native
 from mixers import normal
+from respike.device import set_threads
 from respike.ops import softmax_gradient
 from respike.ops.softmax import Keys, window_softmax, window_softmax_definition
 from test_softmax_native import CASES, DTYPES, Case, inputs, where
@@ -103,6 +104,68 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens() -> None:
                 largest = max(largest, result.numel())
             return result
 
-    with Watch():
+    with at_torch(), Watch():
         torch.autograd.grad((out.sum() + mass.sum()), leaves)
     assert 0 < largest <= max(softmax_gradient.TILE_SCORES, 3000 * 2 * 8)
+
+
+# ---- the kernel ------------------------------------------------------------------------------
+
+
+@native
+@each_level
+@each_dtype
+@each_case
+def test_the_kernel_is_the_definition_at_every_level(
+    case: Case, dtype: torch.dtype, level: int
+) -> None:
+    if dtype == torch.bfloat16 and case.K < 64:
+        pytest.skip("rounding weighs more in narrow heads")
+    with at_level(level):
+        compare(case, dtype, own=level % 2 == 0, scale=0.21 if dtype == torch.float32 else None)
+
+
+@native
+@each_level
+@each_dtype
+def test_the_kernel_writes_every_gradient_and_reads_nothing_behind(
+    dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that no query sees are NaN; so is memory that nothing was written to."""
+    case = Case(66, 150, 6, 2, 10, 130, 3, 3, 40, 20)
+    leaves = leaves_of(case, dtype, own=True)
+    clean = [x.clone() for x in leaves]
+    unseen = [slice(0, 18), slice(103, None)]
+    for some in unseen:
+        leaves[2][:, :, some] = leaves[3][:, :, some] = torch.nan
+    empty = Tensor.new_empty
+
+    def poisoned(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return empty(x, *args, **kwargs).fill_(torch.nan)
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x, x.shape))
+    with at_level(level):
+        got = gradients(run(window_softmax, True, case), leaves)
+        expected = gradients(run(window_softmax, True, case), clean)
+    for ours, wanted in zip(got, expected, strict=True):
+        assert torch.equal(ours, wanted)
+    for some in unseen:
+        assert not got[2][:, :, some].any()
+        assert not got[3][:, :, some].any()
+
+
+@native
+@each_dtype
+def test_threads_do_not_show_in_the_bits_of_gradients(dtype: torch.dtype) -> None:
+    case = Case(1100, 1100, 6, 1, 64, 64, 4, 4, 4, 90)
+    leaves, found = leaves_of(case, dtype, own=True), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            set_threads(count)
+            found.append(gradients(run(window_softmax, True, case), leaves))
+    finally:
+        set_threads(threads)
+    for some in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(some, found[0], strict=True))

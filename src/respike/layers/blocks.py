@@ -13,7 +13,8 @@ from respike.layers.mixer import Mixer
 from respike.layers.span import Span
 from respike.layers.storage import Rows
 from respike.ops.backends import needs_gradient
-from respike.ops.blocks import BlockRule, block_softmax, summarise
+from respike.ops.block_rule import BlockRule
+from respike.ops.blocks import block_softmax, summarise
 from respike.ops.softmax import Keys, dequantise_rows, quantise_rows
 
 

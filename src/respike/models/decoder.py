@@ -35,7 +35,7 @@ from respike.layers.span import Span
 from respike.layers.state import MixerState
 from respike.models.engine import Engine
 from respike.models.state import DecoderState
-from respike.ops.blocks import BlockRule
+from respike.ops.block_rule import BlockRule
 from respike.ops.rotary import llama3_frequencies, rotary_frequencies
 
 PREFILL_CHUNK_TOKENS = 512

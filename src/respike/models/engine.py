@@ -24,7 +24,7 @@ from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import KVState, MixerState, PairState, WindowState
 from respike.ops import backends
-from respike.ops.blocks import block_turns
+from respike.ops.block_rule import block_turns
 
 _ENGINE = {torch.float32: "Engine_f32", torch.bfloat16: "Engine_bf16"}
 

@@ -38,10 +38,13 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "packed_linear": _FLOATS,
     "search_int4": (torch.float32,),
     "softmax": _FLOATS,
+    "softmax_gradient": _FLOATS,
     "gla": _FLOATS,
     "delta": _FLOATS,
     "far": _FLOATS,
+    "far_gradient": _FLOATS,
     "blocks": _FLOATS,
+    "blocks_gradient": _FLOATS,
     "spike_linear": (torch.int32,),
 }
 """Ops that have a native kernel, and the dtypes it takes."""

@@ -17,8 +17,7 @@ summaries, H query heads, G KV groups, K key dim, V value dim, R = K / 2 frequen
 Source: Xiao et al., InfLLM, arXiv:2402.04617; Lu et al., MoBA, arXiv:2502.13189.
 """
 
-from dataclasses import astuple, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,51 +26,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
+from respike.ops.block_rule import BlockRule, block_turns
+from respike.ops.blocks_gradient import Known, Seen, native_gradients
+from respike.ops.recurrence import SUFFIX
 from respike.ops.rotary import rotary_tables, rotate_definition
-from respike.ops.softmax import Keys, cache_of
+from respike.ops.softmax import Keys, cache_of, row_major
 
-_KERNEL = {torch.float32: "blocks_f32", torch.bfloat16: "blocks_bf16"}
 TILE_SCORES = 1 << 24
 """Scores the torch form holds at once."""
 GRADIENT_QUERIES = 128
 """Queries whose scores are recomputed at once for gradients, over the blocks before them."""
-
-
-@dataclass(frozen=True)
-class BlockRule:
-    """Which tokens a query sees, and at which distance.
-
-    Attributes:
-        window_tokens: Length of the window, self included; it is stretched to whole blocks.
-        sink_tokens: First tokens that are always seen; likewise.
-        block_tokens: Length of a block.
-        summary_tokens: Keys averaged in a summary; divides ``block_tokens``.
-        top_blocks: Blocks outside the window that a token sees beside the sinks'.
-        sink_reach_tokens: Largest distance at which sinks are seen, plus one.
-        reach_tokens: The same of chosen blocks; None: all at their true distance.
-    """
-
-    window_tokens: int
-    sink_tokens: int
-    block_tokens: int
-    summary_tokens: int
-    top_blocks: int
-    sink_reach_tokens: int
-    reach_tokens: int | None
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """The attributes in order, -1 for None: as the kernels take them."""
-        return tuple(-1 if n is None else n for n in astuple(self))
-
-    @property
-    def sink_blocks(self) -> int:
-        """Blocks that hold a sink."""
-        return -(-self.sink_tokens // self.block_tokens)
-
-    def first_near(self, positions: Tensor) -> Tensor:
-        """First block that the window of a query at each of ``positions`` reaches into."""
-        return (positions - self.window_tokens + 1).clamp(min=0) // self.block_tokens
 
 
 def blocks_definition(
@@ -198,47 +162,75 @@ def block_softmax(
 
 
 class _BlockSoftmax(torch.autograd.Function):
-    """The op with its gradients: those of the torch form, recomputed some queries at a time.
+    """The op with its gradients: by a kernel that knows the choice, or else recomputed in torch.
 
     Which blocks are seen has no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, rule: BlockRule, start: Tensor, *rest: Tensor) -> Tensor:
-        frequencies, summaries, *leaves = rest
-        ctx.rule = rule
+        frequencies, summaries, q, k, v = rest
+        kernels, keys = backends.choose("blocks_gradient", q, summaries, k, v), Keys(k, v)
+        ctx.rule, ctx.native = rule, kernels is not None
+        if kernels is not None:
+            known = Known.empty(q, keys, rule.block_tokens)
+            out = _forward(q, keys, summaries, start, frequencies, rule, known)
+            ctx.save_for_backward(start, frequencies, q, k, v, out, *known)
+            return out
         # A copy: the cache they lie in is written to before the backward pass comes.
-        ctx.save_for_backward(start, frequencies, summaries.clone(), *leaves)
-        return _forward(leaves[0], Keys(*leaves[1:]), summaries, start, frequencies, rule)
+        ctx.save_for_backward(start, frequencies, q, k, v, summaries.clone())
+        return _forward(q, keys, summaries, start, frequencies, rule)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        start, frequencies, summaries, q, *kv = ctx.saved_tensors
-        rule: BlockRule = ctx.rule
-        d_q = torch.empty_like(q)
-        d_kv = [torch.zeros_like(x, dtype=torch.float32) for x in kv]
-        for begin in range(0, q.shape[1], GRADIENT_QUERIES):
-            tile = slice(begin, begin + GRADIENT_QUERIES)
-            reached = int(start.max()) + min(tile.stop, q.shape[1])
-            slots = min(-(-reached // rule.block_tokens) * rule.block_tokens, kv[0].shape[2])
-            given = q[:, tile], *(x[:, :, :slots].float() for x in kv)
-            leaves = [x.detach().requires_grad_() for x in given]
-            with torch.enable_grad():
-                out = _block_softmax(
-                    leaves[0], Keys(*leaves[1:]), summaries[:, :, : slots // rule.summary_tokens],
-                    start + begin, frequencies, rule,
-                )  # fmt: skip
-            d_q[:, tile], *d_some = torch.autograd.grad(out, leaves, d_out[:, tile])
-            for whole, some in zip(d_kv, d_some, strict=True):
-                whole[:, :, :slots] += some
-        return *[None] * 4, d_q, *(d.to(q.dtype) for d in d_kv)
+        start, frequencies, q, k, v, *rest = ctx.saved_tensors
+        kernels, rule = backends.kernels(), ctx.rule
+        if not ctx.native or kernels is None:
+            seen = start, frequencies, rule, rest[0]
+            return *[None] * 4, *_torch_gradients((q, k, v), seen, d_out)
+        turns = block_turns(rule.numbers, tuple(frequencies.tolist()))
+        job = Seen(q, Keys(k, v), start, rule.numbers, turns)
+        found = native_gradients(kernels, job, rest[0], Known(*rest[1:]), d_out)
+        return *[None] * 4, *found
+
+
+def _torch_gradients(
+    leaves: tuple[Tensor, Tensor, Tensor],
+    seen: tuple[Tensor, Tensor, BlockRule, Tensor],
+    d_out: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients where the kernel cannot run: those of the torch form, some queries at a time."""
+    (q, *kv), (start, frequencies, rule, summaries) = leaves, seen
+    d_q = torch.empty_like(q)
+    d_kv = [torch.zeros_like(x, dtype=torch.float32) for x in kv]
+    for begin in range(0, q.shape[1], GRADIENT_QUERIES):
+        tile = slice(begin, begin + GRADIENT_QUERIES)
+        reached = int(start.max()) + min(tile.stop, q.shape[1])
+        slots = min(-(-reached // rule.block_tokens) * rule.block_tokens, kv[0].shape[2])
+        given = q[:, tile], *(x[:, :, :slots].float() for x in kv)
+        some = [x.detach().requires_grad_() for x in given]
+        with torch.enable_grad():
+            out = _block_softmax(
+                some[0], Keys(*some[1:]), summaries[:, :, : slots // rule.summary_tokens],
+                start + begin, frequencies, rule,
+            )  # fmt: skip
+        d_q[:, tile], *d_some = torch.autograd.grad(out, some, d_out[:, tile])
+        for whole, part in zip(d_kv, d_some, strict=True):
+            whole[:, :, :slots] += part
+    return d_q, *(d.to(q.dtype) for d in d_kv)
 
 
 def _forward(
-    q: Tensor, keys: Keys, summaries: Tensor, start: Tensor, frequencies: Tensor, rule: BlockRule
+    q: Tensor,
+    keys: Keys,
+    summaries: Tensor,
+    start: Tensor,
+    frequencies: Tensor,
+    rule: BlockRule,
+    known: Known | None = None,
 ) -> Tensor:
-    """The op without gradients of its own."""
+    """The op without gradients of its own; what ``known`` is to hold, only the kernel finds."""
     exact = () if keys.k_scale is not None else keys[:2]
     kernels = backends.choose("blocks", q, summaries, *exact)
     if kernels is None:
@@ -248,10 +240,10 @@ def _forward(
     count = (S - start).clamp(0, T)
     if int(count.min()) < T:
         out.zero_()
-    keys = keys._replace(k=_in_rows(keys.k), v=_in_rows(keys.v))
+    keys = keys._replace(k=row_major(keys.k), v=row_major(keys.v))
     summaries = summaries if summaries[0, 0].is_contiguous() else summaries.contiguous()
     numbers = rule.numbers
-    getattr(kernels.module, _KERNEL[q.dtype])(
+    getattr(kernels.module, f"blocks_{SUFFIX[q.dtype]}")(
         keys.k_scale is not None,
         kernels.level,
         torch.get_num_threads(),
@@ -264,22 +256,10 @@ def _forward(
         (G, T, H // G, K, V),
         start.tolist(),
         count.tolist(),
+        (0, 0, 0) if known is None else known.numbers,
         K**-0.5,
     )
     return out
-
-
-def _in_rows(x: Tensor) -> Tensor:
-    """``x`` with the numbers of each row together, a copy only if it must be."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-@lru_cache(maxsize=16)
-def block_turns(rule: tuple[int, ...], frequencies: tuple[float, ...]) -> Any:
-    """The rotary angles that the kernels need of a rule's `BlockRule.numbers`; made once."""
-    kernels = backends.kernels()
-    assert kernels is not None
-    return kernels.module.BlockTurns(rule, frequencies)
 
 
 def _check(

@@ -11,6 +11,7 @@ Source: our own. The shared denominator: LoLCATs, arXiv:2410.10254; prototypes a
 the exponential kernel around cluster centres: the fast Gauss transform (Greengard & Strain, 1991).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -188,7 +189,7 @@ def far(
 
 
 class _Far(torch.autograd.Function):
-    """The op with its gradients: those of `far_torch`, computed anew."""
+    """The op with its gradients, all of which are computed anew: by a kernel, or in torch."""
 
     @staticmethod
     def forward(ctx: Any, real: Tensor, memory: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,14 +204,66 @@ class _Far(torch.autograd.Function):
     def backward(ctx: Any, d_joint: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         real, memory, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        leaves = [x.detach().requires_grad_(n) for x, n in zip(saved, needed, strict=True)]
-        q, k, v, *near = leaves[:5]
-        with torch.enable_grad():
-            joint, _ = far_torch(
-                q, k, v, real, Prototypes(*leaves[5:]), memory, (near[0], near[1]),
-            )  # fmt: skip
-        found = iter(torch.autograd.grad(joint, [x for x in leaves if x.requires_grad], d_joint))
-        return None, None, *(next(found) if n else None for n in needed)
+        q, k, v, out, mass, *weights = saved
+        kernels = backends.choose(
+            "far_gradient", q, k, v, out, d_joint, float32=(mass, memory, *weights)
+        )
+        if kernels is None:
+            found = _torch_gradients(real, memory, saved, needed, d_joint)
+        else:
+            found = _native_gradients(kernels, real, memory, saved, d_joint)
+        return None, None, *(x if n else None for x, n in zip(found, needed, strict=True))
+
+
+def _torch_gradients(
+    real: Tensor, memory: Tensor, saved: Sequence[Tensor], needed: Sequence[bool], d_joint: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``saved`` by autograd through `far_torch`: where the kernel cannot run."""
+    leaves = [x.detach().requires_grad_(n) for x, n in zip(saved, needed, strict=True)]
+    q, k, v, *near = leaves[:5]
+    with torch.enable_grad():
+        prototypes = Prototypes(*leaves[5:])
+        joint, _ = far_torch(q, k, v, real, prototypes, memory, (near[0], near[1]))
+    found = iter(torch.autograd.grad(joint, [x for x in leaves if x.requires_grad], d_joint))
+    return [next(found) if n else None for n in needed]
+
+
+def _native_gradients(
+    kernels: backends.Kernels,
+    real: Tensor,
+    memory: Tensor,
+    saved: Sequence[Tensor],
+    d_joint: Tensor,
+) -> list[Tensor]:
+    """Gradients of ``saved`` by the kernel."""
+    q, k, v, out, mass, *weights = saved
+    (B, T, H, K), (_, G, F, V1) = q.shape, memory.shape
+    memory, out, d_joint = memory.contiguous(), out.contiguous(), d_joint.contiguous()
+    mass32 = mass.float().contiguous()
+    first, end = (x.contiguous() for x in real.long().unbind(1))
+    rows = (strided_heads(q, G), strided(k), strided(v))
+    own = [x.float().contiguous() for x in weights]
+    # Of the prototypes, those of each sequence by itself.
+    found = [x.new_empty(x.shape) for x in (q, k, v, out, mass32)]
+    each = [x.new_empty(B, *x.shape) for x in own]
+    getattr(kernels.module, f"far_gradient_{SUFFIX[q.dtype]}")(
+        kernels.level,
+        torch.get_num_threads(),
+        *(x.data_ptr() for x, _ in rows),
+        first.data_ptr(),
+        end.data_ptr(),
+        [x.data_ptr() for x in own],
+        memory.data_ptr(),
+        mass32.data_ptr(),
+        out.data_ptr(),
+        d_joint.data_ptr(),
+        [x.data_ptr() for x in (*found, *each)],
+        [strides for _, strides in rows],
+        (B, T, H, G, K, V1 - 1),
+        F,
+    )
+    whole = [*found, *(x.sum(0) for x in each)]
+    return [x.to(like.dtype) for x, like in zip(whole, saved, strict=True)]
 
 
 def _far(

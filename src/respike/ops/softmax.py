@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 from respike.ops.attention import visible
-from respike.ops.softmax_gradient import Row, part_gradients
+from respike.ops.recurrence import SUFFIX
+from respike.ops.softmax_gradient import Row, Where, torch_gradients
 
-_KERNEL = {torch.float32: "softmax_f32", torch.bfloat16: "softmax_bf16"}
 _NO_WINDOW = 1 << 62
 
 
@@ -143,15 +143,6 @@ def window_softmax(
     return _forward(q, q_sink, keys, sinks, where)
 
 
-class Where(NamedTuple):
-    """Where queries and keys stand, and the factor on the scores: see `window_softmax`."""
-
-    first: int
-    start: int
-    window_tokens: int | None
-    scale: float
-
-
 class _WindowSoftmax(torch.autograd.Function):
     """The op with its gradients, for exact keys: k, v, and then those of sinks if there are any."""
 
@@ -169,19 +160,41 @@ class _WindowSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_mass: Tensor) -> tuple[Tensor | None, ...]:
         q, q_sink, *exact, out, mass = ctx.saved_tensors
-        delta = (d_out.float() * out.float()).sum(-1) - d_mass
-        d_q, *d_parts = part_gradients(Row(q, d_out, mass, delta), (exact[0], exact[1]), ctx.where)
-        d_q_sink = None
-        if exact[2:]:
-            where = ctx.where._replace(first=0, window_tokens=None)
-            d_q_sink, *d_sinks = part_gradients(
-                Row(q_sink, d_out, mass, delta), (exact[2], exact[3]), where
-            )
-            d_parts += d_sinks
-            if ctx.same:
-                d_q, d_q_sink = d_q.add_(d_q_sink), None
-        found = (d_q, d_q_sink, *d_parts)
-        return None, *(None if d is None else d.to(q.dtype) for d in found)
+        row = Row(q, q if ctx.same else q_sink, out, mass, d_out, d_mass)
+        kernels = backends.choose("softmax_gradient", q, q_sink, *exact, out, d_out)
+        if kernels is None:
+            return None, *torch_gradients(row, exact, ctx.where)
+        return None, *_native_gradients(kernels, row, exact, ctx.where)
+
+
+def _native_gradients(
+    kernels: backends.Kernels, row: Row, exact: list[Tensor], where: Where
+) -> tuple[Tensor | None, ...]:
+    """As `torch_gradients`, by the kernel."""
+    (B, T, H, K), (_, G, _, V) = row.q.shape, exact[1].shape
+    q, same = row.q.contiguous(), row.q_sink is row.q or not exact[2:]
+    q_sink = q if same else row.q_sink.contiguous()
+    saved = [row.out.contiguous(), row.mass.contiguous()]
+    given = [row.d_out.contiguous(), row.d_mass.float().contiguous()]
+    parts = [_in_rows(Keys(*exact[i : i + 2])) for i in range(0, len(exact), 2)]
+    d_q, d_q_sink = torch.empty_like(q), None if same else torch.empty_like(q)
+    d_parts = [x.new_empty(x.shape) for x in exact]
+    found = [d_q, d_q_sink, *d_parts, *[None] * (4 - len(d_parts))]
+    window = _NO_WINDOW if where.window_tokens is None else where.window_tokens
+    getattr(kernels.module, f"softmax_gradient_{SUFFIX[q.dtype]}")(
+        kernels.level,
+        torch.get_num_threads(),
+        [x.data_ptr() for x in (q, q_sink, *saved, *given)],
+        cache_of(parts[0]),
+        cache_of(parts[1]) if parts[1:] else [0] * 13,
+        [0 if x is None else x.data_ptr() for x in found],
+        (B, G, T, H // G, K, V),
+        where.first,
+        where.start,
+        window,
+        where.scale,
+    )
+    return d_q, d_q_sink, *d_parts
 
 
 def _forward(
@@ -211,7 +224,7 @@ def _run(
     q, q_sink = q.contiguous(), (q if q_sink is q else q_sink).contiguous()
     keys, sinks = _in_rows(keys), None if sinks is None else _in_rows(sinks)
     out, mass = q.new_empty(B, T, H, V), q.new_empty(B, T, H, dtype=torch.float32)
-    getattr(kernels.module, _KERNEL[q.dtype])(
+    getattr(kernels.module, f"softmax_{SUFFIX[q.dtype]}")(
         keys.k_scale is not None,
         kernels.level,
         torch.get_num_threads(),
@@ -264,9 +277,14 @@ def _check_seen(
         )
 
 
+def row_major(x: Tensor) -> Tensor:
+    """``x`` with the numbers of each row together, a copy only if it must be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def _in_rows(part: Keys) -> Keys:
     """The same with the numbers of each row together, copied only if they must be."""
-    k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in part[:2])
+    k, v = row_major(part.k), row_major(part.v)
     if part.k_scale is None or part.v_scale is None:
         return Keys(k, v)
     return Keys(k, v, part.k_scale.contiguous(), part.v_scale.contiguous())

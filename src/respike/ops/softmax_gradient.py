@@ -21,37 +21,76 @@ TILE_SCORES = 1 << 18
 """Scores of a block where keys are so few that more queries fit."""
 
 
+class Where(NamedTuple):
+    """Where queries and keys stand, and the factor on the scores: see `window_softmax`."""
+
+    first: int
+    start: int
+    window_tokens: int | None
+    scale: float
+
+
 class Row(NamedTuple):
     """Queries with what the forward pass made of them and what the backward pass was given."""
 
     q: Tensor
     """(B, T, H, K), rotated."""
-    d_out: Tensor
+    q_sink: Tensor
+    """As sinks see them; may be ``q`` itself."""
+    out: Tensor
     """(B, T, H, V)."""
     mass: Tensor
     """Logarithm of the denominator, float32 (B, T, H)."""
-    delta: Tensor
-    """``sum(d_out * out) - d_mass``, float32 (B, T, H)."""
+    d_out: Tensor
+    """Gradient of ``out``."""
+    d_mass: Tensor
+    """Gradient of ``mass``."""
+
+
+def torch_gradients(row: Row, exact: list[Tensor], where: Where) -> tuple[Tensor | None, ...]:
+    """Gradients of the op in torch: what runs where the kernel cannot.
+
+    Args:
+        row: The queries.
+        exact: Keys and values, then those of sinks if there are any.
+        where: Of the op.
+
+    Returns:
+        Gradients of q, of q_sink (None if it is q, whose gradient then is of both), and of
+        ``exact``, in the dtype of q.
+    """
+    q, q_sink, out, mass, d_out, d_mass = row
+    known = d_out, mass, (d_out.float() * out.float()).sum(-1) - d_mass
+    d_q, *d_parts = part_gradients((q, *known), (exact[0], exact[1]), where)
+    d_q_sink = None
+    if exact[2:]:
+        where = where._replace(first=0, window_tokens=None)
+        d_q_sink, *d_sinks = part_gradients((q_sink, *known), (exact[2], exact[3]), where)
+        d_parts += d_sinks
+        if q_sink is q:
+            d_q, d_q_sink = d_q.add_(d_q_sink), None
+    return tuple(None if d is None else d.to(q.dtype) for d in (d_q, d_q_sink, *d_parts))
 
 
 def part_gradients(
-    row: Row, keys: tuple[Tensor, Tensor], where: tuple[int, int, int | None, float]
+    rows: tuple[Tensor, Tensor, Tensor, Tensor], keys: tuple[Tensor, Tensor], where: Where
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values by one run of keys of the softmax.
 
     Args:
-        row: The queries, as they see these keys.
+        rows: Queries (B, T, H, K) as they see these keys, the gradient of their outputs
+            (B, T, H, V), and float32 (B, T, H): the mass, and ``sum(d_out * out) - d_mass``.
         keys: Keys (B, G, S, K), rotated, and values (B, G, S, V).
         where: ``first``, ``start``, ``window_tokens`` and ``scale`` of the op.
 
     Returns:
         In float32: (B, T, H, K), (B, G, S, K), (B, G, S, V).
     """
-    (k, v), (first, start, window, scale) = keys, where
-    (B, T, H, K), (_, G, S, V) = row.q.shape, v.shape
+    (q, d_out, mass, delta), (k, v), (first, start, window, scale) = rows, keys, where
+    (B, T, H, K), (_, G, S, V) = q.shape, v.shape
     R = H // G
-    q = _rows(row.q.float(), -row.mass / scale, G)
-    d_out = _rows(row.d_out, -row.delta, G)
+    q = _rows(q.float(), -mass / scale, G)
+    d_out = _rows(d_out, -delta, G)
     k, v = (_with_ones(x).flatten(0, 1) for x in (k.float(), v))
     exact_q, exact_k = (x[..., :K].to(v.dtype) for x in (q, k))
     d_q = q.new_zeros(B * G, T * R, K, dtype=torch.float32)

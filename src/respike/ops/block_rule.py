@@ -1,0 +1,54 @@
+"""Which blocks a query of `respike.ops.blocks` sees, as its forms in torch and in C++ take it."""
+
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from respike.ops import backends
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """Which tokens a query sees, and at which distance.
+
+    Attributes:
+        window_tokens: Length of the window, self included; it is stretched to whole blocks.
+        sink_tokens: First tokens that are always seen; likewise.
+        block_tokens: Length of a block.
+        summary_tokens: Keys averaged in a summary; divides ``block_tokens``.
+        top_blocks: Blocks outside the window that a token sees beside the sinks'.
+        sink_reach_tokens: Largest distance at which sinks are seen, plus one.
+        reach_tokens: The same of chosen blocks; None: all at their true distance.
+    """
+
+    window_tokens: int
+    sink_tokens: int
+    block_tokens: int
+    summary_tokens: int
+    top_blocks: int
+    sink_reach_tokens: int
+    reach_tokens: int | None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The attributes in order, -1 for None: as the kernels take them."""
+        return tuple(-1 if n is None else n for n in astuple(self))
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks that hold a sink."""
+        return -(-self.sink_tokens // self.block_tokens)
+
+    def first_near(self, positions: Tensor) -> Tensor:
+        """First block that the window of a query at each of ``positions`` reaches into."""
+        return (positions - self.window_tokens + 1).clamp(min=0) // self.block_tokens
+
+
+@lru_cache(maxsize=16)
+def block_turns(rule: tuple[int, ...], frequencies: tuple[float, ...]) -> Any:
+    """The rotary angles that the kernels need of a rule's `BlockRule.numbers`; made once."""
+    kernels = backends.kernels()
+    assert kernels is not None
+    return kernels.module.BlockTurns(rule, frequencies)
