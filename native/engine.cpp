@@ -120,9 +120,10 @@ void Engine<T>::project(const Call& call, size_t layer) {
   const int64_t rows = call.rows();
   rms_norm(call.level, call.threads, work.x, weights.norm, work.normed, rows, shape_.hidden,
            shape_.eps);
-  linears(call, work.normed, {{weights.q, work.q, weights.q.outputs},
-                              {weights.k, work.k, weights.k.outputs},
-                              {weights.v, work.v, weights.v.outputs}});
+  linears(call, layer, &LayerNeurons::qkv, work.normed,
+          {{weights.q, work.q, weights.q.outputs},
+           {weights.k, work.k, weights.k.outputs},
+           {weights.v, work.v, weights.v.outputs}});
   if (weights.q_norm == nullptr) return;
   const int64_t dim = shape_.head_dim;
   rms_norm(call.level, call.threads, work.q, weights.q_norm, work.q, rows * shape_.heads, dim,
@@ -131,12 +132,21 @@ void Engine<T>::project(const Call& call, size_t layer) {
            shape_.eps);
 }
 
-// Layers that read the same rows.
+// Linear layers that read the same rows, behind their neurons if they have any.
 template <class T>
-void Engine<T>::linears(const Call& call, const T* x,
-                        std::initializer_list<PackedLinearJob<T>> jobs) const {
-  packed_linears(call.level, call.threads, x, call.rows(), jobs.begin(),
-                 static_cast<int64_t>(jobs.size()), activations_);
+void Engine<T>::linears(const Call& call, size_t layer, Neurons LayerNeurons::*site, const T* x,
+                        std::initializer_list<PackedLinearJob<T>> jobs) {
+  const int64_t rows = call.rows();
+  const auto count = static_cast<int64_t>(jobs.size());
+  if (!layers_[layer].neurons.spike) {
+    packed_linears(call.level, call.threads, x, rows, jobs.begin(), count, activations_);
+    return;
+  }
+  const int64_t inputs = jobs.begin()->weights.inputs;
+  const Fired fired{grown(counts_, rows * inputs), grown(steps_, rows), rows};
+  fire(call.level, call.threads, x, rows, inputs, layers_[layer].neurons.*site, counts_.data(),
+       steps_.data());
+  spike_linears(call.level, call.threads, fired, jobs.begin(), count, SpikeForm::best);
 }
 
 template <class T>
@@ -149,12 +159,13 @@ void Engine<T>::finish(const Call& call, size_t layer) {
   T* gate = grown(gate_, rows * width);
   T* up = grown(up_, rows * width);
   T* gated = grown(gated_, rows * width);
-  linears(call, work.mixed, {{weights.o, added, shape_.hidden}});
+  linears(call, layer, &LayerNeurons::o, work.mixed, {{weights.o, added, shape_.hidden}});
   add_rms_norm(call.level, call.threads, work.x, added, weights.mlp_norm, work.x, work.normed, rows,
                shape_.hidden, shape_.eps);
-  linears(call, work.normed, {{weights.gate, gate, width}, {weights.up, up, width}});
+  linears(call, layer, &LayerNeurons::mlp, work.normed,
+          {{weights.gate, gate, width}, {weights.up, up, width}});
   swiglu(call.level, call.threads, gate, width, up, width, gated, rows, width);
-  linears(call, gated, {{weights.down, added, shape_.hidden}});
+  linears(call, layer, &LayerNeurons::down, gated, {{weights.down, added, shape_.hidden}});
   add(call.level, call.threads, work.x, added, work.x, rows, shape_.hidden);
 }
 

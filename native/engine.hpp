@@ -15,6 +15,7 @@
 #include "kernels.hpp"
 #include "recurrent.hpp"
 #include "softmax.hpp"
+#include "spikes.hpp"
 
 namespace respike {
 
@@ -50,6 +51,12 @@ struct MixerWeights {
   BlockRule rule;
 };
 
+// Those of a layer, in front of q, k and v, of o, of gate and up, and of down.
+struct LayerNeurons {
+  bool spike;  // else there are none
+  Neurons qkv, o, mlp, down;
+};
+
 template <class T>
 struct LayerWeights {
   const T* norm;
@@ -57,6 +64,7 @@ struct LayerWeights {
   const T* q_norm;  // (K); null, as k_norm: queries and keys are not normed
   const T* k_norm;
   PackedWeights q, k, v, o, gate, up, down;
+  LayerNeurons neurons;
   std::vector<MixerWeights> mixers;
 };
 
@@ -145,7 +153,8 @@ class Engine {
   void turn_heads(const Call& call, Turn turn, const T* x, std::int64_t heads, T* out);
 
   float scale() const;  // of scores
-  void linears(const Call& call, const T* x, std::initializer_list<PackedLinearJob<T>> jobs) const;
+  void linears(const Call& call, std::size_t layer, Neurons LayerNeurons::*site, const T* x,
+               std::initializer_list<PackedLinearJob<T>> jobs);
 
   DecoderShape shape_;
   Activations activations_;  // of the linear layers' inputs
@@ -161,6 +170,8 @@ class Engine {
   std::vector<float> mass_;
   std::vector<SoftmaxJob<T>> softmax_jobs_;
   std::vector<FarJob<T>> far_jobs_;
+  std::vector<std::int32_t> counts_;
+  std::vector<float> steps_;
   std::vector<T> k_in_blocks_;
   std::vector<BlocksJob<T>> blocks_jobs_;
 };

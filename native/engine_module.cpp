@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "engine.hpp"
+#include "module_spikes.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -22,15 +23,17 @@ T* pointer(nb::handle address) {
   return reinterpret_cast<T*>(nb::cast<uintptr_t>(address));
 }
 
-respike::PackedWeights packed(nb::handle item) {
-  const auto w = nb::cast<nb::tuple>(item);
-  return {static_cast<respike::Kind>(nb::cast<int>(w[0])),
-          pointer<const std::uint8_t>(w[1]),
-          pointer<const std::uint16_t>(w[2]),
-          pointer<const float>(w[3]),
-          nb::cast<int64_t>(w[4]),
-          nb::cast<int64_t>(w[5]),
-          nb::cast<int64_t>(w[6])};
+// Whether the threshold is max|x| / 127, k, address and number of bands.
+respike::Neurons neurons(nb::handle item) {
+  const auto n = nb::cast<nb::tuple>(item);
+  return {nb::cast<bool>(n[0]), nb::cast<float>(n[1]), pointer<const float>(n[2]),
+          nb::cast<int64_t>(n[3])};
+}
+
+respike::LayerNeurons layer_neurons(nb::handle item) {
+  const auto sites = nb::cast<nb::tuple>(item);
+  if (sites.size() == 0) return {};
+  return {true, neurons(sites[0]), neurons(sites[1]), neurons(sites[2]), neurons(sites[3])};
 }
 
 respike::MixerWeights mixer(nb::handle item) {
@@ -51,11 +54,12 @@ respike::LayerWeights<T> layer(nb::handle item) {
   const auto l = nb::cast<nb::tuple>(item);
   respike::LayerWeights<T> made{pointer<const T>(l[0]), pointer<const T>(l[1]),
                                 pointer<const T>(l[2]), pointer<const T>(l[3]),
-                                packed(l[4]),           packed(l[5]),
-                                packed(l[6]),           packed(l[7]),
-                                packed(l[8]),           packed(l[9]),
-                                packed(l[10]),          {}};
-  for (nb::handle part : nb::cast<nb::tuple>(l[11])) made.mixers.push_back(mixer(part));
+                                packed_weights(l[4]),   packed_weights(l[5]),
+                                packed_weights(l[6]),   packed_weights(l[7]),
+                                packed_weights(l[8]),   packed_weights(l[9]),
+                                packed_weights(l[10]),  layer_neurons(l[11]),
+                                {}};
+  for (nb::handle part : nb::cast<nb::tuple>(l[12])) made.mixers.push_back(mixer(part));
   return made;
 }
 

@@ -49,6 +49,15 @@ void search_int4(Level level, int threads, const float* weights, std::int64_t ro
                  std::int64_t cols, std::int64_t group, const float* steps,
                  std::int64_t num_steps, std::int8_t* integers, std::uint16_t* scales);
 
+// From one tile and one row to the next: of the data in bytes, of the scales (whose rows are groups)
+// in elements.
+struct Strides {
+  std::int64_t tile;
+  std::int64_t row;
+  std::int64_t scales_tile;
+  std::int64_t scales_row;
+};
+
 // A packed matrix, see packed.hpp.
 struct PackedWeights {
   Kind kind;
@@ -58,6 +67,7 @@ struct PackedWeights {
   std::int64_t inputs;
   std::int64_t outputs;
   std::int64_t group;  // 32, 64 or 128 inputs
+  Strides strides;     // for spikes.hpp only: all else takes tiles one behind the other
 };
 
 // How x is read. int8: each row is rounded to int8 with a scale for each scale group of inputs;

@@ -137,12 +137,9 @@ Rows<X> part_of(const Rows<X>& all, int64_t from, int64_t to) {
   return {all.x + from * all.stride, to - from, all.stride};
 }
 RoundedRows part_of(const RoundedRows& all, int64_t from, int64_t to) {
-  return {all.x + from * all.stride,
-          all.scales + from * all.groups,
-          all.totals + from * all.groups,
-          to - from,
-          all.stride,
-          all.groups};
+  RoundedRows part = all.at(from, 0, 0);
+  part.count = to - from;
+  return part;
 }
 
 // sums (to - from, 64) = rows [from, to) of x times a tile.

@@ -54,6 +54,12 @@ struct RoundedRows {
   int64_t count;
   int64_t stride;
   int64_t groups;
+
+  // Those from `row` on, from an input on that is the first of its group.
+  RoundedRows at(int64_t row, int64_t input, int64_t group) const {
+    return {x + row * stride + input,       scales + row * groups + group,
+            totals + row * groups + group, count - row, stride, groups};
+  }
 };
 
 // Rounds `inputs` values of one row.

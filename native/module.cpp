@@ -19,7 +19,7 @@
 #include "module_recurrent.hpp"
 #include "pool.hpp"
 #include "softmax.hpp"
-#include "spikes.hpp"
+#include "module_spikes.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -55,26 +55,13 @@ void packed_linears(int level, int threads, uintptr_t x, int64_t rows, int64_t i
                                          buffer<const float>(bias),
                                          inputs,
                                          outputs,
-                                         group};
+                                         group,
+                                         {}};
     jobs.push_back({weights, buffer<T>(out), stride});
   }
   respike::packed_linears(respike::checked_level(level), threads, buffer<const T>(x), rows,
                           jobs.data(), static_cast<int64_t>(jobs.size()),
                           rounded ? respike::Activations::int8 : respike::Activations::exact);
-}
-
-void spike_linear(int level, int threads, int kind, uintptr_t data, uintptr_t scales,
-                  uintptr_t counts, uintptr_t step, uintptr_t bias, uintptr_t out, int64_t rows,
-                  int64_t inputs, int64_t outputs, int64_t group) {
-  const respike::PackedWeights weights{static_cast<respike::Kind>(kind),
-                                       buffer<const std::uint8_t>(data),
-                                       buffer<const std::uint16_t>(scales),
-                                       buffer<const float>(bias),
-                                       inputs,
-                                       outputs,
-                                       group};
-  respike::spike_linear(respike::checked_level(level), threads, buffer<const std::int32_t>(counts),
-                        buffer<const float>(step), weights, buffer<float>(out), rows);
 }
 
 template <class T>
@@ -234,9 +221,7 @@ NB_MODULE(_native, m) {
       nb::call_guard<nb::gil_scoped_release>(), "level"_a, "threads"_a, "weights"_a, "rows"_a,
       "cols"_a, "group"_a, "steps"_a, "num_steps"_a, "integers"_a, "scales"_a);
 
-  m.def("spike_linear", &spike_linear, nb::call_guard<nb::gil_scoped_release>(), "level"_a,
-        "threads"_a, "kind"_a, "data"_a, "scales"_a, "counts"_a, "step"_a, "bias"_a, "out"_a,
-        "rows"_a, "inputs"_a, "outputs"_a, "group"_a);
+  bind_spikes(m);
 
   m.def(
       "advise_huge_pages",

@@ -43,6 +43,7 @@ struct Tile {
   std::int64_t inputs;
   std::int64_t group;    // inputs that share a scale
   std::int64_t outputs;  // 1 to 64; the others are padding
+  std::int64_t scales_row = tile_width;  // from the scales of one group to the next
 };
 
 // Rows of x; X is what the kernel reads.

@@ -2,8 +2,8 @@
 //
 // Two events at a time: add(kind, a, b, counts) adds a * low + b * high, with a and b the packed
 // weight rows of two inputs and low, high the signed 16-bit halves of counts. All in int32, so
-// exact: a group's 128 inputs of weights to -128 and counts to 32767 stay below 2^30. flush()
-// adds to the float sums, in float32 and without fma: part = float(sum) * scale; sums += part.
+// exact: a group's 128 inputs of weights to -128 and counts to 32767 stay below 2^30. keep() puts
+// the sums by, in an order of their own, until resume(). flush() adds to the float sums, in float32 and without fma: part = float(sum) * scale; sums += part.
 #pragma once
 
 #include "packed.hpp"
@@ -26,6 +26,8 @@ struct EventSums {
     }
   }
 
+  RESPIKE_INLINE void resume(const std::int32_t* from) { std::memcpy(sum, from, sizeof sum); }
+  RESPIKE_INLINE void keep(std::int32_t* to) const { std::memcpy(to, sum, sizeof sum); }
   RESPIKE_INLINE void flush(const std::uint16_t* scales, float* sums) const {
     for (int c = 0; c < tile_width; ++c) {
       sums[c] += static_cast<float>(sum[c]) * half_to_float(scales[c]);
@@ -74,6 +76,16 @@ struct EventSums {
     }
   }
 
+  RESPIKE_OP void resume(const std::int32_t* from) {
+    for (int i = 0; i < 8; ++i) {
+      sum[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8 * i));
+    }
+  }
+  RESPIKE_OP void keep(std::int32_t* to) const {
+    for (int i = 0; i < 8; ++i) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8 * i), sum[i]);
+    }
+  }
   RESPIKE_OP void flush(const std::uint16_t* scales, float* sums) const {
     for (int q = 0; q < 4; ++q) {
       for (int half = 0; half < 2; ++half) {
@@ -127,6 +139,12 @@ struct EventSums {
     }
   }
 
+  RESPIKE_OP void resume(const std::int32_t* from) {
+    for (int i = 0; i < 4; ++i) sum[i] = _mm512_loadu_si512(from + 16 * i);
+  }
+  RESPIKE_OP void keep(std::int32_t* to) const {
+    for (int i = 0; i < 4; ++i) _mm512_storeu_si512(to + 16 * i, sum[i]);
+  }
   RESPIKE_OP void flush(const std::uint16_t* scales, float* sums) const {
     const __m512i first =
         _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);

@@ -112,11 +112,12 @@ def fast_decoder(
 ) -> Decoder:
     """`load_decoder`, packed for the native engine where that can run it; see `load`."""
     decoder = load_decoder(source, device=device, dtype=dtype, progress=progress)
-    if source.config.spikes:
+    spikes = source.config.spikes
+    if spikes and spikes.weights == "float":
         if weights != "stored":
             raise UnsupportedError(
-                f"weights {weights!r} with a spiking model",
-                hint="its config says how its layers run; choose with `respike spikes --weights`",
+                f"weights {weights!r} with a model whose spikes are emulated with float weights",
+                hint="make it spike with `respike spikes --weights int8`",
             )
         return decoder
     return pack_or_plain(decoder, weights)
@@ -147,7 +148,8 @@ def load(
         path: A Hugging Face folder, a folder written by `respike.convert`, or a ``.gguf`` file.
         device: ``cpu``, ``auto`` or a name from ``respike doctor``.
         dtype: f32, bf16 or f16; None takes the checkpoint's own (GGUF: bf16).
-        weights: ``stored``, or rounded to ``int8`` or ``int4``, see `pack_decoder`.
+        weights: ``stored``, or rounded to ``int8`` or ``int4``, see `pack_decoder`; of a spiking
+            model the output head, since its config says how the layers behind neurons run.
         progress: Called after each tensor with (done, total).
 
     Raises:

@@ -12,9 +12,9 @@ from respike.ops.spike_linear import spike_linear
 from respike.ops.spikes import (
     absmax_step,
     adaptive_step,
+    fire,
     mean_magnitude,
     silenced,
-    spike_counts,
     spiking,
 )
 
@@ -47,6 +47,11 @@ class Neuron(nn.Module):
         step = adaptive_step(x, self.k) if self.step == "mean" else absmax_step(x)
         return step, None if self.band is None else self.band * mean_magnitude(x)
 
+    @property
+    def for_engine(self) -> tuple[bool, float, Tensor | None]:
+        """Whether the threshold is max|x| / 127, k, and the band."""
+        return self.step == "absmax", self.k, None if self.band is None else self.band.detach()
+
     def fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Spike counts, int32, and the threshold of each token.
 
@@ -55,8 +60,7 @@ class Neuron(nn.Module):
         """
         if self.step == "none":
             raise ValueError("TEAL keeps magnitudes, it has no spike counts")
-        step, band = self._threshold(x)
-        return spike_counts(x, step, band), step
+        return fire(x, self.step, self.k, self.band)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the spikes stand for, in the dtype of ``x``."""

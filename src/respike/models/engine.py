@@ -22,11 +22,16 @@ from respike.layers.mixer import Mixer
 from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
+from respike.layers.spikes import SpikeLinear
 from respike.layers.state import KVState, MixerState, PairState, WindowState
 from respike.ops import backends
 from respike.ops.block_rule import block_turns
+from respike.ops.spike_linear import spike_weights
 
 _ENGINE = {torch.float32: "Engine_f32", torch.bfloat16: "Engine_bf16"}
+
+_SITES = (0, 3, 4, 6)
+"""Among q, k, v, o, gate, up, down: the first of those that share an input."""
 
 LayerStates = tuple[tuple[MixerState, ...], ...]
 
@@ -47,7 +52,8 @@ class Engine:
     """The layers of a decoder, ready to run natively.
 
     Args:
-        layers: The decoder's layers; every linear layer is a `PackedLinear`.
+        layers: The decoder's layers; every linear layer is a `PackedLinear`, or all of them are
+            `SpikeLinear`, of which those with the same input have the same neuron.
         frequencies: Rotary frequencies, float64 (K / 2,).
 
     Raises:
@@ -192,6 +198,7 @@ class Engine:
         return (
             *(self._norm(norm) for norm in norms),
             *(self._linear(linear) for linear in linears),
+            tuple(self._neuron(linears[i]) for i in _SITES if isinstance(linears[i], SpikeLinear)),
             tuple(self._mixer(groups, mixer) for groups, mixer in pairs),
         )
 
@@ -202,8 +209,14 @@ class Engine:
         packed = linear.packed
         bias = 0 if linear.bias is None else self._keep(linear.bias)
         self._kept += [t for t in (packed.data, packed.scales) if t is not None]
+        if isinstance(linear, SpikeLinear):
+            return spike_weights(packed, linear.bias)
         shape = (packed.in_features, packed.out_features, packed.group_size)
         return (*packed.for_kernels, bias, *shape)
+
+    def _neuron(self, linear: SpikeLinear) -> tuple[bool, float, int, int]:
+        absmax, k, band = linear.neuron.for_engine
+        return absmax, k, *((0, 0) if band is None else (self._keep(band), len(band)))
 
     def _mixer(self, groups: list[int], mixer: Mixer) -> tuple[Any, ...]:
         none = (0, 0, 0, 0, 0, 0)

@@ -68,7 +68,10 @@ def spike_sites(decoder: Decoder) -> Iterator[Site]:
 
 @contextmanager
 def watch_sites(decoder: Decoder, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While the block runs, call ``see`` with a site's index and the input of its neurons."""
+    """While the block runs, call ``see`` with a site's index and the input of its neurons.
+
+    Layers run in Python then: the native engine shows nobody what passes through it.
+    """
 
     def hook(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, inputs: see(index, inputs[0])
@@ -77,9 +80,11 @@ def watch_sites(decoder: Decoder, see: Callable[[int, Tensor], None]) -> Iterato
         site.linears[0].register_forward_pre_hook(hook(index))
         for index, site in enumerate(spike_sites(decoder))
     ]
+    engine, decoder.engine = decoder.engine, None
     try:
         yield
     finally:
+        decoder.engine = engine
         for handle in handles:
             handle.remove()
 

@@ -45,6 +45,7 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "far_gradient": _FLOATS,
     "blocks": _FLOATS,
     "blocks_gradient": _FLOATS,
+    "fire": _FLOATS,
     "spike_linear": (torch.int32,),
 }
 """Ops that have a native kernel, and the dtypes it takes."""

@@ -12,6 +12,11 @@ It is input-major: all that an input feeds in a tile lies together, 256, 128, 64
 or half cache lines. So a matrix-vector product reads memory in order and needs no sums across
 lanes, and an input that is zero can skip its row in every tile.
 
+Matrices behind spiking neurons lie otherwise in memory, though the tensors have the same shapes
+(`place_side_by_side`): the rows of one input in all tiles of all matrices that it feeds are
+neighbours, (I, P, 64). To skip a cache line here and there saves next to nothing, since processors
+fetch the lines around it anyway; a row of some hundred bytes or more is worth it.
+
 Integers are symmetric, so an input of zero adds nothing. Scales are float16 for the bytes (int4
 with groups of 32: 4.5 bits a weight, against 5 with float32), and because it is what GGUF's Q8_0
 and Q4_0 store, whose blocks fit in unchanged. The integers are chosen for the scale as it is
@@ -19,7 +24,7 @@ stored, so its rounding costs next to nothing. int4 scales are searched: the one
 error among the `INT4_STEPS`, of either sign, because the range is -8..7.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -82,6 +87,24 @@ class PackedWeight:
                 raise ValueError(f"a buffer is {buffer.dtype}, not {dtype} in one piece")
         scales = 0 if self.scales is None else self.scales.data_ptr()
         return KINDS.index(self.kind), self.data.data_ptr(), scales
+
+    @cached_property
+    def strides(self) -> tuple[int, int, int, int]:
+        """From one tile and one row to the next: of the data in bytes, of the scales in elements.
+
+        Raises:
+            ValueError: The weights of a row, or the scales, do not lie together; or there are none.
+        """
+        if self.scales is None:
+            raise ValueError(f"a weight of kind {self.kind} takes no spike counts")
+        found: list[int] = []
+        for buffer, dtype in ((self.data, _STORED[self.kind]), (self.scales, torch.float16)):
+            tile, row, one = buffer.stride()
+            if buffer.dtype != dtype or one != 1:
+                raise ValueError(f"a buffer is {buffer.dtype} with rows in pieces, not {dtype}")
+            found += [tile, row]  # integers take a byte each, or half of one, in tensors of bytes
+        tile, row, scales_tile, scales_row = found
+        return tile, row, scales_tile, scales_row
 
 
 def pack(
@@ -151,6 +174,17 @@ def packed_columns(packed: PackedWeight, index: Int[Tensor, "*n"]) -> Float[Tens
     return values * scales.repeat_interleave(packed.group_size, -1)[..., : packed.in_features]
 
 
+def _memory(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Pieces of so many bytes, each on a cache line, one behind the other under huge pages."""
+    *places, total = accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
+    memory = torch.empty(total + _HUGE_PAGE, dtype=torch.uint8, device=device)
+    memory = memory[-memory.data_ptr() % _HUGE_PAGE :]
+    ready = backends.kernels()
+    if ready is not None and device.type == "cpu":  # before the first write: as it is mapped
+        ready.module.advise_huge_pages(memory.data_ptr(), total)
+    return [memory[place : place + size] for place, size in zip(places, sizes, strict=True)]
+
+
 def place_together(weights: list[PackedWeight]) -> Iterator[PackedWeight]:
     """Copies of ``weights``, one behind the other in memory, under huge pages where there are any.
 
@@ -160,25 +194,48 @@ def place_together(weights: list[PackedWeight]) -> Iterator[PackedWeight]:
     is asked for at once, but taken page by page.
     """
     sizes = [t.nbytes for w in weights for t in (w.data, w.scales) if t is not None]
-    starts = accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
     if not weights:
         return
-    *places, total = starts
-    memory = torch.empty(total + _HUGE_PAGE, dtype=torch.uint8, device=weights[0].data.device)
-    memory = memory[-memory.data_ptr() % _HUGE_PAGE :]
-    ready = backends.kernels()
-    if ready is not None and memory.device.type == "cpu":  # before the first write: as it is mapped
-        ready.module.advise_huge_pages(memory.data_ptr(), total)
-    rest = iter(places)
+    rest = iter(_memory(sizes, weights[0].data.device))
 
     def placed(part: Tensor) -> Tensor:
-        start = next(rest)
-        copy = memory[start : start + part.nbytes].view(part.dtype).view(part.shape)
-        return copy.copy_(part)
+        return next(rest).view(part.dtype).view(part.shape).copy_(part)
 
     while weights:
         w = weights.pop(0)
         yield replace(w, data=placed(w.data), scales=None if w.scales is None else placed(w.scales))
+
+
+def place_side_by_side(units: list[list[PackedWeight]]) -> Iterator[list[PackedWeight]]:
+    """As `place_together`, for weights behind neurons: see this module's text.
+
+    Args:
+        units: Lists of weights of integers that are fed by the same inputs in the same groups.
+    """
+    if not units:
+        return
+
+    def parts(unit: list[PackedWeight]) -> Iterator[list[Tensor]]:
+        yield [w.data for w in unit]
+        yield [w.scales for w in unit if w.scales is not None]
+
+    sizes = [sum(t.nbytes for t in part) for unit in units for part in parts(unit)]
+    rest = iter(_memory(sizes, units[0][0].data.device))
+
+    def placed(tensors: list[Tensor]) -> Iterator[Tensor]:
+        tiles = [len(t) for t in tensors]
+        _, rows, columns = tensors[0].shape
+        whole = next(rest).view(tensors[0].dtype).view(rows, sum(tiles), columns).transpose(0, 1)
+        for tensor, place in zip(tensors, whole.split(tiles), strict=True):
+            yield place.copy_(tensor)
+
+    while units:
+        unit = units.pop(0)
+        data, scales = parts(unit)
+        yield [
+            replace(w, data=d, scales=s)
+            for w, d, s in zip(unit, placed(data), placed(scales), strict=True)
+        ]
 
 
 def quantise_definition(

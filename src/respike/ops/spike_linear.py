@@ -11,15 +11,17 @@ Every form follows this to the bit, so that an input that stays silent can be le
 form walks the inputs that fired and reads no weight of any other; the dense form multiplies all.
 """
 
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from respike.ops import backends
-from respike.ops.packed import PackedWeight, from_tiles, unpack_integers
+from respike.ops.packed import KINDS, PackedWeight, from_tiles, unpack_integers
 
-EVENT_ROWS = 16
-"""Most rows for which events beat the dense form."""
+Form = Literal["best", "events", "dense"]
+"""How the kernels run a product; an index is its number in C++. best: events for few rows."""
 
 _FLOAT32_INTEGERS, _LARGEST_WEIGHT = 1 << 24, {"int8": 128, "int4": 8}
 
@@ -55,7 +57,7 @@ def spike_linear_dense(
     packed: PackedWeight,
     bias: Float[Tensor, " O"] | None = None,
 ) -> Float[Tensor, "*rows O"]:
-    """As `spike_linear_definition`, for many rows: products in floats wide enough to be exact."""
+    """As `spike_linear_definition`, faster: products in floats wide enough to be exact."""
     rows = counts.reshape(1, -1, packed.in_features)
     assert packed.scales is not None
     most = max(abs(int(end)) for end in rows.aminmax()) if rows.numel() else 0
@@ -78,17 +80,18 @@ def spike_linear(
     step: Float[Tensor, "*rows 1"],
     packed: PackedWeight,
     bias: Float[Tensor, " O"] | None = None,
+    form: Form = "best",
 ) -> Float[Tensor, "*rows O"]:
-    """By events for few rows where the kernel can run, dense otherwise: the same bits.
+    """By events for few rows, by dot products of int8 for many, in torch without kernels.
 
-    Same arguments and results as `spike_linear_definition`.
+    Same arguments and results as `spike_linear_definition`, to the bit. ``form`` is for the
+    kernels, which take a weight as `respike.ops.packed.pack` or `place_side_by_side` leave it.
 
     Raises:
         ValueError: The arguments do not fit together, or the weight is not of integers.
     """
     _check(counts, step, packed, bias)
-    few = counts.numel() <= EVENT_ROWS * packed.in_features
-    kernels = backends.choose("spike_linear", counts) if few else None
+    kernels = backends.choose("spike_linear", counts)
     if kernels is None:
         return spike_linear_dense(counts, step, packed, bias)
     counts, step = counts.contiguous(), step.contiguous()
@@ -96,17 +99,29 @@ def spike_linear(
     kernels.module.spike_linear(
         kernels.level,
         torch.get_num_threads(),
-        *packed.for_kernels,
+        get_args(Form).index(form),
+        spike_weights(packed, bias),
         counts.data_ptr(),
         step.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
         step.numel(),
+    )
+    return out
+
+
+def spike_weights(packed: PackedWeight, bias: Tensor | None) -> tuple[int, ...]:
+    """What the kernels want to know of a weight: kind, addresses, shape, group and strides."""
+    assert packed.scales is not None
+    return (
+        KINDS.index(packed.kind),
+        packed.data.data_ptr(),
+        packed.scales.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         packed.in_features,
         packed.out_features,
         packed.group_size,
+        *packed.strides,
     )
-    return out
 
 
 def _check(counts: Tensor, step: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:

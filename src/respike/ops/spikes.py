@@ -16,12 +16,15 @@ band does not fire at all::
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import pad
+
+from respike.ops import backends
 
 LEAST_ADAPTIVE_STEP = 1e-5
 """Smallest adaptive threshold, as released; so a token of zeros stays silent."""
@@ -30,9 +33,24 @@ ABSMAX_COUNT = 127
 """Largest count of the absmax neuron."""
 
 
+Step = Literal["mean", "absmax"]
+"""Where a threshold comes from."""
+
+_KERNEL = {torch.float32: "fire_f32", torch.bfloat16: "fire_bf16"}
+
+
 def mean_magnitude(x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows 1"]:
-    """mean|x| of each token, float32."""
-    return x.float().abs().mean(-1, keepdim=True)
+    """mean|x| of each token, float32, added up in an order that every implementation keeps.
+
+    Magnitudes are padded with zeros to a power of two; then the second half is added to the first
+    until one number is left.
+    """
+    inputs = x.shape[-1]
+    sums = pad(x.float().abs(), (0, (1 << (inputs - 1).bit_length()) - inputs))
+    while sums.shape[-1] > 1:
+        first, second = sums.chunk(2, -1)
+        sums = first + second
+    return sums / inputs
 
 
 def adaptive_step(x: Float[Tensor, "*rows I"], k: float) -> Float[Tensor, "*rows 1"]:
@@ -95,6 +113,52 @@ def spike_counts(
     if band is not None:
         counts = torch.where(x.float().abs() >= band, counts, 0.0)
     return counts.to(torch.int32)
+
+
+def fire_definition(
+    x: Float[Tensor, "*rows I"], step: Step, k: float, band: Float[Tensor, "*band"] | None
+) -> tuple[Int[Tensor, "*rows I"], Float[Tensor, "*rows 1"]]:
+    """Counts, int32, and thresholds, float32, of neurons: the definition.
+
+    Args:
+        x: What enters them.
+        step: ``mean``: the threshold is `adaptive_step`; ``absmax``: `absmax_step`.
+        k: Thresholds in a mean magnitude; absmax has no use for it.
+        band: Silent below, in units of the token's mean magnitude, (1,) or (I,); None: no band.
+    """
+    threshold = adaptive_step(x, k) if step == "mean" else absmax_step(x)
+    limit = None if band is None else band * mean_magnitude(x)
+    return spike_counts(x, threshold, limit), threshold
+
+
+def fire(
+    x: Float[Tensor, "*rows I"], step: Step, k: float, band: Float[Tensor, "*band"] | None
+) -> tuple[Int[Tensor, "*rows I"], Float[Tensor, "*rows 1"]]:
+    """`fire_definition` by the fastest implementation that can run here: the same bits."""
+    x, band = x.detach(), None if band is None else band.detach()
+    kernels = backends.choose("fire", x, float32=() if band is None else (band,))
+    if kernels is None:
+        return fire_definition(x, step, k, band)
+    inputs = x.shape[-1]
+    if band is not None and (band.dtype != torch.float32 or band.shape not in ((1,), (inputs,))):
+        raise ValueError(f"band is {band.dtype} of shape {tuple(band.shape)}, inputs are {inputs}")
+    x, band = x.contiguous(), None if band is None else band.contiguous()
+    counts = x.new_empty(x.shape, dtype=torch.int32)
+    threshold = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    getattr(kernels.module, _KERNEL[x.dtype])(
+        kernels.level,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        threshold.numel(),
+        inputs,
+        step == "absmax",
+        k,
+        0 if band is None else band.data_ptr(),
+        0 if band is None else len(band),
+        counts.data_ptr(),
+        threshold.data_ptr(),
+    )
+    return counts, threshold
 
 
 class _Spiking(torch.autograd.Function):
