@@ -348,15 +348,6 @@ def test_a_tensor_that_is_no_plain_weight_is_named(folder: Path, dtype: torch.dt
     refused(folder, folder / shard, repr(name), "BF16")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["model.layers.0.attn.gk_proj.weight", "model.layers.1.attn.q_proj.weight_quantizer.scales"],
-)
-def test_the_quantised_release_is_unsupported(folder: Path, name: str) -> None:
-    edit_shard(folder, lambda w: w.update({name: torch.ones(3)}))
-    refused(folder, folder, repr(name), "W8ASpike", error=UnsupportedError)
-
-
 # ---- .bin files --------------------------------------------------------------------------------
 
 

@@ -168,8 +168,8 @@ class SpikeBands(Frozen):
     """Input of o_proj."""
     mlp: Band
     """Input of gate_proj and up_proj."""
-    down: Band
-    """Input of down_proj."""
+    down: Band | None
+    """Input of down_proj. None: no neurons there, as in SpikingBrain-7B-W8ASpike."""
 
 
 class SpikeConfig(Frozen):
@@ -191,10 +191,11 @@ class SpikeConfig(Frozen):
     def _possible(self) -> "SpikeConfig":
         if self.neuron == "teal" and self.weights != "float":
             raise ValueError(f"teal has no spike counts, so weights={self.weights!r} cannot be")
-        if self.neuron == "adaptive" and not all(
-            band > 0 for bands in self.layers for band in bands.model_dump().values()
-        ):
+        found = [band for bands in self.layers for band in bands.model_dump().values()]
+        if self.neuron == "adaptive" and not all(band is None or band > 0 for band in found):
             raise ValueError("the adaptive neuron's bands are half thresholds, above 0")
+        if None in found and self.weights != "float":
+            raise ValueError(f"down without neurons needs weights='float', not {self.weights!r}")
         return self
 
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from respike.checkpoint import spikingbrain
+from respike.checkpoint import spikingbrain, w8aspike
 from respike.checkpoint.families import (
     IGNORED_SUFFIXES,
     account_tensors,
@@ -68,18 +68,22 @@ class Folder:
         """File of every tensor, by the folder's own names."""
         self.stored_as: dict[str, str] = {}
         """Type of every tensor that is stored, by our names, as safetensors names it."""
-        ours = {theirs: name for name, theirs in self._theirs.items()}
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        kinds = {}
         for file in self._weight_files():
             self.files.append(file)
             for name, (shape, kind) in self._header(file).items():
                 if name in self._home:
                     raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name]}")
-                self._home[name], shapes[name] = file, shape
-                self.stored_as[ours.get(name, name)] = kind
-        if self._spikingbrain:
-            spikingbrain.refuse_quantised(shapes, str(path))
+                self._home[name], shapes[name], kinds[name] = file, shape, kind
+        self._w8aspike = self._spikingbrain and w8aspike.is_w8aspike(shapes)
+        if self._w8aspike:
+            self.config = w8aspike.spiking_config(self.config)
+            self._theirs = w8aspike.their_names(self._theirs)
+            shapes = w8aspike.without_scales(shapes, self._theirs, str(path))
         account_tensors(self.config, shapes, str(path), self._theirs)
+        ours = {theirs: name for name, theirs in self._theirs.items()}
+        self.stored_as = {ours.get(name, name): kind for name, kind in kinds.items()}
 
     def _weight_files(self) -> list[Path]:
         forms = [(INDEX, "model.safetensors")]
@@ -116,7 +120,14 @@ class Folder:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored dtype."""
-        name = self._theirs.get(name, name)
+        if self._w8aspike:
+            return w8aspike.read(
+                name, self._theirs, lambda n: self._stored(n) if n in self._home else None
+            )
+        return self._stored(self._theirs.get(name, name))
+
+    def _stored(self, name: str) -> Tensor:
+        """One tensor by the folder's own name."""
         file = self._home[name]
         if self._is_torch_file(file):
             return read_torch_tensor(file, name)

@@ -130,18 +130,3 @@ def their_name(name: str) -> str:
     if layer is None:
         return f"{MODEL_NAMES.get(module, module)}.{kind}"
     return f"{layer[1]}{LAYER_NAMES.get(layer[2], layer[2])}.{kind}"
-
-
-def refuse_quantised(names: Iterable[str], where: str) -> None:
-    """Tell the W8ASpike release from the plain ones; to be asked before tensors are accounted for.
-
-    Raises:
-        UnsupportedError: A tensor is there that only W8ASpike has.
-    """
-    for name in names:
-        if name.endswith((".weight_quantizer.scales", ".attn.gk_proj.weight")):
-            raise UnsupportedError(
-                f"{where}: tensor {name[:100]!r} belongs to SpikingBrain-7B-W8ASpike, "
-                "which respike does not read yet",
-                hint="use the base or SFT release in bf16",
-            )

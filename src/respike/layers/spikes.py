@@ -13,6 +13,7 @@ from respike.ops.spikes import (
     absmax_step,
     adaptive_step,
     fire,
+    firing,
     mean_magnitude,
     silenced,
     spiking,
@@ -68,6 +69,16 @@ class Neuron(nn.Module):
             assert self.band is not None
             return silenced(x, self.band)
         return spiking(x, *self._threshold(x))
+
+    def firing(self, x: Tensor) -> Tensor:
+        """1 where neurons fire and 0 where they are silent, (..., I), float32; differentiable.
+
+        Raises:
+            ValueError: This is the rival, which does not fire.
+        """
+        if self.step == "none":
+            raise ValueError("TEAL keeps magnitudes, it does not fire")
+        return firing(x, *self._threshold(x))
 
     def extra_repr(self) -> str:
         """What `print` shows in the parentheses."""

@@ -105,9 +105,11 @@ def _weights(site: Site) -> Iterator[Tensor]:
         yield linear.weight
 
 
-def make_neuron(config: SpikeConfig, site: Site) -> Neuron:
-    """The neuron that ``config`` describes for a site."""
-    band: float = getattr(config.layers[site.layer], site.name)
+def make_neuron(config: SpikeConfig, site: Site) -> Neuron | None:
+    """The neuron that ``config`` describes for a site; None if it has none."""
+    band: float | None = getattr(config.layers[site.layer], site.name)
+    if band is None:
+        return None
     if config.neuron == "adaptive":
         return Neuron("mean", 1 / (2 * band))
     if config.neuron == "absmax":
@@ -127,7 +129,10 @@ def install_spikes(decoder: Decoder, config: SpikeConfig) -> None:
         config: Which neurons. Weights of integers are packed here, once: they cannot be undone.
     """
     for site in spike_sites(decoder):
-        neuron = make_neuron(config, site).requires_grad_(False)
+        neuron = make_neuron(config, site)
+        if neuron is None:
+            continue
+        neuron.requires_grad_(False)
         for linear, path in zip(site.linears, SITES[site.name], strict=True):
             assert isinstance(linear, nn.Linear)
             behind: SpikedLinear | SpikeLinear

@@ -208,6 +208,43 @@ def spiking(
     return _Spiking.apply(x, step, band)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _Firing(torch.autograd.Function):
+    """Whether neurons fire, with the gradients that `firing` tells."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, edge: Tensor) -> Tensor:
+        ctx.save_for_backward(x, edge)
+        return (x.float().abs() >= edge).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, edge = ctx.saved_tensors  # type: ignore[attr-defined]
+        size = x.float().abs()
+        slope = gradients[0] * (1 - (size - edge).abs() / edge).clamp(min=0) / edge
+        return (slope * x.float().sign()).to(x.dtype), (-slope).sum_to_size(edge.shape)
+
+
+def firing(
+    x: Float[Tensor, "*rows I"],
+    step: Float[Tensor, "*rows 1"],
+    band: Float[Tensor, "*band"] | None = None,
+) -> Float[Tensor, "*rows I"]:
+    """1 where a neuron fires at all, 0 where it is silent, float32; differentiable.
+
+    The edge, the larger of ``band`` and half a threshold, is taken for the slope that `spiking` has
+    there: less of an input near it, and more of the band, silence a neuron. ``step`` gets none.
+
+    Args:
+        x: As for `integrate_and_fire`.
+        step: As there.
+        band: As there.
+    """
+    half = step.detach() / 2
+    edge = half if band is None else torch.maximum(band, half)
+    return _Firing.apply(x, edge)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def silenced(x: Float[Tensor, "*rows I"], band: Float[Tensor, "*band"]) -> Float[Tensor, "*rows I"]:
     """``x`` with zeros where it is smaller than ``band``: no neuron, the rival.
 

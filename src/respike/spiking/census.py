@@ -107,12 +107,18 @@ class Census:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.sites = [SiteCensus(site) for site in spike_sites(decoder)]
+        found = {i: SiteCensus(site) for i, site in enumerate(spike_sites(decoder)) if site.neuron}
+        self._by_index, self.sites = found, list(found.values())
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count all that the decoder does in the block."""
-        with watch_sites(self.decoder, lambda index, x: self.sites[index].add(x)):
+
+        def see(index: int, x: Tensor) -> None:
+            if index in self._by_index:
+                self._by_index[index].add(x)
+
+        with watch_sites(self.decoder, see):
             yield
 
     def without_spikes(self) -> list[str]:
@@ -138,7 +144,7 @@ class Census:
                 for s in self.sites
             ],
             "without_spikes": self.without_spikes(),
-            "not_spiked": not_spiked(self.decoder.config),
+            "not_spiked": not_spiked(self.decoder.config, spike_sites(self.decoder)),
         }
 
 
@@ -220,10 +226,15 @@ def _count_figures(
     }
 
 
-def not_spiked(config: ModelConfig) -> list[dict[str, Any]]:
+def not_spiked(config: ModelConfig, sites: Iterable[Site]) -> list[dict[str, Any]]:
     """What multiplies without spikes, with multiply-accumulates a token where they are fixed."""
     head = config.vocab_size * config.hidden_size
     rows: list[dict[str, Any]] = [{"what": "output head", "multiply_accumulates": head}]
+    plain: Counter[str] = Counter()
+    for site in sites:
+        if site.neuron is None:
+            plain[site.name] += site.in_features * site.out_features
+    rows += [{"what": f"layers behind {n}", "multiply_accumulates": m} for n, m in plain.items()]
     rows.append({"what": "scores and values of attention", "multiply_accumulates": None})
     kinds = {
         part.memory.kind
