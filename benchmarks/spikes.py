@@ -25,11 +25,11 @@ from respike.bench.machine import provenance
 from respike.device import set_threads
 from respike.ops import backends
 from respike.ops.linear import packed_linear
-from respike.ops.packed import PackedWeight, pack, place_together
+from respike.ops.packed import PackedWeight, pack, place_side_by_side, place_together
 from respike.ops.spike_linear import spike_linear
 
-SHAPES = ((576, 1536), (1536, 576), (896, 4864), (4096, 11008))
-"""(inputs, outputs): SmolLM2-135M's MLP, Qwen2.5-0.5B's, a 7B model's."""
+SHAPES = ((576, 3072), (1536, 576), (896, 9728), (4864, 896), (4096, 22016))
+"""(inputs, outputs), gate and up together: SmolLM2-135M's MLP, Qwen2.5-0.5B's, a 7B model's."""
 SILENT = (0.0, 0.3, 0.5, 0.7, 0.9)
 FROM_MEMORY_BYTES = 256 << 20
 
@@ -39,6 +39,7 @@ def contenders(
 ) -> dict[str, Callable[[], object]]:
     """Name -> one call on the next copy of the weight."""
     turn = cycle(place_together([packed] * copies))
+    rows = cycle([w for (w,) in place_side_by_side([[packed]] * copies)])
     step, calls = torch.ones(1, 1), {}
     x = torch.randn(1, packed.in_features).bfloat16()
     calls["dense, bf16 activations"] = lambda: packed_linear(x, next(turn))
@@ -47,7 +48,9 @@ def contenders(
         quiet = torch.randperm(packed.in_features)[: round(share * packed.in_features)]
         counts[:, quiet] = 0
         calls[f"events, {share:.0%} silent"] = (
-            lambda counts=counts: spike_linear(counts, step, next(turn))  # type: ignore[misc]
+            lambda counts=counts: spike_linear(  # type: ignore[misc]
+                counts, step, next(rows), form="events"
+            )
         )
     return calls
 

@@ -10,6 +10,7 @@ from respike.errors import DataError
 
 CONTEXT_KEYS = ("machine", "date", "commit", "models", "rows", "skipped", "settings")
 BENCH_KEYS = ("machine", "date", "commit", "rows", "skipped", "settings", "points", "found")
+SPIKES_KEYS = ("machine", "date", "commit", "model", "text", "settings", "rows")
 FRONTIER_KEYS = ("machine", "date", "commit", "model", "text", "rows")
 
 
@@ -21,11 +22,13 @@ class Committed:
     """The newest context_*.json or bench_*.json of a model on disk."""
     frontiers: list[dict[str, Any]] = field(default_factory=list)
     """The newest frontier_*.json of each model."""
+    spikes: list[dict[str, Any]] = field(default_factory=list)
+    """The newest spikes_frontier_*.json of each model."""
 
     def lines(self) -> list[str]:
         """What to tell on the terminal."""
         found = [self.context] if self.context else []
-        lines = [f"with {origin(r)}" for r in found + self.frontiers]
+        lines = [f"with {origin(r)}" for r in found + self.frontiers + self.spikes]
         if not self.context:
             lines.append("no committed benchmarks/results/context_*.json: no longer lengths")
         if not self.frontiers:
@@ -52,11 +55,15 @@ def read_committed(folder: Path) -> Committed:
     benches = [_read(p, BENCH_KEYS) for p in sorted(folder.glob("bench_*.json"))]
     contexts += [as_context(b) | {"file": b["file"]} for b in benches if b["found"]["fingerprints"]]
     frontiers = [_read(p, FRONTIER_KEYS) for p in sorted(folder.glob("frontier_*.json"))]
+    spikes = [_read(p, SPIKES_KEYS) for p in sorted(folder.glob("spikes_frontier_*.json"))]
     newest = max(contexts, key=lambda r: r["date"], default=None)
-    by_model: dict[str, dict[str, Any]] = {}
-    for result in sorted(frontiers, key=lambda r: r["date"]):
-        by_model[result["model"]] = result
-    return Committed(newest, list(by_model.values()))
+    return Committed(newest, _newest_of_each(frontiers), _newest_of_each(spikes))
+
+
+def _newest_of_each(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One for each model."""
+    by_model = {result["model"]: result for result in sorted(results, key=lambda r: r["date"])}
+    return list(by_model.values())
 
 
 def as_context(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import page
 from committed import Committed
+from firing import spikes
 from sections import (
     GOOD_FRAC,
     Results,
@@ -213,6 +214,7 @@ SECTIONS: list[tuple[str, str, Section]] = [
     ("recall", "What is still found far back", far_back),
     ("worth", "The memory", worth),
     ("question", "The same question to each", question),
+    ("spikes", "The same model as spikes", spikes),
     ("memory", "State against context", memory),
     ("speed", "Time and memory against context", speed),
     ("longer", "Longer contexts, from committed results", longer),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from committed import as_context
+from firing import SENTENCE, show_spikes, spike_commands
 from stage import Run, Step, bar, indented, parse_task
 from worth import TRIALS, memory_commands, memory_worth
 
@@ -59,7 +60,7 @@ LIVE_MAX_MINUTES = 1.0
 """A timed run expected to take longer, loading included, is skipped, so that slow machines finish
 too."""
 LIVE_DECODE = 16
-FACT = "The key to the archive is kept in the blue tin on the top shelf."
+FACT = SENTENCE
 QUESTION = "Where is the key to the archive kept?"
 ANSWER_TOKENS = 48
 
@@ -349,5 +350,6 @@ STEPS = [
     Step("What is still found far back", recall_commands, compare_recall),
     Step("What the memory is worth", memory_commands, memory_worth),
     Step("The same question to each", ask_commands, ask_the_same),
+    Step("The same model as spikes", spike_commands, show_spikes),
     Step("Time and memory against context", context_command, time_and_memory),
 ]

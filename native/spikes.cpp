@@ -43,7 +43,7 @@ std::int32_t pair(std::int32_t low, std::int32_t high) {
                                    (static_cast<std::uint32_t>(low) & 0xffffu));
 }
 
-void prefetch([[maybe_unused]] const std::uint8_t* row) {
+void prefetch([[maybe_unused]] const void* row) {
 #if defined(__GNUC__)
   __builtin_prefetch(row, 0, 3);
 #endif
@@ -166,6 +166,10 @@ void event_spike_linears(Level level, int threads, const Fired& fired,
     const int64_t soon = fired.rows > 0 ? std::min(mine.ahead, events[0].start.back()) : 0;
     for (int64_t j = 0; j < soon; ++j) {
       for (const std::uint8_t* rows : mine.rows) prefetch(rows + events[0].row[j]);
+    }
+    for (const std::uint16_t* scales : mine.scales) {
+      prefetch(scales);
+      prefetch(scales + tile_width / 2);
     }
     for (int64_t g = 0; g < groups_of(first); ++g) {
       for (int64_t m = 0; m < fired.rows; ++m) {

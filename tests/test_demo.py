@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 import chunked
+import firing
 import report
 import stage
 import steps
@@ -139,6 +140,52 @@ def memory() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def spiking() -> dict[str, Any]:
+    """A run's spikes: three tokens, two channels, four sites in two layers."""
+    names = ("qkv", "o", "mlp", "down")
+    total = {
+        "silent_frac": 0.345, "skipped_frac": 0.313, "weight_bytes": 200 << 20,
+        "weight_bytes_touched": 137 << 20, "mean_abs_count": 3.21, "events": 5.0,
+        "bit_sparsity": {"signed-bitwise": {"zero_frac": 0.77, "steps": 7}},
+        "three_step_windows": {"with_0_1_2_3_spikes_frac": [0.66, 0.2, 0.1, 0.04]},
+    }
+    return {
+        "total": total, "distance": bucket(0, 512, 0.111), "runs": "by events", "not_spiked": [],
+        "text": {"held_out_tokens": 1024}, "neuron": {"neuron": "dead-zone"},
+        "sites": [
+            {"layer": i, "site": name, "silent_frac": 0.1 * (i + 1) + 0.05 * j}
+            for i in range(2)
+            for j, name in enumerate(names)
+        ],
+        "raster": {
+            "layer": 1, "tokens": ["The", " <key>", " &"],
+            "counts": {name: [[3, 0], [0, -2], [40, 1]] for name in names},
+            "fired": {name: [1, 1, 2] for name in names},
+            "neurons": {name: [2, 2, 2] for name in names},
+        },
+    }  # fmt: skip
+
+
+def speed_frontier() -> dict[str, Any]:
+    rows = [
+        {
+            "name": f"{kind} {weights}, {skipped:.0%}", "kind": kind, "weights": weights,
+            "skipped_frac": skipped, "kl_nats": 0.02 + skipped, "kl_nats_95": [0.01, 0.9],
+            "token_bytes": 1e8 * (1 - skipped), "fingerprint": "0123456789abcdef",
+            "tokens_per_second": {n: around(100 * int(n) * (1 + skipped)) for n in ("1", "2")},
+        }
+        for kind, weights, skipped in (
+            ("dense", "int8", 0.0), ("events", "int8", 0.31), ("events", "int8", 0.53),
+            ("events", "int4", 0.51), ("llama.cpp", "q8_0", 0.0),
+        )
+    ]  # fmt: skip
+    return {
+        "model": "Pico-1M.gguf", "machine": {"processor": "Made-up 9000", "threads": 2},
+        "date": "2026-01-04", "commit": "fed9876", "text": "12 contexts", "settings": "5 rounds",
+        "rows": rows,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def results() -> dict[str, Any]:
     """A complete run, with numbers that are easy to find again."""
@@ -183,6 +230,7 @@ def results() -> dict[str, Any]:
             "answers": {r: f"<b>{r}</b> says & so" for r in ROLES},
         },
         "context": timing(ROLES[:2], (1024, 2048, 4096, 8192)),
+        "spikes": spiking(),
     })  # fmt: skip
 
 
@@ -216,6 +264,7 @@ def folder(tmp_path: Path) -> Path:
     new["models"]["converted"]["fingerprint"] = "of another recipe"
     (tmp_path / "context_new.json").write_text(json.dumps(new))
     (tmp_path / "frontier_pico.json").write_text(json.dumps(frontier()))
+    (tmp_path / "spikes_frontier_pico.json").write_text(json.dumps(speed_frontier()))
     return tmp_path
 
 
@@ -411,6 +460,53 @@ def steps_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> s
     stage.perform(run, steps.STEPS[: titles.index("What the memory is worth") + 1], total=5)
     json.dumps(run.results)
     return run
+
+
+def test_spikes_are_drawn_counted_and_set_against_speed(results: dict, folder: Path) -> None:
+    page = Page(report.render(results, read_committed(folder)))
+    for said in ("34.5%", "31.3%", "137.0 MiB of 200.0 MiB", "77.0% of 7 steps", "66.0%"):
+        assert said in page.text
+    assert "events int4, 51%" in page.text
+    assert "fed9876" in page.text
+    drawn = [label for label in page.labels if "aster of the sentence" in label]
+    assert drawn == ["Spike raster of the sentence 'The <key> &'"]
+    assert len([label for label in page.labels if label.startswith("KL against")]) == 3
+    del results["spikes"]
+    bare = Page(report.render(results, Committed()))
+    assert "No spikes were counted" in bare.text
+    assert "no frontier of speed" in bare.text
+
+
+def test_a_raster_draws_what_fired_and_nothing_else() -> None:
+    drawn = firing.raster_plot(spiking()["raster"])
+    assert drawn.count('class="up"') == 4 * 3
+    assert drawn.count('class="down"') == 4
+
+
+def test_the_sentence_is_shown_as_it_fired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict
+) -> None:
+    save_tiny(tmp_path / "pico")
+    for name, value in {
+        "CALIBRATION_TOKENS": 64, "HELD_OUT_TOKENS": 96, "CONTEXT_TOKENS": 32,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(firing, name, value)
+    run = stage.Run(tmp_path / "pico", "retrieval", tmp_path / "out", 1, "f32")
+    firing.show_spikes(run)
+    found = json.loads(json.dumps(run.results["spikes"]))
+    drawn = found["raster"]
+    assert "".join(drawn["tokens"]).endswith(firing.SENTENCE)
+    assert drawn["layer"] == 2
+    assert set(drawn["counts"]) == {"qkv", "o", "mlp", "down"}
+    for name, counts in drawn["counts"].items():
+        assert len(counts) == len(drawn["tokens"])
+        assert 0 < sum(drawn["fired"][name]) < sum(drawn["neurons"][name])
+    assert 0.15 < found["total"]["skipped_frac"] < 0.45
+    (command,) = firing.spike_commands(run)
+    assert "--silent 0.3" in command
+    assert "Its own sentence in layer 2" in Page(
+        report.render(results | {"spikes": found}, Committed())
+    ).text
 
 
 def test_the_memory_is_measured_on_and_cut(

@@ -10,6 +10,7 @@ from respike.ops.packed import (
     PackedWeight,
     pack,
     packed_columns,
+    place_side_by_side,
     place_together,
     quantise,
     quantise_definition,
@@ -174,3 +175,20 @@ def test_the_native_search_is_the_definitions(level: int, shape: tuple[int, int,
     expected, expected_scales = quantise_definition(weight, "int4", group)
     assert torch.equal(scales, expected_scales)
     assert torch.equal(integers, expected)
+
+
+@pytest.mark.parametrize("kind", INT_KINDS)
+def test_what_an_input_feeds_can_lie_side_by_side(kind: str) -> None:
+    units = [[pack(torch.randn(o, i), kind, 64) for o in outs] for i, outs in ((33, (70, 3)), (9, (5,)))]
+    expected = [[unpack(w) for w in unit] for unit in units]
+    placed = list(place_side_by_side([list(unit) for unit in units]))
+    for unit, weights in zip(placed, expected, strict=True):
+        for packed, weight in zip(unit, weights, strict=True):
+            assert torch.equal(unpack(packed), weight)
+    row = 64 if kind == "int8" else 32
+    first, second = placed[0]
+    assert first.strides == second.strides == (row, 3 * row, 64, 3 * 64)
+    assert second.data.data_ptr() - first.data.data_ptr() == 2 * row
+    with pytest.raises(ValueError, match="in one piece"):
+        _ = first.for_kernels
+    assert list(place_side_by_side([])) == []

@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from kernels import at_level, each_level, extension, native
-from respike.ops.packed import KINDS, PackedWeight, pack, unpack
+from respike.ops.packed import KINDS, PackedWeight, pack, place_side_by_side, unpack
 from respike.ops.spike_linear import (
-    EVENT_ROWS,
+    Form,
     spike_linear,
     spike_linear_definition,
     spike_linear_dense,
+    spike_weights,
 )
 from tolerance import assert_close
 
 INT_KINDS = ("int8", "int4")
 SHAPES = ((1, 1), (64, 64), (70, 33), (200, 577), (65, 300))
 """(O, I): one tile and several, whole and not; groups, whole and not."""
+
+MANY = 33
+"""Rows of which the kernels take more than one at a time, and some remain."""
+FORMS: tuple[Form, ...] = ("best", "events", "dense")
 
 each_kind = pytest.mark.parametrize("kind", INT_KINDS)
 Case = tuple[Tensor, Tensor, PackedWeight, Tensor]
@@ -53,7 +58,7 @@ def test_the_definition_multiplies_what_counts_and_weights_stand_for(kind: str, 
 @pytest.mark.usefixtures("poison")
 def test_the_dense_form_has_the_definitions_bits(kind: str, most: int) -> None:
     for outputs, inputs in SHAPES:
-        for rows in (1, 3, EVENT_ROWS + 1):
+        for rows in (1, 3, MANY):
             counts, step, packed, bias = case(kind, outputs, inputs, rows, most=most)
             for b in (bias, None):
                 expected = spike_linear_definition(counts, step, packed, b)
@@ -98,20 +103,40 @@ def test_what_does_not_fit_is_refused() -> None:
 # ---- events
 
 
+def side_by_side(packed: PackedWeight) -> PackedWeight:
+    """The same weight in the long rows of memory that it shares with another."""
+    other = pack(torch.randn(130, packed.in_features), packed.kind, packed.group_size)
+    ((_, placed),) = place_side_by_side([[other, packed]])
+    return placed
+
+
 @native
 @each_level
 @each_kind
-@pytest.mark.parametrize("most", [1, 127, 32_767, 40_000, 2**31 - 1])
+@pytest.mark.parametrize("most", [1, 127, 400, 32_767, 40_000, 2**31 - 1])
 @pytest.mark.usefixtures("poison")
-def test_events_have_the_definitions_bits(level: int, kind: str, most: int) -> None:
+def test_every_form_has_the_definitions_bits(level: int, kind: str, most: int) -> None:
     for outputs, inputs in SHAPES:
-        for rows in (1, 2, 5, EVENT_ROWS):
+        for rows in (1, 5, MANY):
             counts, step, packed, bias = case(kind, outputs, inputs, rows, most=most)
             expected = spike_linear_definition(counts, step, packed, bias)
             with at_level(level):
-                assert torch.equal(spike_linear(counts, step, packed, bias), expected)
+                for weight in (packed, side_by_side(packed)):
+                    for form in FORMS:
+                        got = spike_linear(counts, step, weight, bias, form)
+                        assert torch.equal(got, expected), (outputs, inputs, rows, form)
                 got = spike_linear(counts[-1], step[-1], packed)
             assert torch.equal(got, spike_linear_definition(counts[-1], step[-1], packed))
+
+
+def test_rows_in_pieces_are_refused() -> None:
+    counts, step, packed, _ = case("int8", 70, 33, 1)
+    pieces = packed.data.transpose(1, 2).contiguous().transpose(1, 2)
+    broken = PackedWeight("int8", pieces, packed.scales, 33, 70, 32)
+    with pytest.raises(ValueError, match="rows in pieces"):
+        spike_weights(broken, None)
+    assert counts.shape == (1, 33)
+    assert step.shape == (1, 1)
 
 
 @native
@@ -126,8 +151,9 @@ def test_the_largest_sums_do_not_overflow(level: int, kind: str, group: int) -> 
         counts[2, 17:] = 0
         step = torch.rand(3, 1)
         with at_level(level):
-            got = spike_linear(counts, step, packed)
+            got, dense = (spike_linear(counts, step, packed, None, form) for form in FORMS[1:])
         assert torch.equal(got, spike_linear_definition(counts, step, packed))
+        assert torch.equal(dense, got)
         assert torch.equal(spike_linear_dense(counts, step, packed), got)
 
 
@@ -149,8 +175,11 @@ def test_bits_do_not_depend_on_the_number_of_threads(level: int, kind: str) -> N
 @native
 @each_level
 @each_kind
-@pytest.mark.parametrize("rows", [1, 3])
-def test_nothing_is_written_outside_unaligned_buffers(level: int, kind: str, rows: int) -> None:
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_nothing_is_written_outside_unaligned_buffers(
+    level: int, kind: str, form: Form, rows: int
+) -> None:
     outputs, inputs = 67, 33
     counts, step, packed, bias = case(kind, outputs, inputs, rows)
     expected = spike_linear_definition(counts, step, packed, bias)
@@ -161,9 +190,10 @@ def test_nothing_is_written_outside_unaligned_buffers(level: int, kind: str, row
         guard = torch.full((33,), torch.nan if t.is_floating_point() else 127).to(t.dtype)
         guarded[name] = torch.cat([guard, t.flatten(), guard])
     at = {name: t.data_ptr() + 33 * t.element_size() for name, t in guarded.items()}
-    buffers = [at[name] for name in ("data", "scales", "counts", "step", "bias", "out")]
-    kernel = extension().spike_linear
-    kernel(level, 1, KINDS.index(kind), *buffers, rows, inputs, outputs, 32)
+    weights = [at[name] for name in ("data", "scales", "bias")]
+    weight = (KINDS.index(kind), *weights, inputs, outputs, 32, *packed.strides)
+    buffers = [at[name] for name in ("counts", "step", "out")]
+    extension().spike_linear(level, 1, FORMS.index(form), weight, *buffers, rows)
     out = guarded["out"]
     assert torch.equal(out[33:-33].view(rows, outputs), expected)
     assert out[:33].isnan().all()
@@ -173,43 +203,35 @@ def test_nothing_is_written_outside_unaligned_buffers(level: int, kind: str, row
 GUARDED = """
 import ctypes, mmap, sys
 import torch
-from respike.ops import backends
-from respike.ops.packed import KINDS, pack
-from respike.ops.spike_linear import spike_linear_definition
+from respike.ops.packed import PackedWeight, pack
+from respike.ops.spike_linear import spike_linear, spike_linear_definition
 
-kind, level, break_it = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "touch"
-outputs, blocks = 130, 6
-per_page = mmap.PAGESIZE // (64 if kind == "int8" else 32)
-inputs = blocks * per_page
+kind, rows, break_it = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "touch"
+row_bytes, tiles, blocks = 64 if kind == "int8" else 32, 4, 6
+per_page = mmap.PAGESIZE // (row_bytes * tiles)
+inputs, outputs = blocks * per_page, 64 * tiles - 3
 packed = pack(torch.randn(outputs, inputs), kind, 32)
-counts = torch.randint(-127, 128, (2, inputs), dtype=torch.int32)
+counts = torch.randint(-127, 128, (rows, inputs), dtype=torch.int32)
 silent = [1, 2, 5]
 for block in silent:
     counts[:, block * per_page : (block + 1) * per_page] = 0
-counts[1, :per_page] = 0
-step = torch.rand(2, 1)
+counts[-1, :per_page] = 0
+step = torch.rand(rows, 1)
 expected = spike_linear_definition(counts, step, packed)
 if break_it:
-    counts[1, 2 * per_page + 3] = 1
+    counts[0, 2 * per_page + 3] = 1
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 memory = mmap.mmap(-1, packed.data.nbytes)
-data = torch.frombuffer(memory, dtype=packed.data.dtype).view(packed.data.shape)
-data.copy_(packed.data)
+data = torch.frombuffer(memory, dtype=packed.data.dtype).view(inputs, tiles, row_bytes)
+data.copy_(packed.data.transpose(0, 1))
 assert data.data_ptr() % mmap.PAGESIZE == 0
-for tile in range(len(data)):
-    for block in silent:
-        page = data.data_ptr() + (tile * blocks + block) * mmap.PAGESIZE
-        assert libc.mprotect(page, mmap.PAGESIZE, 0) == 0
+placed = PackedWeight(kind, data.transpose(0, 1), packed.scales, inputs, outputs, 32)
+for block in silent:
+    assert libc.mprotect(data.data_ptr() + block * mmap.PAGESIZE, mmap.PAGESIZE, 0) == 0
 
-out = torch.full((2, outputs), torch.nan)
-buffers = (data, packed.scales, counts, step)
-backends.kernels().module.spike_linear(
-    level, 1, KINDS.index(kind), *(t.data_ptr() for t in buffers), 0, out.data_ptr(),
-    2, inputs, outputs, 32,
-)
-assert torch.equal(out, expected)
+assert torch.equal(spike_linear(counts, step, placed, None, "events"), expected)
 print("never touched")
 """
 
@@ -219,11 +241,15 @@ print("never touched")
 @each_level
 @each_kind
 def test_a_silent_inputs_memory_is_never_touched(level: int, kind: str) -> None:
-    """Its pages cannot be read: a kernel that touches one dies."""
+    """Its pages cannot be read: a kernel that touches one dies. In the engine's layout."""
+    rows = 2 if kind == "int8" else 1
 
     def run(how: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-c", GUARDED, kind, str(level), how]
-        return subprocess.run(words, capture_output=True, text=True, check=False, cwd=Path.cwd())
+        words = [sys.executable, "-c", GUARDED, kind, str(rows), how]
+        with at_level(level):
+            return subprocess.run(
+                words, capture_output=True, text=True, check=False, cwd=Path.cwd()
+            )
 
     spared = run("spare")
     assert spared.returncode == 0, spared.stderr

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from kernels import at_level, each_level, native
 from respike.layers.spikes import Neuron, SpikedLinear, SpikeLinear
 from respike.ops.packed import pack, unpack
 from respike.ops.spikes import (
     absmax_step,
     adaptive_step,
+    fire,
+    fire_definition,
     integrate_and_fire,
     mean_magnitude,
     silenced,
@@ -102,6 +105,37 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
         assert values[1].isnan().any() or values[1].isinf().any()
         assert values[2].isfinite().all()
     assert silenced(x, torch.tensor([2.0]))[0].isnan().tolist() == [False, True, False, False]
+
+
+def test_the_mean_is_one_whatever_the_order() -> None:
+    for inputs in (1, 2, 3, 33, 577):
+        x = heavy_tailed(4, 3, inputs)
+        assert_close(mean_magnitude(x), x.double().abs().mean(-1, keepdim=True).float())
+        assert torch.equal(mean_magnitude(x)[1, 2], mean_magnitude(x[1, 2]))
+
+
+@native
+@each_level
+@each_dtype
+@pytest.mark.parametrize("inputs", [1, 2, 3, 33, 64, 301])
+def test_kernels_fire_what_the_definition_does(level: int, dtype: torch.dtype, inputs: int) -> None:
+    x = heavy_tailed(7, inputs, dtype=dtype)
+    x[1], x[2, 0], x[3, 0] = 0, torch.nan, torch.inf
+    for step in ("mean", "absmax"):
+        for band in (None, torch.tensor([0.6]), torch.rand(inputs)):
+            counts, threshold = fire_definition(x, step, 3.3, band)
+            with at_level(level):
+                got, steps = fire(x, step, 3.3, band)
+            assert torch.equal(got, counts)
+            assert torch.equal(steps.isnan(), threshold.isnan())
+            assert torch.equal(steps.nan_to_num(), threshold.nan_to_num())
+
+
+def test_bands_that_fit_no_input_are_refused() -> None:
+    unchecked = getattr(fire, "__wrapped__", fire)
+    for band in (torch.rand(3), torch.rand(1, 4), torch.rand(4).double()):
+        with pytest.raises((ValueError, RuntimeError)):
+            unchecked(torch.randn(2, 4), "mean", 3.0, band)
 
 
 @each_dtype

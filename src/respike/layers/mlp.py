@@ -1,8 +1,7 @@
 """The gated MLP (SwiGLU): ``down(silu(gate x) * up x)``. Source: Shazeer, arXiv:2002.05202."""
 
 from torch import Tensor, nn
-
-from respike.ops.gated import swiglu
+from torch.nn.functional import silu
 
 
 class GatedMLP(nn.Module):
@@ -16,4 +15,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
