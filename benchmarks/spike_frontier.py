@@ -71,7 +71,9 @@ def ours(model: Path, options: argparse.Namespace) -> list[Contender]:
         report = path / "report.json"
         spikes = read_json(report).get("spikes") if kind == "events" else None
         files = open_checkpoint(path).files
-        return Contender(name, kind, weights, "ours", {"model": spec}, options.python, spikes, files)
+        return Contender(
+            name, kind, weights, "ours", {"model": spec}, options.python, spikes, files
+        )
 
     found = [one(f"dense {w}", "dense", model, w, w) for w in ("stored", "int8", "int4")]
     for weights in options.weights:

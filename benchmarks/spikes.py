@@ -47,10 +47,8 @@ def contenders(
         counts = torch.randint(1, 128, (1, packed.in_features), dtype=torch.int32)
         quiet = torch.randperm(packed.in_features)[: round(share * packed.in_features)]
         counts[:, quiet] = 0
-        calls[f"events, {share:.0%} silent"] = (
-            lambda counts=counts: spike_linear(  # type: ignore[misc]
-                counts, step, next(rows), form="events"
-            )
+        calls[f"events, {share:.0%} silent"] = lambda counts=counts: spike_linear(  # type: ignore[misc]
+            counts, step, next(rows), form="events"
         )
     return calls
 

@@ -118,9 +118,9 @@ def spikes(results: Results, committed: Committed) -> str:
         drawn = found["raster"]
         parts = [
             page.paragraph(
-                f"A neuron before every linear layer but the output head turns numbers into signed "
-                f"counts; what is silent is left out, and its weights are not read. {found['runs']}. "
-                f"Not trained, so silence costs: measured on "
+                "A neuron before every linear layer but the output head turns numbers into signed "
+                "counts; what is silent is left out, and its weights are not read. It runs "
+                f"{found['runs']}. Not trained, so silence costs: measured on "
                 f"{found['text']['held_out_tokens']:,} tokens it was not calibrated on."
             ),
             page.table("Six figures that are often called sparsity", ("what", ""), figures(found)),
@@ -137,8 +137,8 @@ def spikes(results: Results, committed: Committed) -> str:
     if not committed.spikes:
         parts.append(
             page.paragraph(
-                "There is no committed benchmarks/results/spikes_frontier_*.json, so no frontier of "
-                "speed."
+                "There is no committed benchmarks/results/spikes_frontier_*.json, so no frontier "
+                "of speed."
             )
         )
     for number, result in enumerate(committed.spikes):
@@ -212,9 +212,7 @@ def frontier_plot(result: Mapping[str, Any], threads: str, name: str) -> str:
     with plots.plot() as (figure, axes):
         for kind, (marker, colour) in KINDS.items():
             for weights in sorted({r["weights"] for r in result["rows"] if r["kind"] == kind}):
-                mine = [
-                    r for r in result["rows"] if r["kind"] == kind and r["weights"] == weights
-                ]
+                mine = [r for r in result["rows"] if r["kind"] == kind and r["weights"] == weights]
                 axes.plot(
                     [value(r) for r in mine], [max(r["kl_nats"], 1e-4) for r in mine],
                     marker + (":" if len(mine) > 1 else ""), color=colour,
@@ -223,9 +221,11 @@ def frontier_plot(result: Mapping[str, Any], threads: str, name: str) -> str:
                 )  # fmt: skip
         axes.set_yscale("log")
         axes.set_ylabel("KL to the original, nats a token")
-        words = f"tokens a second, {page.plural(int(threads), 'thread')}" if (
-            threads != "bytes"
-        ) else "weights read for a token, MiB"
+        words = (
+            f"tokens a second, {page.plural(int(threads), 'thread')}"
+            if (threads != "bytes")
+            else "weights read for a token, MiB"
+        )
         axes.set_xlabel(words)
         plots.legend(figure, axes, 3)
         return plots.svg(figure, name, f"KL against {words} for {len(result['rows'])} rows.")

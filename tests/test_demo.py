@@ -144,8 +144,12 @@ def spiking() -> dict[str, Any]:
     """A run's spikes: three tokens, two channels, four sites in two layers."""
     names = ("qkv", "o", "mlp", "down")
     total = {
-        "silent_frac": 0.345, "skipped_frac": 0.313, "weight_bytes": 200 << 20,
-        "weight_bytes_touched": 137 << 20, "mean_abs_count": 3.21, "events": 5.0,
+        "silent_frac": 0.345,
+        "skipped_frac": 0.313,
+        "weight_bytes": 200 << 20,
+        "weight_bytes_touched": 137 << 20,
+        "mean_abs_count": 3.21,
+        "events": 5.0,
         "bit_sparsity": {"signed-bitwise": {"zero_frac": 0.77, "steps": 7}},
         "three_step_windows": {"with_0_1_2_3_spikes_frac": [0.66, 0.2, 0.1, 0.04]},
     }
@@ -504,9 +508,10 @@ def test_the_sentence_is_shown_as_it_fired(
     assert 0.15 < found["total"]["skipped_frac"] < 0.45
     (command,) = firing.spike_commands(run)
     assert "--silent 0.3" in command
-    assert "Its own sentence in layer 2" in Page(
-        report.render(results | {"spikes": found}, Committed())
-    ).text
+    assert (
+        "Its own sentence in layer 2"
+        in Page(report.render(results | {"spikes": found}, Committed())).text
+    )
 
 
 def test_the_memory_is_measured_on_and_cut(

@@ -5,6 +5,7 @@ engine, and one rounding can push an input over a neuron's edge; so can silu's, 
 """
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def spiking(config: ModelConfig, dtype: torch.dtype, **changes: Any) -> tuple[De
 @torch.no_grad()
 def outputs(decoder: Decoder, tokens: Tensor, cuts: tuple[int, ...]) -> Tensor:
     state, found, edges = decoder.init_state(len(tokens)), [], (0, *cuts, tokens.shape[1])
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         out, state = decoder(tokens[:, begin:end], state)
         found.append(out)
     return torch.cat(found, 1)

@@ -179,7 +179,9 @@ def test_the_native_search_is_the_definitions(level: int, shape: tuple[int, int,
 
 @pytest.mark.parametrize("kind", INT_KINDS)
 def test_what_an_input_feeds_can_lie_side_by_side(kind: str) -> None:
-    units = [[pack(torch.randn(o, i), kind, 64) for o in outs] for i, outs in ((33, (70, 3)), (9, (5,)))]
+    units = [
+        [pack(torch.randn(o, i), kind, 64) for o in outs] for i, outs in ((33, (70, 3)), (9, (5,)))
+    ]
     expected = [[unpack(w) for w in unit] for unit in units]
     placed = list(place_side_by_side([list(unit) for unit in units]))
     for unit, weights in zip(placed, expected, strict=True):

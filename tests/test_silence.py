@@ -1,4 +1,4 @@
-"""Training towards silence: the surrogate by hand, the share against the census, and a short run."""
+"""Training towards silence: the surrogate by hand, the share against the census, a short run."""
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ Source: Pan et al., arXiv:2509.05276, section 2, and the released ``hf_7B_model`
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from respike.config import GlaMemory, LayerConfig, LinearMixer, WindowMixer

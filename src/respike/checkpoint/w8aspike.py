@@ -1,8 +1,8 @@
 """SpikingBrain-7B-W8ASpike as released: what its tensors mean, which differ from the plain release.
 
 Every linear layer but the head has scales for 128 inputs of an output: the weight that runs is
-``round(W / scale) * scale``, integers beyond 127 included. Before each stand neurons whose threshold
-is mean|x| / 3. ``down_proj`` is released with scales too, but the released code goes past both its
+``round(W / scale) * scale``, integers beyond 127 included. Before each stand neurons of threshold
+mean|x| / 3. ``down_proj`` is released with scales too, but the released code goes past both its
 neurons and its scales, and so do we. The gate of the linear layers is one matrix instead of two of
 low rank; here it is two of full rank, of which the second is the identity.
 

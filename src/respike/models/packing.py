@@ -26,9 +26,9 @@ _FLOAT_KIND = {torch.float32: "f32", torch.bfloat16: "bf16"}
 def pack_decoder(decoder: Decoder, weights: str = "stored") -> Decoder:
     """Pack every linear layer, in place, and give the decoder its engine.
 
-    Layers behind neurons are packed already, and are only laid out for events. Embeddings keep their
-    dtype. Where weights are rounded, so are the inputs of their layers, to
-    int8 with a scale for each row and group: products are of integers then. With int4 the head is
+    Layers behind neurons are packed already, and are only laid out for events. Embeddings keep
+    their dtype. Where weights are rounded, so are the inputs of their layers, to int8 with a scale
+    for each row and group: products are of integers then. With int4 the head is
     int8: it decides between tokens directly, and int4 there costs half as much again.
 
     Args:
