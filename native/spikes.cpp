@@ -208,6 +208,12 @@ void check(const PackedLinearJob<T>* jobs, int64_t count) {
   }
 }
 
+bool is_few(const Fired& fired, int64_t inputs) {
+  if (fired.rows > 16 * event_rows) return false;
+  const auto silent = std::count(fired.counts, fired.counts + fired.rows * inputs, 0);
+  return fired.rows * inputs - silent <= event_rows * inputs;
+}
+
 bool side_by_side(const PackedWeights& a, const PackedWeights& b) {
   return a.strides.row == b.strides.row && a.strides.scales_row == b.strides.scales_row;
 }
@@ -218,7 +224,8 @@ template <class T>
 void spike_linears(Level level, int threads, const Fired& fired, const PackedLinearJob<T>* jobs,
                    int64_t count, SpikeForm form) {
   check(jobs, count);
-  if (form == SpikeForm::events || (form == SpikeForm::best && fired.rows <= event_rows)) {
+  const bool best_by_events = form == SpikeForm::best && is_few(fired, jobs[0].weights.inputs);
+  if (best_by_events || form == SpikeForm::events) {
     for (int64_t from = 0, to = 1; from < count; from = to++) {
       while (to < count && side_by_side(jobs[from].weights, jobs[to].weights)) ++to;
       event_spike_linears(level, threads, fired, jobs + from, to - from);

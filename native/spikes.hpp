@@ -32,7 +32,8 @@ void fire(Level level, int threads, const T* x, std::int64_t rows, std::int64_t 
           const Neurons& neurons, std::int32_t* counts, float* steps);
 
 // How a product runs. The bits are the same. events: rows walk the weights of what fired, one after
-// the other, and read no others. dense: dot products of int8 over all inputs.
+// the other, and read no others. dense: dot products of int8 over all inputs. best: by events if few
+// inputs of all rows fired.
 enum class SpikeForm { best = 0, events = 1, dense = 2 };
 
 // out (rows, outputs) = round(steps * (counts @ weights) + bias) for each job, of integer weights in
@@ -43,7 +44,8 @@ void spike_linears(Level level, int threads, const Fired& fired, const PackedLin
 
 // ---- between their files
 
-constexpr std::int64_t event_rows = 4;      // rows for which events beat the dense form (measured)
+constexpr std::int64_t event_rows = 4;      // rows of which everything fired that take as long by
+                                            // events as many take dense (measured)
 constexpr std::int32_t most_count = 32767;  // of larger counts, a group's sums may not fit int32
 
 inline std::int64_t groups_of(const PackedWeights& w) { return (w.inputs + w.group - 1) / w.group; }

@@ -21,7 +21,7 @@ from respike.ops import backends
 from respike.ops.packed import KINDS, PackedWeight, from_tiles, unpack_integers
 
 Form = Literal["best", "events", "dense"]
-"""How the kernels run a product; an index is its number in C++. best: events for few rows."""
+"""How the kernels run a product; an index is its number in C++. best: events if few inputs fired."""
 
 _FLOAT32_INTEGERS, _LARGEST_WEIGHT = 1 << 24, {"int8": 128, "int4": 8}
 
@@ -82,7 +82,7 @@ def spike_linear(
     bias: Float[Tensor, " O"] | None = None,
     form: Form = "best",
 ) -> Float[Tensor, "*rows O"]:
-    """By events for few rows, by dot products of int8 for many, in torch without kernels.
+    """By events for few, by dot products of int8 for many of them, in torch without kernels.
 
     Same arguments and results as `spike_linear_definition`, to the bit. ``form`` is for the
     kernels, which take a weight as `respike.ops.packed.pack` or `place_side_by_side` leave it.
