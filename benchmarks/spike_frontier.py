@@ -13,6 +13,7 @@ the census counted on the same text.
 
 import argparse
 import json
+import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--vs", nargs="*", default=[], help="llama.cpp, or nothing")
-    parser.add_argument("--python", default=".venv/bin/python", help="has the peer")
+    parser.add_argument("--python", default=sys.executable, help="has the peer")
     options = parser.parse_args()
     contenders = ours(options.model, options) + peers(options.model, options)
     with tempfile.TemporaryDirectory() as folder:

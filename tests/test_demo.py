@@ -328,7 +328,7 @@ def test_the_page_is_self_contained_and_well_formed(results: dict, folder: Path)
 def test_every_section_and_plot_is_there(results: dict, folder: Path) -> None:
     page = Page(report.render(results, read_committed(folder)))
     assert {name for name, _, _ in report.SECTIONS} <= set(page.ids)
-    assert len(page.labels) == 9
+    assert len(page.labels) == 14
     assert all(len(label) > 30 for label in page.labels)
 
 
