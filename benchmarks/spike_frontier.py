@@ -73,7 +73,7 @@ def ours(model: Path, options: argparse.Namespace) -> list[Contender]:
         spikes = read_json(report).get("spikes") if kind == "events" else None
         files = open_checkpoint(path).files
         return Contender(
-            name, kind, weights, "ours", {"model": spec}, options.python, spikes, files
+            name, kind, weights, "ours", {"model": spec}, sys.executable, spikes, files
         )
 
     found = [one(f"dense {w}", "dense", model, w, w) for w in ("stored", "int8", "int4")]
@@ -178,7 +178,7 @@ def rows_of(
     tokenizer = load_tokenizer(open_checkpoint(model))
     text = contexts((), tokenizer, context_tokens=CONTEXT_TOKENS, max_tokens=options.tokens)
     exact = {"model": {"path": str(model), "dtype": "f32", "weights": "stored"}}
-    original = Contender("original", "dense", "f32", "ours", exact, options.python, None, [])
+    original = Contender("original", "dense", "f32", "ours", exact, sys.executable, None, [])
     far: dict[str, list[float]] = {c.name: [] for c in contenders}
     for tokens in text:
         expected = logits(original, tokens, folder)
