@@ -6,9 +6,9 @@
 Float weights in float32, so that neurons alone are measured: absmax counts of 8 bits, finer
 thresholds (mean|x| / k, whose counts beyond 127 the kernels take exactly), and TEAL, whose values
 are not rounded. Each without a band, silenced uniformly, by sensitivity, and only where the width
-is (the MLP's inner layer; everything else fires). Bands come from the calibration half of the built-in
-text, figures from the other; 95 % intervals over contexts. About a minute of two cores a row of
-4,096 tokens, and three for each neuron's prices.
+is (the MLP's inner layer; everything else fires). Bands come from the calibration half of the
+built-in text, figures from the other; 95 % intervals over contexts. Expect a minute of two cores
+for a row of 4,096 tokens, and three for the prices of a neuron (not timed yet).
 """
 
 import argparse
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from resultfile import write
 from torch import Tensor
 
 from respike.bench.machine import provenance
@@ -118,8 +119,7 @@ def main() -> None:
                 "text": f"{held.numel()} tokens of the built-in text",
                 "rows": rows,
             }
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write(options.output, report)
 
 
 if __name__ == "__main__":

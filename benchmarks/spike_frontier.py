@@ -12,7 +12,6 @@ the census counted on the same text.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from array import array
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy
 import torch
+from resultfile import write
 from torch import Tensor
 
 from respike.bench.contenders import Subject, field_of
@@ -230,8 +230,7 @@ def main() -> None:
         f"{options.rounds} rounds, computing in {options.dtype}; llama.cpp: {PEER_SETTING}",
         "rows": rows,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options.output, report)
 
 
 if __name__ == "__main__":

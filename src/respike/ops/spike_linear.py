@@ -21,7 +21,7 @@ from respike.ops import backends
 from respike.ops.packed import KINDS, PackedWeight, from_tiles, unpack_integers
 
 Form = Literal["best", "events", "dense"]
-"""How the kernels run a product; an index is its number in C++. best: events if few inputs fired."""
+"""How the kernels run a product; an index is its number in C++. best: events if few fired."""
 
 _FLOAT32_INTEGERS, _LARGEST_WEIGHT = 1 << 24, {"int8": 128, "int4": 8}
 
