@@ -13,6 +13,7 @@ Source: Pan et al., arXiv:2509.05276, section 3, and the released ``hf_7B_model/
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from respike.errors import CheckpointError
 
 SCALES = ".weight_quantizer.scales"
 GATE = ".attn.gk_proj.weight"
-GROUP_SIZE = 128
+GROUP_SIZE: Literal[128] = 128
 K = 3.0
 """Thresholds in a mean magnitude."""
 _IDENTITY = ".memory.gate_up.weight"

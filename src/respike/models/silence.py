@@ -97,7 +97,8 @@ def trainable_bands(decoder: Decoder) -> list[nn.Parameter]:
             )
         if site.neuron.band.numel() > 1:
             raise UnsupportedError("training bands by channel", hint="calibrate without them")
-        bands.append(site.neuron.band.requires_grad_(True))
+        site.neuron.band.requires_grad_(True)
+        bands.append(site.neuron.band)
     if not bands:
         raise UnsupportedError("training bands of neurons that have none", hint="use dead-zone")
     return bands
@@ -116,4 +117,4 @@ def config_of(decoder: Decoder, config: SpikeConfig) -> SpikeConfig:
             (band,) = site.neuron.band.tolist()
             rows[site.layer][site.name] = max(0.0, band)
     assert all(set(row) == set(SITES) for row in rows)
-    return config.model_copy(update={"layers": tuple(SpikeBands(**row) for row in rows)})
+    return config.model_copy(update={"layers": tuple(map(SpikeBands.model_validate, rows))})

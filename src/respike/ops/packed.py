@@ -226,7 +226,7 @@ def place_side_by_side(units: list[list[PackedWeight]]) -> Iterator[list[PackedW
         tiles = [len(t) for t in tensors]
         _, rows, columns = tensors[0].shape
         whole = next(rest).view(tensors[0].dtype).view(rows, sum(tiles), columns).transpose(0, 1)
-        for tensor, place in zip(tensors, whole.split(tiles), strict=True):
+        for tensor, place in zip(tensors, torch.split(whole, tiles), strict=True):
             yield place.copy_(tensor)
 
     while units:
