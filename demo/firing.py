@@ -123,7 +123,11 @@ def spikes(results: Results, committed: Committed) -> str:
                 f"{found['runs']}. Not trained, so silence costs: measured on "
                 f"{found['text']['held_out_tokens']:,} tokens it was not calibrated on."
             ),
-            page.table("Six figures that are often called sparsity", ("what", ""), figures(found)),
+            page.table(
+                "Figures that are often called sparsity, and the price",
+                ("what", ""),
+                figures(found),
+            ),
             page.figure(
                 raster_plot(drawn),
                 f"Its own sentence in layer {drawn['layer']}: tokens across, one channel in a few "
@@ -131,7 +135,7 @@ def spikes(results: Results, committed: Committed) -> str:
                 "wide",
             ),
             page.figure(
-                silence_plot(found["sites"]), "Silent share of each layer's inputs, by site."
+                counts_plot(found["sites"]), "How many spikes an input is worth, layer by layer."
             ),
         ]
     if not committed.spikes:
@@ -173,8 +177,8 @@ def raster_plot(drawn: Mapping[str, Any]) -> str:
     )
 
 
-def silence_plot(sites: Sequence[Mapping[str, Any]]) -> str:
-    """Mean silent share by site, a line over layers each."""
+def counts_plot(sites: Sequence[Mapping[str, Any]]) -> str:
+    """Mean magnitude of counts in each layer, by site."""
     colours = (plots.ORIGINAL, plots.OTHER, plots.CONVERTED, plots.WINDOW)
     with plots.plot(2.8) as (figure, axes):
         width = 0.8 / len(NAMES)
@@ -183,16 +187,15 @@ def silence_plot(sites: Sequence[Mapping[str, Any]]) -> str:
             mine = [s for s in sites if s["site"] == name]
             axes.bar(
                 [s["layer"] + (index - 1.5) * width for s in mine],
-                [s["silent_frac"] for s in mine], width, color=colour, label=NAMES[name],
+                [s["mean_abs_count"] for s in mine], width, color=colour, label=NAMES[name],
             )  # fmt: skip
-            mean = sum(s["silent_frac"] for s in mine) / max(1, len(mine))
+            mean = sum(s["mean_abs_count"] for s in mine) / max(1, len(mine))
             said.append(f"{NAMES[name]} {mean:.2f}")
-        axes.set_ylim(0, 1)
         axes.xaxis.grid(visible=False)
         axes.set_xlabel("layer")
-        axes.set_ylabel("silent share of inputs")
-        plots.legend(figure, axes, 4)
-        return plots.svg(figure, "silence", f"Silent share by layer. Means: {', '.join(said)}.")
+        axes.set_ylabel("mean |count|")
+        plots.legend(figure, axes, 2)
+        return plots.svg(figure, "counts", f"Mean |count| by layer. Means: {', '.join(said)}.")
 
 
 KINDS = {

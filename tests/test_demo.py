@@ -157,7 +157,7 @@ def spiking() -> dict[str, Any]:
         "total": total, "distance": bucket(0, 512, 0.111), "runs": "by events", "not_spiked": [],
         "text": {"held_out_tokens": 1024}, "neuron": {"neuron": "dead-zone"},
         "sites": [
-            {"layer": i, "site": name, "silent_frac": 0.1 * (i + 1) + 0.05 * j}
+            {"layer": i, "site": name, "mean_abs_count": 2.0 * (i + 1) + 0.5 * j}
             for i in range(2)
             for j, name in enumerate(names)
         ],
@@ -475,6 +475,7 @@ def test_spikes_are_drawn_counted_and_set_against_speed(results: dict, folder: P
     drawn = [label for label in page.labels if "aster of the sentence" in label]
     assert drawn == ["Spike raster of the sentence 'The <key> &'"]
     assert len([label for label in page.labels if label.startswith("KL against")]) == 3
+    assert any("into down 4.50" in label for label in page.labels)
     del results["spikes"]
     bare = Page(report.render(results, Committed()))
     assert "No spikes were counted" in bare.text
