@@ -135,6 +135,27 @@ Tiles share_of(const PackedLinearJob<T>* jobs, int64_t count, int64_t from, int6
   return tiles;
 }
 
+// Outputs of tiles [from, to) of all jobs, of their sums (rows, to - from, 64).
+template <class T>
+void put_share(const Fired& fired, const PackedLinearJob<T>* jobs, int64_t count, int64_t from,
+               int64_t to, const float* sums) {
+  int64_t before = 0;  // tiles of the jobs before
+  for (int64_t j = 0; j < count; ++j) {
+    const PackedWeights& w = jobs[j].weights;
+    const int64_t here = tiles_of(w);
+    for (int64_t t = std::max<int64_t>(from - before, 0); t < std::min(to - before, here); ++t) {
+      const int64_t column = t * tile_width;
+      for (int64_t m = 0; m < fired.rows; ++m) {
+        put_outputs(sums + (m * (to - from) + before + t - from) * tile_width, fired.steps[m],
+                    w.bias == nullptr ? nullptr : w.bias + column,
+                    std::min<int64_t>(tile_width, w.outputs - column),
+                    jobs[j].out + m * jobs[j].out_stride + column);
+      }
+    }
+    before += here;
+  }
+}
+
 template <class T>
 void event_spike_linears(Level level, int threads, const Fired& fired,
                          const PackedLinearJob<T>* jobs, int64_t count) {
@@ -160,9 +181,9 @@ void event_spike_linears(Level level, int threads, const Fired& fired,
     const Tiles mine = share_of(jobs, count, from, to);
     thread_local std::vector<float> sums;
     thread_local std::vector<std::int32_t> scratch;
-    const auto width = static_cast<std::size_t>((to - from) * tile_width);
-    sums.assign(width * static_cast<std::size_t>(fired.rows), 0.0f);
-    scratch.resize(std::max(scratch.size(), width));
+    const int64_t width = (to - from) * tile_width;
+    sums.assign(static_cast<std::size_t>(width * fired.rows), 0.0f);
+    scratch.resize(std::max(scratch.size(), static_cast<std::size_t>(width)));
     const int64_t soon = fired.rows > 0 ? std::min(mine.ahead, events[0].start.back()) : 0;
     for (int64_t j = 0; j < soon; ++j) {
       for (const std::uint8_t* rows : mine.rows) prefetch(rows + events[0].row[j]);
@@ -173,25 +194,10 @@ void event_spike_linears(Level level, int threads, const Fired& fired,
     }
     for (int64_t g = 0; g < groups_of(first); ++g) {
       for (int64_t m = 0; m < fired.rows; ++m) {
-        add_events(mine, events[m], g, scratch.data(), sums.data() + m * static_cast<int64_t>(width));
+        add_events(mine, events[m], g, scratch.data(), sums.data() + m * width);
       }
     }
-    int64_t before = 0;  // tiles of the jobs before
-    for (int64_t j = 0; j < count; ++j) {
-      const PackedWeights& w = jobs[j].weights;
-      const int64_t here = tiles_of(w);
-      for (int64_t t = std::max<int64_t>(from - before, 0); t < std::min(to - before, here); ++t) {
-        const int64_t column = t * tile_width;
-        for (int64_t m = 0; m < fired.rows; ++m) {
-          put_outputs(sums.data() + m * static_cast<int64_t>(width) +
-                          (before + t - from) * tile_width,
-                      fired.steps[m], w.bias == nullptr ? nullptr : w.bias + column,
-                      std::min<int64_t>(tile_width, w.outputs - column),
-                      jobs[j].out + m * jobs[j].out_stride + column);
-        }
-      }
-      before += here;
-    }
+    put_share(fired, jobs, count, from, to, sums.data());
   });
 }
 

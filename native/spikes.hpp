@@ -1,4 +1,4 @@
-// Neurons, and linear layers that are fed what they fire. The definitions are respike.ops.spikes and
+// Neurons, and linear layers fed with what they fire. The definitions are respike.ops.spikes and
 // respike.ops.spike_linear; all that is here follows them to the bit: sums of a scale group are
 // integers, and float32 is added and multiplied one by one (these files are compiled without
 // contraction to fma).
