@@ -64,7 +64,7 @@ def in_words(
             continue
         g = h // (H // G)
         visits = [(0, one, None)]
-        visits += [(1 + int(n), two, shares[b, t, n]) for n in choice.index[b, t]]
+        visits += [(1 + int(n), two, shares[b, t, n]) for n in choice.where[b, t]]
         for p, (q, k, beta, log_decay), eta in visits:
             query, key = q[b, t, h], k[b, t, g]
             if eta is not None and not corrected:
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_definition(T: int, corrected: bool) -> None:
         leaves = [*shared, *sparse, v, choice.shares, STATE]
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
         one, two = Stream(*leaves[:4]), Stream(*leaves[4:8])
-        given = Choice(leaves[9], choice.index)
+        given = Choice(leaves[9], choice.where)
         out, after = form(one, two, leaves[8], given, leaves[10], corrected=corrected)
         loss = (out * normal(*out.shape, seed=8)).sum()
         loss = loss + (after * normal(*after.shape, seed=9)).sum()
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_definition(T: int, corrected: bool) -> None:
 def test_released_gates_cancel_and_corrected_gates_act() -> None:
     """The same choice with other shares: no difference as released, a large one corrected."""
     shared, sparse, v, choice = inputs(25)
-    flat = Choice(torch.full_like(choice.shares, 0.25), choice.index)
+    flat = Choice(torch.full_like(choice.shares, 0.25), choice.where)
     change = {}
     for corrected in (False, True):
         before, _ = sse(shared, sparse, v, choice, STATE, corrected=corrected)
@@ -136,7 +136,7 @@ def test_the_router_learns_only_where_gates_act() -> None:
     for corrected in (False, True):
         shared, sparse, v, choice = inputs(25)
         logits = (2 * normal(B, 25, N, seed=20)).requires_grad_()
-        given = Choice(route(logits, C)[0], choice.index)
+        given = Choice(route(logits, C)[0], choice.where)
         out, _ = sse(shared, sparse, v, given, STATE, corrected=corrected)
         (grad,) = torch.autograd.grad((out * normal(*out.shape, seed=8)).sum(), logits)
         sizes.append(float(grad.norm()))
@@ -190,7 +190,7 @@ def part(
     shared, sparse, v, choice = given
     real = None if choice.real is None else choice.real[:, at]
     cut = [Stream(*(x[:, at] for x in one)) for one in (shared, sparse)]
-    return cut[0], cut[1], v[:, at], Choice(choice.shares[:, at], choice.index[:, at], real)
+    return cut[0], cut[1], v[:, at], Choice(choice.shares[:, at], choice.where[:, at], real)
 
 
 def in_parts(T: int, cuts: Sequence[int], corrected: bool) -> tuple[Tensor, Tensor]:

@@ -100,32 +100,45 @@ def layer_table(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 def describe(layer: LayerConfig) -> str:
-    """A layer's mixers in words."""
+    """A layer's mixers in words, and its MLP if there is more than one."""
     parts = []
     for part in layer.mixers:
         groups = ",".join(map(str, part.groups))
         where = f" (groups {groups})" if len(layer.mixers) > 1 else ""
         parts.append(f"{_words(part)}{where}")
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    if layer.beside is not None:
+        text += f" beside {', '.join(_words(part) for part in layer.beside.mixers)}"
+        text += f", {layer.beside.merge} of norms"
+    if layer.moe is not None:
+        shared = f" + {layer.moe.shared}" if layer.moe.shared else ""
+        text += f"; {layer.moe.experts}{shared} experts, {layer.moe.router} top-{layer.moe.chosen}"
+    return text
 
 
 def _words(part: Mixer) -> str:
-    if part.mixer == "full":
-        return "full"
     if part.mixer == "blocks":
         of = f"best {part.top_blocks} blocks of {part.block_tokens}"
+        whose = " by head" if part.by_head else ""
         cache = ", int8" if part.cache == "int8" else ""
-        return f"{of} + window {part.window_tokens} + {part.sink_tokens} sinks{cache}"
+        decode = ", dense decoding" if part.dense_decode else ""
+        near = f"window {part.window_tokens} + {part.sink_tokens} sinks"
+        return f"{of}{whose} + {near}{cache}{decode}"
     memory = "" if part.memory is None else _memory_words(part.memory)
     if part.mixer == "linear":
         return memory
-    window = f"window {part.window_tokens} + {part.sink_tokens} sinks"
-    return f"{window} + {memory}" if memory else window
+    near = "full"
+    if part.mixer == "window":
+        near = f"window {part.window_tokens} + {part.sink_tokens} sinks"
+    return f"{near} + {memory}" if memory else near
 
 
 def _memory_words(memory: AnyMemory) -> str:
     if memory.kind == "far":
         return f"far memory of {memory.features}"
+    if memory.kind == "sse":
+        of = f"{memory.chosen} of {memory.partitions} partitions"
+        return f"sparse gated delta ({of}, {memory.gate} gate)"
     return {"gla": "gated linear", "tied": "tied-gate linear", "delta": "gated delta"}[memory.kind]
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from respike import config as configs
 from respike.config import LayerConfig, ModelConfig, RopeConfig
 from respike.layers.attention import Attention
+from respike.layers.beside import Beside
 from respike.layers.blocks import BlockSoftmax
 from respike.layers.far import FarSoftmax
 from respike.layers.linear import PackedLinear
@@ -29,9 +30,11 @@ from respike.layers.memory import (
 )
 from respike.layers.mixer import Mixer
 from respike.layers.mlp import GatedMLP
+from respike.layers.moe import ExpertMLP
 from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
+from respike.layers.sse import SparseDelta
 from respike.layers.state import MixerState
 from respike.models.engine import Engine
 from respike.models.state import DecoderState
@@ -50,7 +53,10 @@ def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
     """The mixer that ``part`` of a layer of ``config`` describes."""
     head_dim, eps = config.head_dim, config.rms_norm_eps
     if part.mixer == "full":
-        return FullSoftmax()
+        if part.memory is None:
+            return FullSoftmax()
+        memory = _memory(config, part.memory, len(part.groups))
+        return WindowBesideMemory(FullSoftmax(), memory, head_dim, eps)
     if part.mixer == "linear":
         return Linear(_memory(config, part.memory, len(part.groups)), head_dim, eps)
     if part.mixer == "blocks":
@@ -91,6 +97,17 @@ def _memory(config: ModelConfig, memory: configs.LinearMemory, num_groups: int) 
             num_groups=num_groups,
             negative_eigenvalues=memory.negative_eigenvalues,
         )
+    if memory.kind == "sse":
+        return SparseDelta(
+            hidden_size=config.hidden_size,
+            num_heads=num_groups * config.heads_per_group,
+            num_groups=num_groups,
+            head_dim=config.head_dim,
+            partitions=memory.partitions,
+            chosen=memory.chosen,
+            rank=memory.rank,
+            corrected=memory.gate == "corrected",
+        )
     return GatedLinear(
         hidden_size=config.hidden_size,
         num_groups=num_groups,
@@ -104,6 +121,38 @@ def _memory(config: ModelConfig, memory: configs.LinearMemory, num_groups: int) 
 def build_mixers(config: ModelConfig, layer: LayerConfig) -> list[tuple[tuple[int, ...], Mixer]]:
     """(KV groups, mixer) pairs of a layer of ``config``, for `Attention`."""
     return [(part.groups, build_mixer(config, part)) for part in layer.mixers]
+
+
+def _build_beside(config: ModelConfig, layer: LayerConfig) -> Beside | None:
+    if layer.beside is None:
+        return None
+    inner = config.beside(layer)
+    mixers = [(part.groups, build_mixer(inner, part)) for part in layer.beside.mixers]
+    return Beside(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        mixers=mixers,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        mean=layer.beside.merge == "mean",
+        softmax_dropout=layer.beside.softmax_dropout,
+        eps=config.rms_norm_eps,
+    )
+
+
+def _build_mlp(config: ModelConfig, layer: LayerConfig) -> GatedMLP | ExpertMLP:
+    if layer.moe is None:
+        return GatedMLP(config.hidden_size, config.intermediate_size)
+    return ExpertMLP(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        experts=layer.moe.experts,
+        chosen=layer.moe.chosen,
+        shared=layer.moe.shared,
+        router=layer.moe.router,
+        normalised=layer.moe.normalised,
+    )
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -140,14 +189,24 @@ class DecoderLayer(nn.Module):
             o_bias=config.o_bias,
             qk_norm_eps=eps if config.qk_norm else None,
         )
+        self.beside = _build_beside(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.mlp = _build_mlp(config, layer)
+
+    def init_state(self, batch: int, like: Tensor) -> tuple[MixerState, ...]:
+        """The state before the first token; dtype and device of ``like``."""
+        states = self.self_attn.init_state(batch, like)
+        return states if self.beside is None else states + self.beside.init_state(batch, like)
 
     def forward(
         self, x: Tensor, span: Span, state: tuple[MixerState, ...]
     ) -> tuple[Tensor, tuple[MixerState, ...]]:
         """(B, T, D) and the layer's state before the span -> the same after it."""
-        mixed, state = self.self_attn(self.input_layernorm(x), span, state)
+        normed = self.input_layernorm(x)
+        if self.beside is None:
+            mixed, state = self.self_attn(normed, span, state)
+        else:
+            mixed, state = self.beside.merged(self.self_attn, normed, span, state)
         return self.add_mixed(x, mixed), state
 
     def forward_with(self, x: Tensor, mix: Mix) -> Tensor:
@@ -215,7 +274,7 @@ class Decoder(nn.Module):
 
     def init_state(self, batch: int = 1) -> DecoderState:
         """The state before the first token of ``batch`` sequences."""
-        layers = tuple(layer.self_attn.init_state(batch, self.embedding) for layer in self.layers)
+        layers = tuple(layer.init_state(batch, self.embedding) for layer in self.layers)
         return DecoderState(layers, torch.zeros(batch, dtype=torch.int64))
 
     def span(self, state: DecoderState, num_tokens: int, valid: Tensor | None = None) -> Span:

@@ -1,7 +1,8 @@
 """The native engine: a span through all layers in one call, for decoders with packed weights.
 
 It computes what `respike.models.decoder` defines, on the same states, so a sequence may go on with
-either. Layers with a mixer it does not know keep their mixers in Python, between two native calls.
+either. Layers with a mixer it does not know keep their mixers in Python, between two native calls;
+layers with an attention beside their own, or with experts, run in Python whole.
 
 Letters: B batch, T tokens, D model width, H query heads, G KV groups, K head dim.
 """
@@ -19,6 +20,7 @@ from respike.layers.blocks import BlockSoftmax, BlockState
 from respike.layers.far import FarSoftmax
 from respike.layers.linear import PackedLinear
 from respike.layers.mixer import Mixer
+from respike.layers.mlp import GatedMLP
 from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
@@ -74,13 +76,18 @@ class Engine:
         """Make the native engine from the layers as they are now."""
         ready = backends.kernels()
         assert ready is not None
+        self._known = [i for i, layer in enumerate(self._layers) if _is_plain(layer)]
+        """The engine's layers; the others run in Python."""
         self._kept: list[Tensor] = []  # what the engine points to, as below
         self._turns: list[object] = []
         self._arranged = [attention.groups for attention in self._attentions]
         self._mixers = [list(attention.mixers) for attention in self._attentions]
         self._native = [all(map(_is_native, mixers)) for mixers in self._mixers]
         self._level = ready.level
-        first = self._layers[0]
+        self._engine: Any = None
+        if not self._known:
+            return
+        first = self._layers[self._known[0]]
         self._engine = getattr(ready.module, _ENGINE[self.dtype])(
             self._hidden,
             self._heads,
@@ -90,7 +97,7 @@ class Engine:
             first.input_layernorm.eps,
             self._frequencies.tolist(),
             first.mlp.down_proj.activations == "int8",
-            tuple(map(self._layer, self._layers, self._native)),
+            tuple(self._layer(self._layers[i], self._native[i]) for i in self._known),
         )
 
     def run(self, x: Tensor, span: Span, states: LayerStates) -> LayerStates:
@@ -123,23 +130,30 @@ class Engine:
         after: list[tuple[MixerState, ...]] = []
         first = 0
         while first < len(self._layers):
+            if first not in self._known:
+                out, state = self._layers[first](x, span, states[first])
+                x.copy_(out)
+                after.append(state)
+                first += 1
+                continue
             if not self._native[first]:
-                after.append(self._layer_in_python(first, call, work, span, states[first]))
+                after.append(self._mixers_in_python(first, call, work, span, states[first]))
                 first += 1
                 continue
             last = first + 1
-            while last < len(self._layers) and self._native[last]:
+            while last < len(self._layers) and last in self._known and self._native[last]:
                 last += 1
             buffers: list[int] = []
             for state in states[first:last]:
                 for part in state:
                     buffers += _buffers(part, span)
-            self._engine.run(*call, first, last, buffers)
+            begin = self._known.index(first)
+            self._engine.run(*call, begin, begin + last - first, buffers)
             after += states[first:last]
             first = last
         return tuple(after)
 
-    def _layer_in_python(
+    def _mixers_in_python(
         self,
         index: int,
         call: tuple[Any, ...],
@@ -147,11 +161,12 @@ class Engine:
         span: Span,
         state: tuple[MixerState, ...],
     ) -> tuple[MixerState, ...]:
-        self._engine.project(*call, index)
+        known = self._known.index(index)
+        self._engine.project(*call, known)
         _, normed, q, k, v, mixed = work
         out, state = self._layers[index].self_attn.mix(normed, (q, k, v), span, state)
         mixed.copy_(out)
-        self._engine.finish(*call, index)
+        self._engine.finish(*call, known)
         return state
 
     def _changed(self) -> bool:
@@ -229,6 +244,11 @@ class Engine:
         assert tensor.is_contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _is_plain(layer: Any) -> bool:
+    """The layer is one attention and one MLP."""
+    return layer.beside is None and isinstance(layer.mlp, GatedMLP)
 
 
 def _is_native(mixer: Mixer) -> bool:

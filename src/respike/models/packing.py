@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from respike.errors import BackendError, UnsupportedError
 from respike.layers.linear import PackedLinear, gather_packed
-from respike.models.decoder import Decoder
+from respike.layers.moe import ExpertMLP
+from respike.models.decoder import Decoder, DecoderLayer
 from respike.models.engine import Engine, engine_obstacle
 from respike.ops.packed import pack
 
@@ -45,7 +46,7 @@ def pack_decoder(decoder: Decoder, weights: str = "stored") -> Decoder:
         raise BackendError(f"weights cannot be packed: {obstacle}")
     kind = _FLOAT_KIND[like.dtype] if weights == "stored" else weights
     for layer in decoder.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        for parent in _parents(layer):
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
                     groups = INT8_GROUPS.get(name, 32) if kind == "int8" else 32
@@ -56,6 +57,16 @@ def pack_decoder(decoder: Decoder, weights: str = "stored") -> Decoder:
     gather_packed(decoder)
     decoder.engine = Engine(decoder.layers, decoder.frequencies)
     return decoder
+
+
+def _parents(layer: DecoderLayer) -> list[nn.Module]:
+    """The modules whose linear layers are packed; routers and what is inside mixers are not."""
+    parents: list[nn.Module] = [layer.self_attn]
+    if layer.beside is not None:
+        parents.append(layer.beside)
+    if isinstance(layer.mlp, ExpertMLP):
+        return [*parents, *layer.mlp.experts, *layer.mlp.shared_experts]
+    return [*parents, layer.mlp]
 
 
 def _packed(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32) -> PackedLinear:

@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 
     shares: Float32[Tensor, "B T N"]
     """In every partition; those of the chosen ones matter."""
-    index: Int[Tensor, "B T C"]
+    where: Int[Tensor, "B T C"]
     """The chosen ones, each once."""
     real: Bool[Tensor, "B T"] | None = None
     """False is padding: it goes nowhere, and what it reads means nothing. None: there is none."""
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
     @property
     def chosen(self) -> Bool[Tensor, "B T N"]:
         """The same as a table."""
-        table = torch.zeros_like(self.shares, dtype=torch.bool).scatter_(2, self.index, True)
+        table = torch.zeros_like(self.shares, dtype=torch.bool).scatter_(2, self.where, True)
         return table if self.real is None else table & self.real[..., None]
 
 
@@ -86,17 +86,19 @@ def sse_definition(
     rows, after = [], []
     for b in range(len(v)):
         kept = real[b].nonzero()[:, 0]
-        one = [x[b, kept][None] for x in (unit(shared.q), unit(shared.k), v)]
-        gates = [x[b, kept][None] for x in (shared.beta, shared.log_decay)]
-        read, first = delta_definition(*one, *gates, state[b, :1])
+        one = (unit(shared.q), unit(shared.k), v, shared.beta, shared.log_decay)
+        q, k, value, beta, log_decay = (x[b, kept][None] for x in one)
+        read, first = delta_definition(q, k, value, beta, log_decay, state[b, :1])
         out = read.new_zeros(v.shape[1], *read.shape[2:]).index_add(0, kept, read[0])
         memories = [first]
         for n in range(state.shape[1] - 1):
             mine = choice.chosen[b, :, n].nonzero()[:, 0]
             share = choice.shares[b, mine, n]
-            q, k = (gated(x[b, mine], share, corrected=corrected)[None] for x in sparse[:2])
-            gates = [x[b, mine][None] for x in (sparse.beta, sparse.log_decay)]
-            read, memory = delta_definition(q, k, v[b, mine][None], *gates, state[b, [1 + n]])
+            q, k, value, beta, log_decay = (
+                x[b, mine][None] for x in (sparse.q, sparse.k, v, sparse.beta, sparse.log_decay)
+            )
+            q, k = (gated(x, share[None], corrected=corrected) for x in (q, k))
+            read, memory = delta_definition(q, k, value, beta, log_decay, state[b, [1 + n]])
             out = out.index_add(0, mine, read[0])
             memories.append(memory)
         rows.append(out)
@@ -119,10 +121,9 @@ def sse(
     of one batch for `respike.ops.delta.delta`, so what is fast there is fast here. Same arguments
     and results; ``state`` is not written to.
     """
-    zeroed = (unit(shared.k), shared.beta, shared.log_decay)
+    k, beta, log_decay = unit(shared.k), shared.beta, shared.log_decay
     if choice.real is not None:
-        zeroed = tuple(_only(choice.real, x) for x in zeroed)
-    k, beta, log_decay = zeroed
+        k, beta, log_decay = (_only(choice.real, x) for x in (k, beta, log_decay))
     out, first = delta(unit(shared.q), k, v, beta, log_decay, state[:, 0])
     if v.shape[1] == 1:
         read, rest = _one_token(sparse, v, choice, state[:, 1:], corrected)
@@ -160,9 +161,9 @@ def _many_tokens(
     k, beta, log_decay = (_only(real, x) for x in (k, beta, log_decay))
     read, after = delta(q, k, value, beta, log_decay, state.flatten(0, 1))
     # A token finds what it read at its number among those of the partition.
-    number = (chosen.cumsum(1) - 1).clamp(min=0).gather(2, choice.index)
-    found = read.unflatten(0, (B, N))[rows, choice.index, number]  # B T C H V
-    found = _only(chosen.gather(2, choice.index), found)
+    number = (chosen.cumsum(1) - 1).clamp(min=0).gather(2, choice.where)
+    found = read.view(B, N, *read.shape[1:])[rows, choice.where, number]  # B T C H V
+    found = _only(chosen.gather(2, choice.where), found)
     return found.sum(2), after.view_as(state)
 
 
@@ -174,7 +175,7 @@ def _one_token(
     corrected: bool,
 ) -> tuple[Float32[Tensor, "B 1 H V"], Float32[Tensor, "B N G K V"]]:
     """Only the chosen memories are touched: each is a row of the batch."""
-    index = choice.index[:, 0]
+    index = choice.where[:, 0]
     B, C = index.shape
     rows = torch.arange(B, device=v.device)[:, None]
     share = choice.shares[:, 0].gather(1, index)
@@ -183,7 +184,10 @@ def _one_token(
     q, k, beta, log_decay, value = spread
     q, k = (gated(x, share, corrected=corrected) for x in (q, k))
     k, beta, log_decay = (_only(real, x) for x in (k, beta, log_decay))
-    inputs = (x.flatten(0, 1)[:, None] for x in (q, k, value, beta, log_decay))
-    read, after = delta(*inputs, state[rows, index].flatten(0, 1))
-    kept = state.index_put((rows, index), after.unflatten(0, (B, C)))
-    return _only(real, read.unflatten(0, (B, C))).sum(1), kept
+    q, k, value, beta, log_decay = (
+        x.flatten(0, 1)[:, None] for x in (q, k, value, beta, log_decay)
+    )
+    before = state[rows, index]
+    read, after = delta(q, k, value, beta, log_decay, before.flatten(0, 1))
+    kept = state.index_put((rows, index), after.view_as(before))
+    return _only(real, read.view(B, C, *read.shape[1:])).sum(1), kept

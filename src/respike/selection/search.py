@@ -199,7 +199,7 @@ class _Student:
 
     def _run(self, index: int, x: Tensor, spans: list[Span]) -> Tensor:
         layer = self.decoder.layers[index]
-        state = layer.self_attn.init_state(len(x), x)
+        state = layer.init_state(len(x), x)
         sizes = [s.num_tokens for s in spans]
         outputs = []
         for span, piece in zip(spans, torch.split(x, sizes, 1), strict=True):
