@@ -35,8 +35,13 @@ from tiny import D, V, full, model_config, random_decoder, random_tokens, window
 from tolerance import TOLERANCES, assert_close, differences
 
 B, T, G = 2, 45, 3
-LAYERS = {"softmax": tiny.MIXED, "memories": tiny.MEMORIES, "blocks": tiny.BLOCKS}
-EPS = {"softmax": 1e-5, "memories": 1e-2, "blocks": 1e-5}
+LAYERS: dict[str, Any] = {
+    "softmax": tiny.MIXED,
+    "memories": tiny.MEMORIES,
+    "blocks": tiny.BLOCKS,
+    "brains": tiny.BRAINS,
+}
+EPS = {"softmax": 1e-5, "memories": 1e-2, "blocks": 1e-5, "brains": 1e-2}
 """Of the norms. Heads of a memory that hold almost nothing must not make rounding errors large."""
 MODELS = {
     name: random_decoder(model_config(layers, rms_norm_eps=EPS[name]))

@@ -26,7 +26,7 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
 
     Args:
         config: The model.
-        num_tokens: Tokens seen.
+        num_tokens: Tokens seen, learned sinks not counted.
         bytes_per_value: 2 for bf16 keys and values, 4 for f32.
 
     Returns:
@@ -34,6 +34,7 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
         windows and sinks. ``memory``: memories. The last two are the same at every length.
     """
     pair = 2 * config.head_dim * bytes_per_value
+    num_tokens += config.learned_sinks
     parts = {"softmax": 0, "window": 0, "memory": 0}
     for _, part in config.mixers():
         groups = len(part.groups)
@@ -189,3 +190,32 @@ def num_embedding_parameters(config: ModelConfig) -> int:
     """Weights of the embedding and, if it is another matrix, the head."""
     matrix = config.vocab_size * config.hidden_size
     return matrix if config.tie_word_embeddings else 2 * matrix
+
+
+def largest_unit_parameters(config: ModelConfig) -> int:
+    """Weights of the layer, or of the embedding, that has most: what is gathered at a time."""
+    units: dict[str, int] = {}
+    for name, shape in expected_tensors(config):
+        layer = name.split(".")[2] if name.startswith("model.layers.") else name
+        units[layer] = units.get(layer, 0) + math.prod(shape)
+    return max(units.values())
+
+
+TRAINING_BYTES = 16
+"""Of a parameter in float32: itself, its gradient, and two moments of Adam."""
+
+
+def sharded_bytes(config: ModelConfig, ranks: int) -> dict[str, int]:
+    """What each of ``ranks`` devices holds of a model whose layers FSDP2 shards.
+
+    Returns:
+        ``run``: its share of the weights in bf16. ``train``: its share of weights, gradients and
+        moments in float32. ``gathered``: the largest layer whole, in bf16, beside either; twice
+        that while the next one is fetched. Activations and states come on top.
+    """
+    count = num_parameters(config)
+    return {
+        "run": math.ceil(2 * count / ranks),
+        "train": math.ceil(TRAINING_BYTES * count / ranks),
+        "gathered": 2 * largest_unit_parameters(config) if ranks > 1 else 0,
+    }

@@ -18,15 +18,20 @@ from respike.config import Frozen
 from respike.errors import RecipeError, did_you_mean
 from respike.recipe_apply import apply_recipe
 from respike.recipe_options import (
+    BesideOptions,
     BlockOptions,
     DeltaOptions,
     Evenly,
     FarOptions,
     GlaOptions,
+    MoeOptions,
     Place,
     Recipe,
     Rule,
+    Scaled,
+    SinkOptions,
     SourceShape,
+    SseOptions,
 )
 
 __all__ = [
@@ -142,7 +147,8 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
             -len(e["loc"]),
         ),
     )
-    union_tags = {"literal['all','rest','even','odd']", "Evenly", "literal['trained']"}
+    union_tags = {"literal['all','rest','even','odd']", "Evenly", "Scaled", "literal['trained']"}
+    union_tags.add("literal['head']")
     union_tags.add("literal['trained','unbounded']")
     union_tags |= {"int", "constrained-int"}
     loc = [p for p in first["loc"] if str(p) not in union_tags and "tuple" not in str(p)]
@@ -161,7 +167,7 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
         places = get_args(Place)
         return RecipeError(
             f"{where}: {path}: {word!r} is not one of {', '.join(places)}, "
-            "a list of layers, or {evenly: N}",
+            "a list of layers, {evenly: N}, or {layers: [...], of: N}",
             hint=did_you_mean(word, places),
         )
     names = re.findall("'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
@@ -175,12 +181,13 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
 
 def _known_keys(loc: Sequence[Any]) -> list[str]:
     if "at" in loc[:-1]:
-        return list(Evenly.model_fields)
+        return [*Evenly.model_fields, *Scaled.model_fields]
     if loc[0] == "layers" and len(loc) > 1:
         return list(Rule.model_fields)
     parts: dict[str, type[Frozen]] = {
         "source": SourceShape, "far": FarOptions, "gla": GlaOptions, "delta": DeltaOptions,
-        "blocks": BlockOptions,
+        "blocks": BlockOptions, "sse": SseOptions, "beside": BesideOptions, "moe": MoeOptions,
+        "learned_sinks": SinkOptions,
     }  # fmt: skip
     if loc[0] in parts and len(loc) > 1:
         return list(parts[loc[0]].model_fields)

@@ -11,17 +11,21 @@ from pydantic import Field, model_validator
 from respike.config import (
     BlockCount,
     BlockTokens,
+    ExpertCount,
     FeatureCount,
+    Fraction,
     Frozen,
     GateNormalizer,
     GateRank,
+    PartitionCount,
     ReachTokens,
     SinkTokens,
     WindowTokens,
 )
 
 Place = Literal["all", "rest", "even", "odd"]
-MemoryName = Literal["none", "far", "gla", "tied", "delta"]
+MemoryName = Literal["none", "far", "gla", "tied", "delta", "sse"]
+LinearName = Literal["gla", "tied", "delta", "sse"]
 HalfLife = Annotated[float, Field(ge=2**-10, le=1 << 32)]
 
 
@@ -31,15 +35,34 @@ class Evenly(Frozen):
     evenly: int = Field(gt=0)
 
 
+class Scaled(Frozen):
+    """Some layers of a model of ``of`` layers, or those at the same relative depth of another."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...]
+    of: int = Field(gt=0, le=1024)
+
+    @model_validator(mode="after")
+    def _there(self) -> "Scaled":
+        if any(index >= self.of for index in self.layers):
+            raise ValueError(f"layers has {max(self.layers)}, expected less than of, {self.of}")
+        return self
+
+
+At = Place | Evenly | Scaled | tuple[int, ...]
+"""all or rest, even or odd, {evenly: N}, {layers: [...], of: N}, or a list of indices (negative
+from the end)."""
+
+
 class Rule(Frozen):
     """Which mixer the layers at some places get."""
 
-    at: Place | Evenly | tuple[int, ...]
-    """all or rest, even or odd, {evenly: N}, or a list of indices (negative from the end)."""
+    at: At
     mixer: Literal["keep", "full", "blocks", "window", "linear"]
     """keep: what the source has there. linear: a memory without softmax."""
     memory: MemoryName | None = None
-    """Of a window or linear rule. None: the recipe's."""
+    """Of a window or linear rule: None is the recipe's. Of a full rule: None is none."""
+    beside: LinearName | None = None
+    """A memory beside the softmax, with projections of its own or not: see `BesideOptions`."""
     window_tokens: WindowTokens | None = None
     """Of a window or blocks rule. None: the recipe's."""
     sink_tokens: SinkTokens | None = None
@@ -47,8 +70,12 @@ class Rule(Frozen):
 
     @model_validator(mode="after")
     def _memory_has_a_home(self) -> "Rule":
-        if self.memory is not None and self.mixer not in ("window", "linear"):
+        if self.memory is not None and self.mixer not in ("window", "linear", "full"):
             raise ValueError(f"memory means nothing to mixer {self.mixer}")
+        if self.mixer == "full" and self.memory == "far":
+            raise ValueError("nothing is far from full softmax, so memory far cannot be")
+        if self.beside is not None and self.mixer not in ("window", "full", "blocks"):
+            raise ValueError(f"beside means nothing to mixer {self.mixer}")
         return self
 
 
@@ -94,6 +121,10 @@ class BlockOptions(Frozen):
     their true one."""
     cache: Literal["model", "int8"] = "model"
     """model: keys and values are kept in the model's dtype."""
+    by_head: bool = False
+    """Each query head chooses its own blocks, as in MoBA; else all heads of a group together."""
+    dense_decode: bool = False
+    """Tokens that come one at a time see everything, as in MoBA's release."""
 
     @model_validator(mode="after")
     def _whole_summaries(self) -> "BlockOptions":
@@ -103,6 +134,67 @@ class BlockOptions(Frozen):
                 f"{self.summary_tokens}"
             )
         return self
+
+
+class SseOptions(Frozen):
+    """How sparse state expansion is made; see `respike.ops.sse`."""
+
+    partitions: PartitionCount = 4
+    chosen: PartitionCount = 2
+    rank: GateRank | Literal["head"] = "head"
+    """Of the low-rank terms of queries and keys; head: the head dim."""
+    gate: Literal["released", "corrected"] = "corrected"
+    """released: a token's share in a partition cancels, its router learns from balance alone."""
+    half_life_tokens: HalfLife = 4096.0
+    """Of all memories before any training."""
+
+
+class BesideOptions(Frozen):
+    """How a memory stands beside the softmax of a layer."""
+
+    projections: Literal["separate", "shared"] = "separate"
+    """separate: it has q, k, v and o of its own, copied from the layer's."""
+    groups: Literal["source", "heads"] = "source"
+    """separate: as many KV groups as the source has, or one for every query head."""
+    merge: Literal["sum", "mean"] = "sum"
+    """separate: of the two normed outputs."""
+    softmax_dropout: Fraction = 0.0
+    """separate: how often training leaves the softmax out."""
+    softmax_scale: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    """separate: weight of the softmax's norm before any training."""
+    memory_scale: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    """separate: weight of the memory's norm before any training."""
+
+
+class MoeOptions(Frozen):
+    """How MLPs are made into mixtures of experts: every expert begins as the MLP."""
+
+    at: At = "all"
+    """Layers that get experts."""
+    experts: ExpertCount = 16
+    chosen: ExpertCount = 1
+    shared: int = Field(default=1, ge=0, le=64)
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    """The gates of a token's experts sum to one."""
+    upcycling: Literal["exact", "cube-root", "literal"] = "exact"
+    """How experts are scaled, see `respike.conversion.derive`."""
+    router_spread: Annotated[float, Field(gt=0, le=16)] = 0.02
+    """Standard deviation of the router's weights before any training."""
+
+    @model_validator(mode="after")
+    def _exact_needs_gates(self) -> "MoeOptions":
+        if self.upcycling == "exact" and not self.normalised:
+            raise ValueError("upcycling exact needs gates that sum to one: set normalised: true")
+        return self
+
+
+class SinkOptions(Frozen):
+    """Trained embeddings that stand before every sequence."""
+
+    count: int = Field(default=0, ge=0, le=1 << 12)
+    start: Literal["bos", "random"] = "bos"
+    """bos: all are the embedding of the token that begins a text, which is a sink already."""
 
 
 class SourceShape(Frozen):
@@ -141,6 +233,13 @@ class Recipe(Frozen):
     far: FarOptions = FarOptions()
     gla: GlaOptions = GlaOptions()
     delta: DeltaOptions = DeltaOptions()
+    sse: SseOptions = SseOptions()
+    beside: BesideOptions = BesideOptions()
+    moe: MoeOptions | None = None
+    """None: MLPs stay as they are."""
+    learned_sinks: SinkOptions = SinkOptions()
+    choices: dict[str, str] = Field(default_factory=dict)
+    """What the recipe's own source leaves open, and why it is here as it is."""
     weights: Literal["f32", "bf16", "f16"] = "bf16"
     """Dtype in which the converted weights are stored."""
     retie: bool = False

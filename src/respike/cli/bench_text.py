@@ -195,6 +195,8 @@ def plan_text(data: Data) -> str:
     shown = [
         ("recipe", f"{data['recipe']} for {data['target']}"),
         ("parameters", f"{data['parameters']:,} ({data['new_parameters']:,} new)"),
+        ("of these active", f"{data['active_parameters']:,} a token"),
+        ("but embeddings", f"{data['parameters'] - data['embedding_parameters']:,}"),
         ("weights", f"{human_bytes(data['weight_bytes'])} in {data['weights']}"),
         ("softmax", kept),
         ("state growth", f"{data['growth_bytes_per_token']:,} bytes a token (bf16)"),
@@ -218,6 +220,13 @@ def plan_text(data: Data) -> str:
             rate = r["decode_tokens_per_second_at_most"]
             cells[-1] += [f"{r['read_seconds'] / 60:,.3g}", f"{rate:,.1f}"]
     blocks = [pairs(shown), table(header, cells)]
+    if data["sharding"]:
+        blocks.append(_sharding_text(data["sharding"]))
+    if data["choices"]:
+        blocks.append(
+            "chosen here, where the recipe's source is silent:\n"
+            + pairs([(key, " ".join(why.split())) for key, why in data["choices"].items()])
+        )
     if timed:
         machine = data["machine"]
         blocks.append(
@@ -225,3 +234,13 @@ def plan_text(data: Data) -> str:
             f"{data['read_bytes_per_second'] / 1e9:.1f} GB/s\nassumed: {data['assumed']}"
         )
     return "\n\n".join(blocks)
+
+
+def _sharding_text(rows: list[Data]) -> str:
+    header = ["devices", "each to run", "each to train", "and gathered, a layer at a time"]
+    sizes = ("run", "train", "gathered")
+    cells = [[f"{r['ranks']:,}", *(human_bytes(r[key]) for key in sizes)] for r in rows]
+    return table(header, cells) + (
+        "\nFSDP2, a layer a unit: bf16 to run; float32 weights, gradients and moments of Adam to "
+        "train"
+    )

@@ -238,6 +238,9 @@ def _write_weights(
 def _tensor(plan: Plan, name: str, fitted: Mapping[str, Tensor]) -> Tensor:
     if name in fitted:
         return fitted[name].cpu()
+    made = plan.origins.get(name)
+    if made is not None:
+        return made.make(plan.source.read(made.name), plan.config.head_dim)
     if name not in plan.new:
         return plan.source.read(name)
     return initial_tensor(name, plan.new[name], plan.config, plan.recipe)

@@ -10,6 +10,7 @@ from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_paramete
 from respike.checkpoint import Checkpoint, Folder, open_checkpoint
 from respike.checkpoint.families import expected_tensors, mixer_of
 from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig, SpikeConfig
+from respike.conversion.derive import Origin, origin
 from respike.device import dtype_name, get_dtype
 from respike.recipe import Recipe, apply_recipe, load_recipe
 
@@ -21,14 +22,17 @@ class TensorPlan:
     Attributes:
         name: Its name.
         shape: Its shape; empty for a dropped one.
-        action: copy (same bits), cast (another dtype), new (the source has none), or drop.
-        reason: Why it is new or dropped; empty otherwise.
+        action: copy (same bits), cast (another dtype), derive (made of one of the source's), new
+            (the source has none), or drop.
+        reason: Why it is new, derived or dropped; empty otherwise.
+        origin: What it is derived of.
     """
 
     name: str
     shape: tuple[int, ...]
-    action: Literal["copy", "cast", "new", "drop"]
+    action: Literal["copy", "cast", "derive", "new", "drop"]
     reason: str = ""
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Plan:
     def new(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the source does not have."""
         return {t.name: t.shape for t in self.tensors if t.action == "new"}
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """What each tensor is made of that is derived of one of the source's."""
+        return {t.name: t.origin for t in self.tensors if t.origin}
 
     @property
     def calibrates(self) -> bool:
@@ -83,7 +92,7 @@ class Plan:
             "softmax_groups_frac": kept / groups,
             "state_bytes_bf16": lengths,
             "growth_bytes_per_token_bf16": growth_bytes_per_token(config),
-            "tensors": {a: actions.count(a) for a in ("copy", "cast", "new", "drop")},
+            "tensors": {a: actions.count(a) for a in ("copy", "cast", "derive", "new", "drop")},
             "dropped": {t.name: t.reason for t in self.tensors if t.action == "drop"},
             "layers": [{"layers": where, "mixers": what} for where, what in layer_table(config)],
         }
@@ -163,14 +172,19 @@ def plan(source: str | Path, recipe: Recipe) -> Plan:
         if name in kinds and not _remade(name, checkpoint.config, config):
             as_stored = as_is and kinds[name] == stored
             tensors.append(TensorPlan(name, shape, "copy" if as_stored else "cast"))
+        elif made := origin(name, recipe, checkpoint.config, config):
+            tensors.append(TensorPlan(name, shape, "derive", made.words, made))
         else:
-            tensors.append(TensorPlan(name, shape, "new", "its mixer is new"))
+            tensors.append(TensorPlan(name, shape, "new", "its part is new"))
+    taken = {t.origin.name for t in tensors if t.origin}
     for name in kinds:
         if name in kept:
             continue
         retied = name == "lm_head.weight"
         reason = (
             "tied: the embedding serves as output matrix" if retied
+            else "experts are made of it" if name in taken
+            else "its attention is gone" if ".beside." in name
             else "its mixer is gone" if mixer_of(checkpoint.config, name)
             else "follows from the config"
         )  # fmt: skip

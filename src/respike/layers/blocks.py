@@ -4,6 +4,7 @@ Letters: B batch, T tokens, S slots, H query heads, G KV groups, K head dim.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,11 +28,22 @@ class BlockSoftmax(Mixer):
     Args:
         rule: What is seen.
         int8: Cached keys and values are rounded to 8 bits, with a scale for each.
+        by_head: Each query head chooses its own blocks.
+        dense_decode: A token that comes alone sees all blocks, as in MoBA's release. What a token
+            sees then depends on how the sequence is cut into calls.
     """
 
-    def __init__(self, rule: BlockRule, *, int8: bool = False) -> None:
+    def __init__(
+        self,
+        rule: BlockRule,
+        *,
+        int8: bool = False,
+        by_head: bool = False,
+        dense_decode: bool = False,
+    ) -> None:
         super().__init__()
         self.rule, self.int8 = rule, int8
+        self.by_head, self.dense_decode = by_head, dense_decode
 
     def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> "BlockState":
         """See `Mixer.init_state`."""
@@ -54,7 +66,13 @@ class BlockSoftmax(Mixer):
         keys, summaries = state.read(span.end)
         if needs_gradient(q, k, v):
             keys = _with_gradient(keys, k, v, span)
-        out = block_softmax(q, keys, summaries, span.start, span.frequencies, self.rule)
+        rule = self.rule
+        if self.dense_decode and span.num_tokens == 1:
+            blocks = keys.k.shape[2] // rule.block_tokens
+            rule = replace(rule, top_blocks=1 << blocks.bit_length())  # all, and seldom another
+        out = block_softmax(
+            q, keys, summaries, span.start, span.frequencies, rule, by_head=self.by_head
+        )
         return out, state
 
 

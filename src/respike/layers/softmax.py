@@ -38,6 +38,8 @@ class FullSoftmax(Mixer):
         del x
         q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
         state.append(k, v, span)
+        if span.fresh and span.together:
+            return attend(q, k, v, span.bias(span.positions)), state
         if needs_gradient(q, k, v):
             return self._with_gradient(q, k, v, span, state), state
         if span.fresh:
@@ -179,11 +181,12 @@ class WindowSoftmax(Mixer):
         q = span.rotate(q)
         # Switched off, the window still holds the query's own token: something must be seen.
         window = 1 if "window" in off else self.window_tokens
-        if needs_gradient(q, k, v):
+        if needs_gradient(q, k, v) and not span.together:
             near = self._with_gradient((q, q_sink), (k, v), span, state, window)
             state.append(k, v, span)
             return near, state
-        if span.fresh and span.num_tokens <= window and q_sink is None:
+        causal = span.fresh and not span.together
+        if causal and span.num_tokens <= window and q_sink is None:
             state.append(k, v, span)
             return Near(q, k, v, None, causal=True), state
         # Layers that share a mask must take the same way.

@@ -255,7 +255,7 @@ def _is_native(mixer: Mixer) -> bool:
     if mixer.off:
         return False
     if isinstance(mixer, BlockSoftmax):
-        return not mixer.int8
+        return not (mixer.int8 or mixer.by_head or mixer.dense_decode)
     if not isinstance(mixer, FullSoftmax | WindowSoftmax | FarSoftmax):
         return False
     return not (isinstance(mixer, FarSoftmax) and mixer.watch)
