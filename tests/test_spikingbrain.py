@@ -264,7 +264,7 @@ def test_a_tensor_outlives_its_file(folder: Path) -> None:
 def test_identity_keeps_every_bit_and_both_models_generate(pristine: Path, tmp_path: Path) -> None:
     report = convert(plan(pristine, load_recipe("identity")), tmp_path / "out")
     count = len(spikingbrain_weights())
-    assert report["tensors"] == {"copy": count, "cast": 0, "new": 0, "drop": 0}
+    assert report["tensors"] == {"copy": count, "cast": 0, "derive": 0, "new": 0, "drop": 0}
     assert report["source"]["stored_as"] == {"BF16": count}
     before, after = load(pristine), load(tmp_path / "out")
     assert before.config == after.config

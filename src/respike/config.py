@@ -296,7 +296,7 @@ class ModelConfig(Lean):
 
     model_type: Literal["respike"] = "respike"
     format_version: Literal[1] = FORMAT_VERSION
-    family: Literal["llama", "qwen2", "qwen3", "gla_swa"]
+    family: Literal["llama", "qwen2", "qwen3", "gla_swa", "sse_swa_moba"]
     # Upper bounds refuse hostile files before any memory is spent; each is >= 8x of what exists.
     vocab_size: int = Field(gt=0, le=1 << 22)
     hidden_size: int = Field(gt=0, le=1 << 18)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from respike.checkpoint import spikingbrain
+from respike.checkpoint import spikingbrain, spikingbrain2
 from respike.config import (
     LayerConfig,
     Mixer,
@@ -41,6 +41,11 @@ FAMILIES: dict[str, Callable[[Json], dict[str, bool]]] = {
         "qk_norm": True,
     },
     spikingbrain.FAMILY: lambda _: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
+    spikingbrain2.FAMILY: lambda raw: {
+        "qkv_bias": bool(raw["attention_bias"]),
+        "o_bias": False,
+        "qk_norm": bool(raw["qk_norm"]),
+    },
 }
 
 
@@ -80,6 +85,8 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
         )
     if family == spikingbrain.FAMILY:
         raw = spikingbrain.with_defaults(raw, where)
+    if family == spikingbrain2.FAMILY:
+        raw = spikingbrain2.with_defaults(raw, where)
     if raw.get("mlp_bias"):
         raise UnsupportedError(f"{where}: mlp_bias is true; respike has no biases in the MLP")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -113,6 +120,8 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
         )
     if family == spikingbrain.FAMILY:
         layers = spikingbrain.hybrid_layers(raw, num_layers, groups, context, where)
+    elif family == spikingbrain2.FAMILY:
+        layers = spikingbrain2.hybrid_layers(raw, where)
     else:
         layers = _layers(raw, num_layers, groups, context)
     return ModelConfig(**fields, layers=layers)
@@ -281,9 +290,11 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 def foreign_names(raw: Json, config: ModelConfig) -> dict[str, str]:
     """Our name of a tensor to that in a folder with this ``config.json``; empty if all agree."""
-    if raw.get("model_type") != spikingbrain.FAMILY:
-        return {}
-    return {name: spikingbrain.their_name(name) for name, _ in expected_tensors(config)}
+    named: Callable[[str], str] | None = {
+        spikingbrain.FAMILY: spikingbrain.their_name,
+        spikingbrain2.FAMILY: lambda name: spikingbrain2.their_name(name, config),
+    }.get(str(raw.get("model_type")))
+    return {name: named(name) for name, _ in expected_tensors(config)} if named else {}
 
 
 def account_tensors(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from respike.config import GlaMemory, LayerConfig, LinearMixer, WindowMixer
+from respike.config import GlaMemory, LayerConfig, LinearMixer, ModelConfig, WindowMixer
 from respike.errors import CheckpointError, UnsupportedError
 
 FAMILY = "gla_swa"
@@ -130,6 +130,31 @@ def their_name(name: str) -> str:
     if layer is None:
         return f"{MODEL_NAMES.get(module, module)}.{kind}"
     return f"{layer[1]}{LAYER_NAMES.get(layer[2], layer[2])}.{kind}"
+
+
+def their_config(config: ModelConfig) -> dict[str, Any]:
+    """A ``config.json`` as theirs, of a model that `hybrid_layers` could have described."""
+    kinds = [layer.mixers[0] for layer in config.layers]
+    windows = {part.window_tokens for part in kinds if part.mixer == "window"}
+    return {
+        "architectures": ["GLAswaForCausalLM"],
+        "model_type": FAMILY,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "attn_layers": [i for i, part in enumerate(kinds) if part.mixer == "window"],
+        "attn_mode": "chunk",
+        "use_short_conv": False,
+        "hidden_act": "swish",
+        "max_position_embeddings": config.max_position_embeddings,
+        "sliding_window": max(windows, default=DEFAULTS["sliding_window"] + 1) - 1,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
 
 
 def refuse_quantised(names: Iterable[str], where: str) -> None:

@@ -30,6 +30,7 @@ VERBS = {
     "chat": ("talk", "Talk with a model."),
     "bench": ("bench", "Speed and memory against length, beside peers."),
     "plan": ("bench", "What a conversion needs: bytes, FLOPs, minutes here."),
+    "export": ("export", "Write a model under the names that others read."),
     "recipes": ("model", "List the built-in recipes, or print one."),
     "doctor": ("model", "What can run here, and why the rest cannot."),
 }

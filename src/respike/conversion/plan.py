@@ -12,6 +12,7 @@ from respike.checkpoint.families import expected_tensors, mixer_of
 from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig, SpikeConfig
 from respike.conversion.derive import Origin, origin
 from respike.device import dtype_name, get_dtype
+from respike.models.engine import engine_layers
 from respike.recipe import Recipe, apply_recipe, load_recipe
 
 
@@ -92,6 +93,7 @@ class Plan:
             "softmax_groups_frac": kept / groups,
             "state_bytes_bf16": lengths,
             "growth_bytes_per_token_bf16": growth_bytes_per_token(config),
+            "engine_layers": engine_layers(config),
             "tensors": {a: actions.count(a) for a in ("copy", "cast", "derive", "new", "drop")},
             "dropped": {t.name: t.reason for t in self.tensors if t.action == "drop"},
             "layers": [{"layers": where, "mixers": what} for where, what in layer_table(config)],

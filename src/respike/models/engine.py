@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from respike.config import Mixer as MixerConfig
+from respike.config import ModelConfig
 from respike.errors import BackendError
 from respike.layers.attention import Attention
 from respike.layers.blocks import BlockSoftmax, BlockState
@@ -43,6 +45,25 @@ def engine_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in _ENGINE:
         return f"it knows {', '.join(map(str, _ENGINE))}, the model is {dtype}"
     return None
+
+
+def engine_layers(config: ModelConfig) -> dict[str, int]:
+    """How many layers of a model the engine runs whole, without their mixers, or not at all."""
+    counts = {"native": 0, "mixers in Python": 0, "in Python": 0}
+    for layer in config.layers:
+        if layer.beside is not None or layer.moe is not None:
+            counts["in Python"] += 1
+        elif all(map(_is_known, layer.mixers)):
+            counts["native"] += 1
+        else:
+            counts["mixers in Python"] += 1
+    return counts
+
+
+def _is_known(part: MixerConfig) -> bool:
+    if part.mixer == "blocks":
+        return part.cache == "model" and not (part.by_head or part.dense_decode)
+    return part.mixer != "linear" and (part.memory is None or part.memory.kind == "far")
 
 
 class Engine:
