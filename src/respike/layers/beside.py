@@ -39,14 +39,21 @@ class Beside(Attention):
         self, own: Attention, x: Tensor, span: Span, state: tuple[MixerState, ...]
     ) -> tuple[Tensor, tuple[MixerState, ...]]:
         """Outputs (B, T, D) of ``own`` and of this on ``x``, merged; states of both, own first."""
-        count = len(own.groups)
-        left_out = self.training and float(torch.rand(())) < self.softmax_dropout
+        count, left_out = len(own.groups), self.leaves_out()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not left_out):
             near, before = own(x, span, state[:count])  # its state goes on in any case
         far, after = self(x, span, state[count:])
-        near, far, after = self.softmax_norm(near), self.memory_norm(far), (*before, *after)
+        return self.combined(own, near, far, left_out), (*before, *after)
+
+    def leaves_out(self) -> bool:
+        """Whether training leaves the softmax out this time; drawn anew at each call."""
+        return self.training and float(torch.rand(())) < self.softmax_dropout
+
+    def combined(self, own: Attention, near: Tensor, far: Tensor, left_out: bool) -> Tensor:
+        """The outputs of ``own`` and of this, each normed, merged."""
+        near, far = self.softmax_norm(near), self.memory_norm(far)
         if left_out or any("window" in mixer.off for _, mixer in own.arrangement()):
-            return far, after
+            return far
         if any("memory" in mixer.off for _, mixer in self.arrangement()):
-            return near, after
-        return ((near + far) / 2 if self.mean else near + far), after
+            return near
+        return (near + far) / 2 if self.mean else near + far

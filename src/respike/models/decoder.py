@@ -154,8 +154,11 @@ class DecoderLayer(nn.Module):
         For callers that mix stretches of ``x`` on their own, such as documents of a packed row.
         """
         normed = self.input_layernorm(x)
-        mixed = mix(self.self_attn, normed, self.self_attn.project(normed))
-        return self.add_mixed(x, self.self_attn.o_proj(mixed.flatten(2)))
+        near = _attend_with(self.self_attn, normed, mix)
+        if self.beside is None:
+            return self.add_mixed(x, near)
+        far, left_out = _attend_with(self.beside, normed, mix), self.beside.leaves_out()
+        return self.add_mixed(x, self.beside.combined(self.self_attn, near, far, left_out))
 
     def mix_with(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mix: Mix) -> Tensor:
         """Only that part, on a given norm's output and projections."""
@@ -165,6 +168,11 @@ class DecoderLayer(nn.Module):
         """What follows the attention: its output joins the residual, then the MLP's does."""
         x = x + mixed
         return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
+
+
+def _attend_with(attention: Attention, normed: Tensor, mix: Mix) -> Tensor:
+    mixed = mix(attention, normed, attention.project(normed))
+    return cast(Tensor, attention.o_proj(mixed.flatten(2)))
 
 
 class Trunk(nn.Module):
