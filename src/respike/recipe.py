@@ -140,7 +140,7 @@ _SHORT.maxlevel = 2
 def _explain(error: ValidationError, where: str) -> RecipeError:
     # A misspelt key is also a missing one; unions report one error for each branch.
     first = max(
-        error.errors(),
+        _meant(error.errors()),
         key=lambda e: (
             e["type"] == "extra_forbidden",
             e["type"] != "literal_error",
@@ -177,6 +177,25 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
             hint=did_you_mean(word, names),
         )
     return RecipeError(f"{where}: {path}: {first['msg']}, got {word!r}")
+
+
+def _meant(errors: Sequence[Any]) -> list[Any]:
+    """Without those of a mapping that was not meant: {evenly: ..}, or {layers: .., of: ..}."""
+
+    def place(error: Any, kind: str) -> tuple[Any, ...] | None:
+        loc = error["loc"]
+        return loc[: loc.index(kind)] if kind in loc else None
+
+    absent = [place(e, "Scaled") for e in errors if e["type"] == "missing"]
+    kept = []
+    for error in errors:
+        scaled, evenly = (place(error, kind) for kind in ("Scaled", "Evenly"))
+        if scaled is not None and absent.count(scaled) == len(Scaled.model_fields):
+            continue
+        if evenly is not None and absent.count(evenly) < len(Scaled.model_fields):
+            continue
+        kept.append(error)
+    return kept or list(errors)
 
 
 def _known_keys(loc: Sequence[Any]) -> list[str]:
