@@ -80,7 +80,8 @@ class GlaMemory(Frozen):
 
     kind: Literal["gla"] = "gla"
     feature: Literal["relu", "identity"]
-    gate_rank: GateRank
+    gate_rank: GateRank | None
+    """None: the gate is one full matrix."""
     gate_normalizer: GateNormalizer
     """The decay is ``sigmoid(gate) ** (1 / gate_normalizer)``."""
 
@@ -250,16 +251,16 @@ class SpikeBands(Frozen):
     """Silent bands of one layer's neurons, one for all layers that share an input.
 
     In units of the token's mean magnitude (teal: of the input itself). The adaptive neuron's is
-    half its threshold, so its k is 1 / (2 band); absmax has none.
+    half its threshold, so its k is 1 / (2 band); absmax has none. None: no neurons stand there.
     """
 
-    qkv: Band
+    qkv: Band | None
     """Input of q_proj, k_proj and v_proj."""
-    o: Band
+    o: Band | None
     """Input of o_proj."""
-    mlp: Band
+    mlp: Band | None
     """Input of gate_proj and up_proj."""
-    down: Band
+    down: Band | None
     """Input of down_proj."""
 
 
@@ -282,9 +283,8 @@ class SpikeConfig(Frozen):
     def _possible(self) -> "SpikeConfig":
         if self.neuron == "teal" and self.weights != "float":
             raise ValueError(f"teal has no spike counts, so weights={self.weights!r} cannot be")
-        if self.neuron == "adaptive" and not all(
-            band > 0 for bands in self.layers for band in bands.model_dump().values()
-        ):
+        bands = [band for layer in self.layers for band in layer.model_dump().values()]
+        if self.neuron == "adaptive" and 0 in bands:
             raise ValueError("the adaptive neuron's bands are half thresholds, above 0")
         return self
 

@@ -245,8 +245,9 @@ def mixer_tensors(config: ModelConfig, part: Mixer) -> Iterator[tuple[str, tuple
     for name in norms:
         yield f"{name}.weight", (head,)
     if memory.kind == "gla":
-        yield "memory.gate_down.weight", (memory.gate_rank, width)
-        yield "memory.gate_up.weight", (groups * head, memory.gate_rank)
+        if memory.gate_rank is not None:
+            yield "memory.gate_down.weight", (memory.gate_rank, width)
+        yield "memory.gate_up.weight", (groups * head, memory.gate_rank or width)
         yield "memory.gate_up.bias", (groups * head,)
     if memory.kind == "delta":
         yield "memory.a_proj.weight", (groups, width)

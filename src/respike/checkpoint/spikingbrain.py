@@ -7,7 +7,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from respike.config import GlaMemory, LayerConfig, LinearMixer, ModelConfig, WindowMixer
+from torch import Tensor
+
+from respike.config import (
+    GlaMemory,
+    LayerConfig,
+    LinearMixer,
+    ModelConfig,
+    SpikeBands,
+    SpikeConfig,
+    WindowMixer,
+)
 from respike.errors import CheckpointError, UnsupportedError
 
 FAMILY = "gla_swa"
@@ -157,16 +167,83 @@ def their_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def refuse_quantised(names: Iterable[str], where: str) -> None:
-    """Tell the W8ASpike release from the plain ones; to be asked before tensors are accounted for.
+# ---- W8ASpike: rounded weights, and neurons in front of them -----------------------------------
+
+SCALES = ".weight_quantizer.scales"
+"""After a weight's module: what its groups of inputs are multiples of, (O, groups, 1)."""
+THRESHOLDS = 3.0
+"""Of the neurons, in a token's mean magnitude."""
+ROUNDED_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NOT_ROUNDED = "down_proj"
+"""It has scales, but its released forward takes weights and inputs as they are."""
+
+
+def is_quantised(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with these tensors is the W8ASpike release."""
+    return any(name.endswith((SCALES, ".attn.gk_proj.weight")) for name in names)
+
+
+def as_quantised(config: ModelConfig) -> ModelConfig:
+    """The config of the W8ASpike release, from what its ``config.json`` says.
+
+    Gates are full matrices, and neurons stand in front of all linear layers but ``down_proj`` and
+    the head. Of what the release rounds beyond that (the gate's input, and in windows queries, keys
+    and values after rotation) nothing is rounded here.
+    """
+    layers = []
+    for layer in config.layers:
+        (part,) = layer.mixers
+        if part.mixer == "linear":
+            memory = part.memory.model_copy(update={"gate_rank": None})
+            layer = layer.model_copy(
+                update={"mixers": (part.model_copy(update={"memory": memory}),)}
+            )
+        layers.append(layer)
+    band = 1 / (2 * THRESHOLDS)
+    bands = SpikeBands(qkv=band, o=band, mlp=band, down=None)
+    spikes = SpikeConfig(
+        neuron="adaptive", k=THRESHOLDS, weights="float", layers=(bands,) * len(layers)
+    )
+    return config.model_copy(update={"layers": tuple(layers), "spikes": spikes})
+
+
+def their_quantised_name(name: str) -> str:
+    """As `their_name`, in the W8ASpike release."""
+    return their_name(name).replace(".attn.gk_proj.1.", ".attn.gk_proj.")
+
+
+def check_scales(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Every weight of a linear layer has scales that fit it, and nothing else has.
 
     Raises:
-        UnsupportedError: A tensor is there that only W8ASpike has.
+        CheckpointError: One is missing, left over, or does not fit.
     """
-    for name in names:
-        if name.endswith((".weight_quantizer.scales", ".attn.gk_proj.weight")):
-            raise UnsupportedError(
-                f"{where}: tensor {name[:100]!r} belongs to SpikingBrain-7B-W8ASpike, "
-                "which respike does not read yet",
-                hint="use the base or SFT release in bf16",
+    rounded = {
+        name.removesuffix(".weight")
+        for name in shapes
+        if name.endswith(".weight") and name.split(".")[-2] in (*ROUNDED_LAYER, "gk_proj")
+    }
+    found = {name.removesuffix(SCALES) for name in shapes if name.endswith(SCALES)}
+    for module in sorted(rounded ^ found):
+        what = "missing" if module in rounded else "of nothing"
+        raise CheckpointError(f"{where}: tensor {module + SCALES!r} is {what}")
+    for module in sorted(found):
+        (rows, columns), scales = shapes[module + ".weight"], shapes[module + SCALES]
+        fits = len(scales) == 3 and (scales[0], scales[2]) == (rows, 1)
+        if not fits or scales[1] < 1 or columns % scales[1]:
+            raise CheckpointError(
+                f"{where}: tensor {module + SCALES!r} has shape {scales}, "
+                f"which does not fit a weight of {(rows, columns)}"
             )
+
+
+def rounded_weight(weight: Tensor, scales: Tensor) -> Tensor:
+    """What the released forward multiplies with: each group as multiples of its scale, unlimited.
+
+    Args:
+        weight: (O, I).
+        scales: (O, groups, 1); a group is I / groups inputs in a row.
+    """
+    groups = weight.float().view(len(weight), scales.shape[1], -1)
+    scales = scales.float()
+    return ((groups / scales).round() * scales).view_as(weight).to(weight.dtype)

@@ -44,7 +44,7 @@ class GatedLinear(Memory):
         hidden_size: D.
         num_groups: G.
         head_dim: K.
-        gate_rank: R.
+        gate_rank: R; None has one full matrix instead of two thin ones.
         gate_normalizer: Larger means a longer memory.
         rectify: ReLU on queries and keys, else they are taken as they are.
     """
@@ -55,13 +55,15 @@ class GatedLinear(Memory):
         hidden_size: int,
         num_groups: int,
         head_dim: int,
-        gate_rank: int,
+        gate_rank: int | None,
         gate_normalizer: float,
         rectify: bool,
     ) -> None:
         super().__init__()
-        self.gate_down = nn.Linear(hidden_size, gate_rank, bias=False)
-        self.gate_up = nn.Linear(gate_rank, num_groups * head_dim)
+        self.gate_down = (
+            None if gate_rank is None else nn.Linear(hidden_size, gate_rank, bias=False)
+        )
+        self.gate_up = nn.Linear(gate_rank or hidden_size, num_groups * head_dim)
         self.gate_normalizer, self.rectify = gate_normalizer, rectify
 
     def forward(
@@ -70,7 +72,8 @@ class GatedLinear(Memory):
         """See `Memory.forward`."""
         if self.rectify:
             q, k = relu(q), relu(k)
-        gate = self.gate_up(self.gate_down(x)).float().view(k.shape)
+        gate = self.gate_up(x if self.gate_down is None else self.gate_down(x)).float()
+        gate = gate.view(k.shape)
         log_decay = logsigmoid(gate) / self.gate_normalizer
         k, log_decay = _real(span, k, log_decay)
         return gla(q, k, v, log_decay, state)

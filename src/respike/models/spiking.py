@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from respike.config import SpikeConfig
+from respike.errors import UnsupportedError
 from respike.layers.linear import PackedLinear
+from respike.layers.mlp import GatedMLP
 from respike.layers.spikes import Neuron, SpikedLinear, SpikeLinear, Step
 from respike.models.decoder import Decoder
 from respike.ops import backends
@@ -59,8 +61,15 @@ class Site:
 
 
 def spike_sites(decoder: Decoder) -> Iterator[Site]:
-    """Every site, layer by layer in the order it is passed."""
+    """Every site, layer by layer in the order it is passed.
+
+    Raises:
+        UnsupportedError: A layer has linear layers that no site names.
+    """
     for index, layer in enumerate(decoder.layers):
+        if layer.beside is not None or not isinstance(layer.mlp, GatedMLP):
+            what = "experts" if layer.beside is None else "an attention beside its own"
+            raise UnsupportedError(f"spikes in layer {index}, which has {what}")
         for name, paths in SITES.items():
             linears = tuple(layer.get_submodule(path) for path in paths)
             yield Site(index, name, linears)  # type: ignore[arg-type]
@@ -100,9 +109,11 @@ def _weights(site: Site) -> Iterator[Tensor]:
         yield linear.weight
 
 
-def make_neuron(config: SpikeConfig, site: Site) -> Neuron:
-    """The neuron that ``config`` describes for a site."""
-    band: float = getattr(config.layers[site.layer], site.name)
+def make_neuron(config: SpikeConfig, site: Site) -> Neuron | None:
+    """The neuron that ``config`` describes for a site, if any."""
+    band: float | None = getattr(config.layers[site.layer], site.name)
+    if band is None:
+        return None
     if config.neuron == "adaptive":
         return Neuron("mean", 1 / (2 * band))
     if config.neuron == "absmax":
@@ -122,7 +133,10 @@ def install_spikes(decoder: Decoder, config: SpikeConfig) -> None:
         config: Which neurons. Weights of integers are packed here, once: they cannot be undone.
     """
     for site in spike_sites(decoder):
-        neuron = make_neuron(config, site).requires_grad_(False)
+        neuron = make_neuron(config, site)
+        if neuron is None:
+            continue
+        neuron.requires_grad_(False)
         for linear, path in zip(site.linears, SITES[site.name], strict=True):
             assert isinstance(linear, nn.Linear)
             behind: SpikedLinear | SpikeLinear
