@@ -34,8 +34,12 @@ from respike.recipe import apply_recipe, load_recipe
 from tiny import D, F, K, V, random_tokens, save_tiny
 
 F32 = "weights=f32"
-TWIN_76B = ("moe.experts=4", "learned_sinks.count=5", "layers.1.sink_tokens=5", F32)
-TWIN_5B = ("blocks.block_tokens=4", "blocks.summary_tokens=4", F32)
+TWIN_76B = (
+    "moe.experts=4", "moe.at=[1, 3]", "learned_sinks.count=5", "layers.0.at=[3]",
+    "layers.1.sink_tokens=5", F32,
+)  # fmt: skip
+TWIN_5B = ("blocks.block_tokens=4", "blocks.summary_tokens=4", "layers.1.at=[0]", F32)
+"""In four layers every kind would be at relative depths of its own, so places are given."""
 TWINS = {
     "spikingbrain-7b": ("layers.1.window_tokens=9", F32),
     "spikingbrain-76b": (*TWIN_76B, "layers.1.window_tokens=9"),

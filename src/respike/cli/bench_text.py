@@ -1,6 +1,7 @@
 """What bench and plan print."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 from respike.cli.show import human_bytes, pairs, table
@@ -223,10 +224,9 @@ def plan_text(data: Data) -> str:
     if data["sharding"]:
         blocks.append(_sharding_text(data["sharding"]))
     if data["choices"]:
-        blocks.append(
-            "chosen here, where the recipe's source is silent:\n"
-            + pairs([(key, " ".join(why.split())) for key, why in data["choices"].items()])
-        )
+        words = [f"{key}: {' '.join(why.split())}" for key, why in data["choices"].items()]
+        wrapped = [fill(text, 96, initial_indent="  ", subsequent_indent="    ") for text in words]
+        blocks.append("\n".join(["chosen where the recipe's own source is silent:", *wrapped]))
     if timed:
         machine = data["machine"]
         blocks.append(
