@@ -1,7 +1,9 @@
 """SpikingBrain's models by recipe: counts at full size, small twins, upcycling, released names."""
 
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from respike.account import (
 from respike.bench.shapes import shape_config
 from respike.checkpoint import open_checkpoint
 from respike.checkpoint.families import expected_tensors
+from respike.cli.main import main
 from respike.config import ModelConfig
 from respike.conversion import convert, plan
 from respike.conversion.export import export
@@ -424,3 +427,84 @@ def test_head_dim_is_the_rank() -> None:
     (memory,) = {layer.beside.mixers[0].memory for layer in config.layers if layer.beside}
     assert memory.kind == "sse"
     assert memory.rank == config.head_dim == 64 != K
+
+
+# ---- the verbs -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def respike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of a call."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["respike", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def test_plan_prints_active_parameters_choices_and_shares(respike: Call, tmp_path: Path) -> None:
+    plot = tmp_path / "plan.png"
+    words = (
+        "plan",
+        "spikingbrain-76b",
+        "--target",
+        "qwen2.5-7b",
+        "--no-time",
+        "--length",
+        "1k,128k",
+    )
+    code, text, err = respike(*words, "--ranks", "1,64", "--plot", plot)
+    assert code == 0, err
+    assert "12,717,100,032 a token" in text
+    assert "beside.projections: separate" in text
+    assert re.search(r"64\s+2\.2 GiB", text)
+    assert max(map(len, text.splitlines())) < 200
+    assert plot.stat().st_size > 10_000
+    _, text, _ = respike(*words, "--set", "beside.projections=shared", "--json")
+    found = json.loads(text)
+    assert found["parameters"] == 76_055_745_024
+    assert found["rows"][1]["moved_bytes_per_token"] > found["rows"][0]["moved_bytes_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--ranks", "1,0"), "--ranks '1,0'"),
+        (("--ranks", "many"), "--ranks 'many'"),
+        (("--plot", "plan.jpg"), "ends in .png"),
+        (("--set", "moe.expert=4"), "did you mean `experts`?"),
+    ],
+    ids=str,
+)
+def test_plan_refuses_what_means_nothing(
+    options: tuple[str, ...], words: str, respike: Call
+) -> None:
+    code, _, err = respike(
+        "plan", "spikingbrain-76b", "--target", "qwen2.5-7b", "--no-time", *options
+    )
+    assert code != 0
+    assert words in err
+
+
+def test_export_says_what_it_wrote_and_what_it_cannot(
+    sources: dict[str, Path], tmp_path: Path, respike: Call
+) -> None:
+    code, text, err = respike("export", sources["llama"], tmp_path / "out", "--json")
+    assert code == 0, err
+    assert json.loads(text)["model_type"] == "llama"
+    code, _, err = respike("export", sources["llama"], tmp_path / "out")
+    assert code == 2
+    assert "already exists" in err
+    code, _, err = respike("export", tmp_path / "nowhere", tmp_path / "out2")
+    assert code == 1
+    assert "no such folder or file" in err

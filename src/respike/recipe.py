@@ -180,22 +180,24 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
 
 
 def _meant(errors: Sequence[Any]) -> list[Any]:
-    """Without those of a mapping that was not meant: {evenly: ..}, or {layers: .., of: ..}."""
+    """Of a place's many forms the errors of the one that was meant.
 
-    def place(error: Any, kind: str) -> tuple[Any, ...] | None:
+    A mapping is {layers: .., of: ..} if it has either key, else {evenly: ..}.
+    """
+
+    def place(error: Any, form: str) -> tuple[Any, ...] | None:
         loc = error["loc"]
-        return loc[: loc.index(kind)] if kind in loc else None
+        inside = form in loc and loc.index(form) < len(loc) - 1
+        return loc[: loc.index(form)] if inside else None
 
     absent = [place(e, "Scaled") for e in errors if e["type"] == "missing"]
-    kept = []
     for error in errors:
-        scaled, evenly = (place(error, kind) for kind in ("Scaled", "Evenly"))
-        if scaled is not None and absent.count(scaled) == len(Scaled.model_fields):
-            continue
-        if evenly is not None and absent.count(evenly) < len(Scaled.model_fields):
-            continue
-        kept.append(error)
-    return kept or list(errors)
+        for form in ("Scaled", "Evenly"):
+            where = place(error, form)
+            scaled = absent.count(where) < len(Scaled.model_fields)
+            if where is not None and scaled == (form == "Scaled"):
+                return [e for e in errors if e["loc"][: len(where)] != where or form in e["loc"]]
+    return list(errors)
 
 
 def _known_keys(loc: Sequence[Any]) -> list[str]:

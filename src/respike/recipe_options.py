@@ -4,9 +4,9 @@ The rules are read top to bottom and the first that matches a layer decides its 
 KV groups in ``softmax_groups`` keep softmax whatever their layer's rule says.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from respike.config import (
     BlockCount,
@@ -41,11 +41,12 @@ class Scaled(Frozen):
     layers: tuple[Annotated[int, Field(ge=0)], ...]
     of: int = Field(gt=0, le=1024)
 
-    @model_validator(mode="after")
-    def _there(self) -> "Scaled":
-        if any(index >= self.of for index in self.layers):
-            raise ValueError(f"layers has {max(self.layers)}, expected less than of, {self.of}")
-        return self
+    @field_validator("of")
+    @classmethod
+    def _there(cls, of: int, info: Any) -> int:
+        if any(index >= of for index in info.data.get("layers", ())):
+            raise ValueError(f"layers has {max(info.data['layers'])}, expected less than of")
+        return of
 
 
 At = Place | Evenly | Scaled | tuple[int, ...]
