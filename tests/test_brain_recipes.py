@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +35,9 @@ from respike.models.balance import watch_balance
 from respike.models.decoder import Decoder
 from respike.models.engine import engine_layers
 from respike.recipe import apply_recipe, load_recipe
+from respike.text import contexts
 from tiny import D, F, K, V, random_tokens, save_tiny
+from tolerance import assert_close
 
 F32 = "weights=f32"
 TWIN_76B = (
@@ -181,6 +184,55 @@ def test_twins_train_save_and_load(name: str, sources: dict[str, Path], tmp_path
     save_file(weights, tmp_path / "twin" / "model.safetensors", metadata={"format": "pt"})
     again = load_decoder(open_checkpoint(tmp_path / "twin"))
     assert torch.equal(logits(again, ids), logits(decoder, ids))
+
+
+# ---- where the norms of a merge begin --------------------------------------------------------
+
+SILENT = ("layers=[{at: all, mixer: window, window_tokens: 64, beside: sse}]", F32)
+
+
+@pytest.mark.parametrize(("merge", "unit"), [("sum", 1.0), ("mean", 2.0)])
+def test_norms_begin_at_the_size_of_the_sources_attention(
+    merge: str, unit: float, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    options = (*SILENT, f"beside.merge={merge}", "beside.memory_scale=0.25")
+    report = convert(plan(sources["qwen2"], load_recipe("identity", options)), tmp_path / "out")
+    source = open_checkpoint(sources["qwen2"])
+    tokenizer = load(sources["qwen2"]).tokenizer
+    count = report["attention_sizes"]["text_tokens"]
+    text = contexts([], tokenizer, context_tokens=count, max_tokens=count, use="calibrate")
+    original, seen = load_decoder(source), []
+    for layer in original.layers:
+        layer.self_attn.register_forward_hook(lambda _m, _i, out: seen.append(out[0]))
+    logits(original, text)
+    decoder = load_decoder(open_checkpoint(tmp_path / "out"))
+    for out, layer, size in zip(
+        seen, decoder.layers, report["attention_sizes"]["rms"], strict=True
+    ):
+        words = float(np.sqrt((out.double().numpy() ** 2).mean(-1)).mean())
+        assert size == pytest.approx(words, rel=1e-4)
+        assert layer.beside is not None
+        for norm, scale in ((layer.beside.softmax_norm, 1.0), (layer.beside.memory_norm, 0.25)):
+            assert_close(norm.weight, torch.full_like(norm.weight, scale * unit * words))
+
+
+def test_a_measured_start_stays_nearer_to_the_source(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    ids = random_tokens(2, 40)
+    wanted, off = logits(load_decoder(open_checkpoint(sources["llama"])), ids), {}
+    for start in ("ones", "measured"):
+        options = (*SILENT, f"beside.start={start}", "beside.memory_scale=0")
+        convert(plan(sources["llama"], load_recipe("identity", options)), tmp_path / start)
+        got = logits(load_decoder(open_checkpoint(tmp_path / start)), ids)
+        off[start] = float((got - wanted).norm() / wanted.norm())
+    assert off["measured"] < 0.5 * off["ones"]
+
+
+def test_what_has_merges_already_is_not_measured(sources: dict[str, Path], tmp_path: Path) -> None:
+    convert(plan(sources["llama"], load_recipe("identity", SILENT)), tmp_path / "merged")
+    again = plan(tmp_path / "merged", load_recipe("identity", (*SILENT, "sse.partitions=3")))
+    assert not again.measures  # the norms are there
 
 
 # ---- upcycling -------------------------------------------------------------------------------

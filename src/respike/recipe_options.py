@@ -161,9 +161,12 @@ class BesideOptions(Frozen):
     """separate: of the two normed outputs."""
     softmax_dropout: Fraction = 0.0
     """separate: how often training leaves the softmax out."""
+    start: Literal["ones", "measured"] = "measured"
+    """separate: unit of the next two; measured: the size of the source's attention outputs on text,
+    layer by layer, such that the softmax alone is as large as the source's was."""
     softmax_scale: Annotated[float, Field(ge=0, le=1024)] = 1.0
     """separate: weight of the softmax's norm before any training."""
-    memory_scale: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    memory_scale: Annotated[float, Field(ge=0, le=1024)] = 0.05
     """separate: weight of the memory's norm before any training."""
 
 

@@ -18,13 +18,17 @@ from respike.checkpoint.folder import INDEX
 from respike.conversion.calibrate import calibrate, fit_summary, with_recall
 from respike.conversion.card import model_card
 from respike.conversion.initial import initial_tensor
+from respike.conversion.measure import attention_sizes, measured_norms
 from respike.conversion.plan import Plan
 from respike.conversion.shards import SHARD_BYTES, write_json, write_shards
 from respike.device import get_dtype
 from respike.errors import CheckpointError, UsageError
 from respike.loading import Progress, load_decoder, load_tokenizer
 from respike.recipe import dump_recipe
-from respike.text import calibration_contexts
+from respike.text import calibration_contexts, contexts
+
+MEASURED_TOKENS = 512
+"""Of text, on which the sizes of attention outputs are measured."""
 
 RECEIPT = {"config.json", "recipe.yaml", "report.json"}
 """What tells a converted folder from any other."""
@@ -54,8 +58,8 @@ def convert(
         plan: From `respike.plan`.
         out: Folder to create.
         force: Replace ``out`` if it is a converted folder and holds nothing else.
-        data: Text files to calibrate far memories on, if the plan's recipe does. None takes what
-            comes with Python.
+        data: Text files to calibrate far memories or to measure attention on, if the plan's recipe
+            does. None takes what comes with Python.
         shard_bytes: Largest weight file.
         healed: Tensors that take the place of the source's, by name.
         also: Called with the folder before it gets its name; what it returns joins the report.
@@ -72,7 +76,7 @@ def convert(
     """
     out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
     check_out(out, plan.source.path, force)
-    fitted, fit_report = _calibrated(plan, data, progress)
+    fitted, fit_report = _measured(plan, data, progress)
     made = {**fitted, **healed}
     with staged(out) as folder:
         files = write_shards(
@@ -163,14 +167,27 @@ def staged(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def _measured(
+    plan: Plan, data: Sequence[str | Path], progress: Progress | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors that come of running the original on text, by name, and what the report says."""
+    if data and not (plan.calibrates or plan.measures):
+        raise UsageError(f"recipe {plan.recipe.name!r} calibrates nothing, so it needs no text")
+    made, facts = _calibrated(plan, data, progress) if plan.calibrates else ({}, {})
+    if plan.measures:
+        length = min(MEASURED_TOKENS, plan.source.config.max_position_embeddings)
+        tokenizer = load_tokenizer(plan.source)
+        text = contexts(data, tokenizer, context_tokens=length, max_tokens=length, use="calibrate")
+        sizes = attention_sizes(plan.source, text[0])
+        made |= measured_norms(plan.recipe, plan.config, sizes)
+        facts |= {"attention_sizes": {"text_tokens": length, "rms": sizes}}
+    return made, facts
+
+
 def _calibrated(
     plan: Plan, data: Sequence[str | Path], progress: Progress | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fitted tensors by name, and what the report says of them; nothing if nothing is to fit."""
-    if not plan.calibrates:
-        if data:
-            raise UsageError(f"recipe {plan.recipe.name!r} calibrates nothing, so it needs no text")
-        return {}, {}
+    """Fitted tensors by name, and what the report says of them."""
     tokenizer = load_tokenizer(plan.source)
     text = calibration_contexts(
         data,

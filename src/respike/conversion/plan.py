@@ -66,6 +66,12 @@ class Plan:
         fitted = any(name.endswith(".beta") for name in self.new)
         return fitted and self.recipe.far.calibration_tokens > 0
 
+    @property
+    def measures(self) -> bool:
+        """Norms of merges are to begin as large as the source's attention outputs are on text."""
+        merged = any(name.endswith("beside.softmax_norm.weight") for name in self.new)
+        return merged and self.recipe.beside.start == "measured"
+
     def summary(self) -> dict[str, Any]:
         """The figures, for the report and for ``--json``."""
         config, before = self.config, self.source.config

@@ -48,10 +48,13 @@ def engine_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def engine_layers(config: ModelConfig) -> dict[str, int]:
-    """How many layers of a model the engine runs whole, without their mixers, or not at all."""
+    """How many layers of a model the engine runs whole, without their mixers, or not at all.
+
+    Models that spike have no engine.
+    """
     counts = {"native": 0, "mixers in Python": 0, "in Python": 0}
     for layer in config.layers:
-        if layer.beside is not None or layer.moe is not None:
+        if config.spikes or layer.beside is not None or layer.moe is not None:
             counts["in Python"] += 1
         elif all(map(_is_known, layer.mixers)):
             counts["native"] += 1
