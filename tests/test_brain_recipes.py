@@ -216,19 +216,6 @@ def test_norms_begin_at_the_size_of_the_sources_attention(
             assert_close(norm.weight, torch.full_like(norm.weight, scale * unit * words))
 
 
-def test_a_measured_start_stays_nearer_to_the_source(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
-    ids = random_tokens(2, 40)
-    wanted, off = logits(load_decoder(open_checkpoint(sources["llama"])), ids), {}
-    for start in ("ones", "measured"):
-        options = (*SILENT, f"beside.start={start}", "beside.memory_scale=0")
-        convert(plan(sources["llama"], load_recipe("identity", options)), tmp_path / start)
-        got = logits(load_decoder(open_checkpoint(tmp_path / start)), ids)
-        off[start] = float((got - wanted).norm() / wanted.norm())
-    assert off["measured"] < 0.5 * off["ones"]
-
-
 def test_what_has_merges_already_is_not_measured(sources: dict[str, Path], tmp_path: Path) -> None:
     convert(plan(sources["llama"], load_recipe("identity", SILENT)), tmp_path / "merged")
     again = plan(tmp_path / "merged", load_recipe("identity", (*SILENT, "sse.partitions=3")))
