@@ -657,6 +657,7 @@ def test_shapes_have_the_parameters_their_makers_state() -> None:
         "qwen2.5-0.5b": 494_032_768,
         "qwen2.5-1.5b": 1_543_714_304,
         "qwen2.5-7b": 7_615_616_512,
+        "qwen3-4b": 4_022_468_096,
     }
     assert {name: num_parameters(shape_config(name)) for name in SHAPES} == known
 
