@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 from respike.bench.plot import short
 
@@ -29,6 +29,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axis.set_yscale("log")
         axis.set_xticks(lengths, [short(n) for n in lengths], size=7)
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
         axis.set_xlabel("length, tokens")
         axis.set_title(label, size=10)
     axes[0].legend(fontsize=8)
