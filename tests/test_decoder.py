@@ -208,6 +208,15 @@ def test_the_content_of_padding_never_matters(mixed: Decoder, chunk: int) -> Non
             more, state = mixed(random_tokens(B, 9, seed=1), state)
         results.append((out[0], out[1, :11], more, *stored(state)))
     for ours, other in zip(*results, strict=True):
+        assert_same_bits(mixed, ours, other)
+
+
+def assert_same_bits(decoder: Decoder, ours: Tensor, other: Tensor) -> None:
+    """Where tokens choose, as many rows are multiplied as chose alike: rounding may differ there."""
+    layers = decoder.config.layers
+    if any(layer.moe or layer.beside for layer in layers):
+        assert_close(ours, other)
+    else:
         assert torch.equal(ours, other)
 
 
@@ -235,7 +244,7 @@ def test_the_future_does_not_reach_back_through_the_model(mixed: Decoder, cuts: 
     before = run(mixed, ids, cuts)
     ids[:, 23:] = (ids[:, 23:] + 1) % V
     after = run(mixed, ids, cuts)
-    assert torch.equal(after[:, :23], before[:, :23])
+    assert_same_bits(mixed, after[:, :23], before[:, :23])
     assert not torch.isclose(after[:, 23:], before[:, 23:]).all(-1).any()
 
 
