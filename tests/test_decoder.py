@@ -212,7 +212,7 @@ def test_the_content_of_padding_never_matters(mixed: Decoder, chunk: int) -> Non
 
 
 def assert_same_bits(decoder: Decoder, ours: Tensor, other: Tensor) -> None:
-    """Where tokens choose, as many rows are multiplied as chose alike: rounding may differ there."""
+    """Where tokens choose, products have as many rows as chose alike: rounding may differ."""
     layers = decoder.config.layers
     if any(layer.moe or layer.beside for layer in layers):
         assert_close(ours, other)
