@@ -10,7 +10,6 @@ and what the conversion needed on top. Exits with 1 if that was more than three 
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -32,8 +31,13 @@ MIB = 1 << 20
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far.
+
+    Not from getrusage, which on Linux remembers the parent's.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def make_source(folder: Path, shape: str, tokenizer: str, shard_bytes: int) -> None:
