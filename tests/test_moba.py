@@ -28,7 +28,8 @@ from mixers import (
 )
 from respike.layers.blocks import BlockSoftmax
 from respike.layers.softmax import FullSoftmax
-from respike.ops.blocks import BlockRule, blocks_definition
+from respike.ops.block_rule import BlockRule
+from respike.ops.blocks import blocks_definition
 from tolerance import assert_close
 
 T, R, SIZE, TOP = 43, 2, 5, 3

@@ -167,8 +167,9 @@ def block_softmax(
     """
     if by_head:
         # As many passes as a group has heads, in each of which a group has one.
-        heads = q.view(*q.shape[:2], keys.k.shape[1], -1, q.shape[3]).unbind(3)
-        each = [block_softmax(x, keys, summaries, start, frequencies, rule) for x in heads]
+        heads = q.reshape(*q.shape[:2], keys.k.shape[1], -1, q.shape[3]).unbind(3)
+        some = keys, summaries, start, frequencies, rule
+        each = [block_softmax(x.contiguous(), *some) for x in heads]
         return torch.stack(each, 3).flatten(2, 3)
     _check(q, keys, summaries, start, frequencies, rule)
     if keys.k_scale is None and backends.needs_gradient(q, keys.k, keys.v):
