@@ -249,18 +249,11 @@ def select(
     every = [
         (i, g) for i in range(config.num_hidden_layers) for g in range(config.num_key_value_heads)
     ]
-    beside = any(layer.beside for layer in config.layers) or any(
-        part.mixer == "full" and part.memory for _, part in config.mixers()
-    )
-    if beside or config.learned_sinks:
-        raise UsageError(
-            "the model has memories or sinks beside its softmax, which would be taken away",
-            hint="run `respike select` on the original",
-        )
-    if len(config.softmax_groups()) < len(every):
+    memories = any(getattr(part, "memory", None) for _, part in config.mixers())
+    if len(config.softmax_groups()) < len(every) or memories or config.learned_sinks:
         raise UsageError(
             f"the model has full softmax in {len(config.softmax_groups())} of its {len(every)} KV "
-            "groups only; the others would be measured as what they are not",
+            "groups, or memories or sinks beside it, and would be measured as what it is not",
             hint="run `respike select` on the original",
         )
     if not 0 < budget.softmax_groups <= len(every):
