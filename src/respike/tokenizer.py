@@ -79,6 +79,11 @@ class Tokenizer:
         )
 
     @property
+    def definition(self) -> str:
+        """What ``tokenizer.json`` holds."""
+        return str(self._core.to_str())
+
+    @property
     def vocab_size(self) -> int:
         """Tokens, special ones included; a model's embedding may have more rows."""
         return int(self._core.get_vocab_size(with_added_tokens=True))

@@ -28,6 +28,8 @@ VERBS = {
     "eval": ("measure", "Perplexity by position, or recall."),
     "generate": ("talk", "Continue a prompt."),
     "chat": ("talk", "Talk with a model."),
+    "read": ("document", "Read documents once, into a state file."),
+    "ask": ("document", "Ask about what was read."),
     "bench": ("bench", "Speed and memory against length, beside peers."),
     "plan": ("bench", "What a conversion needs: bytes, FLOPs, minutes here."),
     "recipes": ("model", "List the built-in recipes, or print one."),

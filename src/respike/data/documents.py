@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from respike.data.markup import html_text
 from respike.errors import BackendError, DataError
@@ -150,11 +150,11 @@ def _texts(path: Path, file: BufferedIOBase, *, html: bool) -> Iterator[Document
         begin += len(block)
 
 
-def pdf_pages(file: IO[bytes], where: str) -> Iterator[Document]:
+def pdf_pages(file: Any, where: str) -> Iterator[Document]:
     """The text of each page of a PDF that has any; what is only a picture has none.
 
     Args:
-        file: The PDF; must be seekable.
+        file: The PDF, open in binary; must be seekable.
         where: Its name, for messages.
 
     Raises:

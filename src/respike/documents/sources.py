@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from respike.data.documents import (
     PLAIN,
@@ -50,6 +50,20 @@ class Piece:
 
 
 @dataclass
+class Tokens:
+    """Some tokens of a source, in order.
+
+    Attributes:
+        ids: Token ids.
+        points: (index in ``ids``, byte of the source's text, line or page) of some of them, at
+            least one in every `POINT_TOKENS`.
+    """
+
+    ids: list[int]
+    points: list[tuple[int, int, int]]
+
+
+@dataclass
 class Source:
     """Something to read. Its facts are known when it was read to the end.
 
@@ -57,7 +71,7 @@ class Source:
         name: What it is called: an absolute path, ``stdin``, or what whoever uploaded it said.
         unit: What its places are numbered by: line, page, row or record.
         path: The file, if it is one.
-        stream: Its bytes otherwise; can be read once.
+        stream: A binary file that holds its bytes otherwise; can be read once.
         num_bytes: Of the file as it is.
         sha256: Of these.
     """
@@ -65,7 +79,7 @@ class Source:
     name: str
     unit: str = "line"
     path: Path | None = None
-    stream: IO[bytes] | None = None
+    stream: Any = None
     num_bytes: int = 0
     sha256: str = ""
     text_bytes: int = field(default=0, repr=False)
@@ -77,13 +91,34 @@ class Source:
             DataError: It cannot be read, or is not what its name says; says where.
             BackendError: A reader it needs is not installed.
         """
-        found = self._plain() if self.stream is not None or self._is_plain() else self._marked_up()
-        for piece in found:
+        for piece in self._found():
             yield piece
             self.text_bytes = piece.begin + len(piece.text.encode())
 
+    def tokens(self, tokenizer: Tokenizer) -> Iterator["Tokens"]:
+        """Its tokens, a piece at a time; raises as `pieces`."""
+        for piece in self.pieces():
+            ids, starts = tokenizer.encode_with_starts(piece.text)
+            if not ids:
+                continue
+            points, done, at, line = [], 0, piece.begin, piece.number
+            for index in range(0, len(ids), POINT_TOKENS):
+                passed = piece.text[done : starts[index]]
+                at, done = at + len(passed.encode()), starts[index]
+                line += passed.count("\n") if self.unit == "line" else 0
+                points.append((index, at, line))
+            yield Tokens(ids, points)
+
+    def _found(self) -> Iterator[Piece]:
+        return self._plain() if self.stream is not None or self._is_plain() else self._marked_up()
+
     def _is_plain(self) -> bool:
         return self.path is not None and kind_of(self.path) in PLAIN
+
+    @property
+    def is_plain_file(self) -> bool:
+        """Whether its text is the file as it is: neither packed nor in a format."""
+        return self.path is not None and self.path.suffix.lower() in PLAIN
 
     def _plain(self) -> Iterator[Piece]:
         """Text as it is; offsets are those of the file."""
@@ -98,7 +133,7 @@ class Source:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.path}: cannot be read: {reason}") from None
 
-    def _lines(self, file: IO[bytes] | Any) -> Iterator[Piece]:
+    def _lines(self, file: Any) -> Iterator[Piece]:
         digest, begin, number, held = hashlib.sha256(), 0, 1, b""
         while block := file.read(PIECE_BYTES):
             digest.update(block)
@@ -159,8 +194,7 @@ class UploadedSource(Source):
         self.kind, self.content = kind, content
         self.num_bytes, self.sha256 = len(content), hashlib.sha256(content).hexdigest()
 
-    def pieces(self) -> Iterator[Piece]:
-        """See `Source.pieces`."""
+    def _found(self) -> Iterator[Piece]:
         if self.kind == "pdf":
             yield from self._cut(pdf_pages(BytesIO(self.content), self.name))
         elif self.kind == "html":
@@ -170,7 +204,27 @@ class UploadedSource(Source):
             yield from self._lines(BytesIO(self.content))
 
 
-def open_sources(paths: list[str], stdin: IO[bytes]) -> list[Source]:
+class TokenizedSource(Source):
+    """A source that was read and tokenized already, so that nothing is left to wait for."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer) -> None:
+        super().__init__(source.name, source.unit)
+        self._tokens = list(source.tokens(tokenizer))
+        self.num_bytes, self.sha256 = source.num_bytes, source.sha256
+        self.text_bytes = source.text_bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all of it."""
+        return sum(len(tokens.ids) for tokens in self._tokens)
+
+    def tokens(self, tokenizer: Tokenizer) -> Iterator[Tokens]:
+        """See `Source.tokens`."""
+        del tokenizer
+        yield from self._tokens
+
+
+def open_sources(paths: list[str], stdin: Any) -> list[Source]:
     """What ``paths`` name: files, folders, patterns, ``-``; in their order, each once.
 
     Raises:
@@ -191,36 +245,6 @@ def open_sources(paths: list[str], stdin: IO[bytes]) -> list[Source]:
     for source in found:
         unique.setdefault(source.name, source)
     return list(unique.values())
-
-
-@dataclass
-class Tokens:
-    """Some tokens of a source, in order.
-
-    Attributes:
-        ids: Token ids.
-        points: (index in ``ids``, byte of the source's text, line or page) of some of them, at
-            least one in every `POINT_TOKENS`.
-    """
-
-    ids: list[int]
-    points: list[tuple[int, int, int]]
-
-
-def tokens_of(source: Source, tokenizer: Tokenizer) -> Iterator[Tokens]:
-    """The tokens of a source, a piece at a time."""
-    for piece in source.pieces():
-        ids, starts = tokenizer.encode_with_starts(piece.text)
-        if not ids:
-            continue
-        by_page = source.unit != "line"
-        points, done, at, line = [], 0, piece.begin, piece.number
-        for index in range(0, len(ids), POINT_TOKENS):
-            passed = piece.text[done : starts[index]]
-            at, done = at + len(passed.encode()), starts[index]
-            line += 0 if by_page else passed.count("\n")
-            points.append((index, at, line))
-        yield Tokens(ids, points)
 
 
 def _last_break(raw: bytes) -> int:

@@ -7,6 +7,7 @@ checksum. Whoever saves one may add tensors of their own; see `respike.documents
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -60,6 +61,20 @@ class DecoderState:
     def split(self) -> list["DecoderState"]:
         """One independent state for each sequence of the batch."""
         return [self._rows(slice(row, row + 1)) for row in range(len(self))]
+
+    def row(self, index: int) -> "DecoderState":
+        """An independent state of one sequence."""
+        return self._rows(slice(index, index + 1))
+
+    def keep(self, rows: Sequence[bool]) -> list["DecoderState"]:
+        """Independent states of the sequences marked in ``rows``, in order, runs of them joined."""
+        found, begin = [], 0
+        for kept, run in groupby(rows):
+            end = begin + len(list(run))
+            if kept:
+                found.append(self._rows(slice(begin, end)))
+            begin = end
+        return found
 
     def _rows(self, index: slice) -> "DecoderState":
         layers = tuple(tuple(part.rows(index) for part in layer) for layer in self.layers)
@@ -133,7 +148,9 @@ class DecoderState:
                 found = {name: tensors.pop(prefix + name, None) for name in mine}
                 for name, tensor in found.items():
                     _check_part(path, prefix + name, tensor, mine[name], seen)
-                checked.append((part, {n: t for n, t in found.items() if t is not None}))
+                device = next(iter(mine.values())).device
+                kept = {n: t.to(device) for n, t in found.items() if t is not None}
+                checked.append((part, kept))
         if tensors:
             raise DataError(f"{path}: unexpected tensor {min(tensors)!r}")
         check_digest(path, meta)

@@ -81,7 +81,7 @@ def _header(names: list[str], tensors: Mapping[str, Tensor], notes: Mapping[str,
 def _blocks(tensor: Tensor) -> Iterator[memoryview]:
     if not tensor.numel():
         return
-    data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    data: memoryview = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     for begin in range(0, len(data), BLOCK_BYTES):
         yield data[begin : begin + BLOCK_BYTES]
 
