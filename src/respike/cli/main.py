@@ -30,6 +30,7 @@ VERBS = {
     "chat": ("talk", "Talk with a model."),
     "read": ("document", "Read documents once, into a state file."),
     "ask": ("document", "Ask about what was read."),
+    "serve": ("serve", "Answer OpenAI's clients, and show a page."),
     "bench": ("bench", "Speed and memory against length, beside peers."),
     "plan": ("bench", "What a conversion needs: bytes, FLOPs, minutes here."),
     "recipes": ("model", "List the built-in recipes, or print one."),

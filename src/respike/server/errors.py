@@ -1,5 +1,7 @@
 """Errors as OpenAI's clients expect them: ``{"error": {message, type, param, code}}``."""
 
+import sys
+import traceback
 from typing import Any
 
 TYPES = {
@@ -34,8 +36,14 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON document."""
         kind = TYPES.get(self.status, "server_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        message, param = _clean(self.message), self.param and _clean(self.param)
+        error = {"message": message, "type": kind, "param": param, "code": self.code}
         return {"error": error}
+
+
+def _clean(text: str) -> str:
+    """What a client sent may hold half a surrogate pair, which no answer can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def validation_error(errors: list[dict[str, Any]]) -> ApiError:
@@ -47,3 +55,10 @@ def validation_error(errors: list[dict[str, Any]]) -> ApiError:
     message = f"unknown parameter: {where}" if known else f"{where or 'body'}: {what}"
     code = "unknown_parameter" if known else "invalid_request"
     return ApiError(400, message, code, where or None)
+
+
+def report(error: BaseException) -> None:
+    """Where something went wrong, without its message, which may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    places = " < ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames))
+    print(f"error: {type(error).__name__} at {places}", file=sys.stderr, flush=True)  # noqa: T201

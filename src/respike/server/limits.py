@@ -4,9 +4,11 @@ import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from respike.server.errors import ApiError
+from respike.server.errors import ApiError, report
+from respike.server.metrics import Metrics
 from respike.server.settings import Settings
 
 Scope = MutableMapping[str, Any]
@@ -25,10 +27,11 @@ class Limits:
     Args:
         inner: The other.
         settings: What is allowed.
+        metrics: Counts requests.
     """
 
-    def __init__(self, inner: Application, settings: Settings) -> None:
-        self._inner, self._settings = inner, settings
+    def __init__(self, inner: Application, settings: Settings, metrics: Metrics) -> None:
+        self._inner, self._settings, self._metrics = inner, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -40,20 +43,35 @@ class Limits:
         limit = self._limit(scope)
         if error is None and _length(headers) > limit:
             error = _too_large(limit)
-        if error is not None:
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
-            return
-        seen = 0
+        seen, status = 0, 0
+
+        async def counting(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > limit:
-                raise _too_large(limit)
+                raise HTTPException(413, _too_large(limit).message)
             return message
 
-        await self._inner(scope, counted, send)
+        try:
+            if error is None:
+                await self._inner(scope, counted, counting)
+            else:
+                await JSONResponse(error.body(), error.status)(scope, receive, counting)
+        except Exception as failure:
+            report(failure)
+            if not status:
+                error = ApiError(500, "the server failed on this request", "internal_error")
+                await JSONResponse(error.body(), 500)(scope, receive, counting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(route, str(status)).inc()
 
     def _refused(self, scope: Scope, headers: dict[str, bytes]) -> ApiError | None:
         settings = self._settings

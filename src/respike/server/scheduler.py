@@ -5,10 +5,8 @@ long prompt delays running streams by a chunk at a time, and never longer.
 """
 
 import queue
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -20,6 +18,7 @@ from respike.errors import RespikeError
 from respike.loading import Model
 from respike.models.state import DecoderState
 from respike.server.batch import Batches
+from respike.server.errors import report
 from respike.server.jobs import Failure, Job, Sequence
 from respike.server.library import Document
 from respike.server.metrics import Metrics
@@ -30,6 +29,7 @@ CHUNK_TOKENS = 256
 """Of a prompt, between two tokens of the others. Chunks end at multiples of this."""
 SNAPSHOT_TOKENS = 2048
 """Prompts leave their state in the cache at multiples of this, and at their last whole chunk."""
+SPEED_SECONDS = 2.0
 DOCUMENT_TURN = 4
 """While prompts wait too, a document gets every fourth turn."""
 
@@ -105,6 +105,8 @@ class Scheduler(threading.Thread):
         self._waiting: deque[Prefill] = deque()
         self._prefills: deque[Prefill] = deque()
         self._reading: deque[tuple[Document, Iterator[None]]] = deque()
+        self._num_threads = torch.get_num_threads()  # torch counts them for each thread
+        self._made: deque[tuple[float, int]] = deque(maxlen=1000)
         self._turn = 0
         self._stopping = False
 
@@ -145,6 +147,12 @@ class Scheduler(threading.Thread):
         """Requests that wait or are read, and sequences that run."""
         return self._new.qsize() + len(self._waiting) + len(self._prefills) + len(self.batches)
 
+    def tokens_per_second(self) -> float:
+        """Of all sequences, over the last two seconds."""
+        now = time.monotonic()
+        recent = [count for at, count in list(self._made) if now - at < SPEED_SECONDS]
+        return sum(recent) / SPEED_SECONDS
+
     def reserve(self, job: Job) -> int:
         """Bytes of state that a job may come to need."""
         size = self.model.decoder.embedding.element_size()
@@ -154,6 +162,7 @@ class Scheduler(threading.Thread):
 
     def run(self) -> None:
         """Work until `stop`."""
+        torch.set_num_threads(self._num_threads)
         while True:
             if not self._take_new():
                 return
@@ -218,7 +227,9 @@ class Scheduler(threading.Thread):
             rows = list(batch.members())
             self._guard(jobs, lambda b=batch, k=kept: k.extend(b.step()))  # type: ignore[misc]
             self.metrics.step.observe(time.monotonic() - began)
-            self.metrics.output_tokens.inc(sum(len(row.tokens) for row in rows) - before)
+            made = sum(len(row.tokens) for row in rows) - before
+            self.metrics.output_tokens.inc(made)
+            self._made.append((time.monotonic(), made))
             for row, state in kept:
                 said = row.job.prompt + row.tokens
                 seen = state.num_tokens - row.job.start_tokens
@@ -257,7 +268,7 @@ class Scheduler(threading.Thread):
         except Exception as error:
             document.fail("it could not be read")
             self._reading.popleft()
-            _report(error)
+            report(error)
         document.seconds += time.monotonic() - began
         self.metrics.document_tokens.inc(document.tokens_read - before)
 
@@ -269,7 +280,7 @@ class Scheduler(threading.Thread):
             for job in jobs:
                 self._fail(job, Failure(400, "invalid_request", str(error)))
         except Exception as error:
-            _report(error)
+            report(error)
             for job in jobs:
                 self._fail(job, Failure(500, "internal_error", "the model failed on this request"))
 
@@ -284,10 +295,3 @@ class Scheduler(threading.Thread):
         self.metrics.waiting.set(len(self._waiting) + len(self._prefills))
         self.metrics.state_bytes.set(sum(self.reserve(job) for job in self._jobs()))
         self.metrics.prefix_bytes.set(self.cache.held_bytes)
-
-
-def _report(error: BaseException) -> None:
-    """Where something went wrong, without its message, which may quote a prompt."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = " < ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames))
-    print(f"error: {type(error).__name__} at {places}", file=sys.stderr, flush=True)  # noqa: T201
