@@ -53,8 +53,8 @@ class Served:
 
 
 @contextmanager
-def serving(model: Model, **changes: Any) -> Iterator[Served]:
-    service = Service(model, "pico", Settings(**changes))
+def serving(model: Model, name: str = "pico", **changes: Any) -> Iterator[Served]:
+    service = Service(model, name, Settings(**changes))
     config = uvicorn.Config(make_app(service), access_log=False, log_level="critical")
     server = uvicorn.Server(config)
     with socket.socket() as listener:

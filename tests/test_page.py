@@ -35,7 +35,8 @@ FILLER = (
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model = load(REAL, weights="int8") if REAL else pico_model(tmp_path_factory.mktemp("pico"))
-    with serving(model, hosts=("127.0.0.1",)) as running:
+    name = "smollm2-135m-retrieval" if REAL else "pico"
+    with serving(model, name, hosts=("127.0.0.1",)) as running:
         yield running
 
 

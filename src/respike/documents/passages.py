@@ -22,7 +22,6 @@ from respike.tokenizer import Tokenizer
 
 OBSERVED_STEPS = 32
 """Steps of an answer that are looked at."""
-EXCERPT_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Passage:
         place: The first.
         byte: Where it begins, in UTF-8 bytes of the source's text.
         share: Of the attention that went to the documents, 0 to 1.
-        text: How it begins.
+        text: What stands there.
     """
 
     source: str
@@ -83,27 +82,18 @@ class Attention:
         return sum(shares) / len(shares) if shares else 0.0
 
     def peaks(self, count: int) -> list[tuple[int, int, float]]:
-        """The stretches with most attention: (first token, one after the last, share of all).
-
-        Tokens are taken in steps of `POINT_TOKENS`; steps that touch make one stretch.
-        """
+        """The steps of `POINT_TOKENS` with most attention: (first token, end, share of all)."""
         total = float(self.mass.sum())
         if not total:
             return []
         rest = -len(self.mass) % POINT_TOKENS
         steps = torch.nn.functional.pad(self.mass, (0, rest)).view(-1, POINT_TOKENS).sum(1)
-        best = steps.topk(min(count, len(steps))).indices.sort().values.tolist()
-        found: list[tuple[int, int, float]] = []
-        for step in best:
-            begin = step * POINT_TOKENS
-            end, share = min(begin + POINT_TOKENS, len(self.mass)), float(steps[step]) / total
-            if found and found[-1][1] == begin:
-                first, _, before = found.pop()
-                found.append((first, end, before + share))
-            else:
-                found.append((begin, end, share))
-        shifted = [(a + self.begin, b + self.begin, share) for a, b, share in found]
-        return sorted(shifted, key=lambda part: -part[2])
+        found = []
+        for step in steps.topk(min(count, len(steps))).indices.tolist():
+            begin = self.begin + step * POINT_TOKENS
+            end = min(begin + POINT_TOKENS, self.end)
+            found.append((begin, end, float(steps[step]) / total))
+        return found
 
 
 @contextmanager
@@ -127,7 +117,7 @@ def observing(decoder: Decoder, attention: Attention) -> Iterator[None]:
 def passages(
     reading: Reading, attention: Attention, tokenizer: Tokenizer, count: int
 ) -> list[Passage]:
-    """The ``count`` most looked-at passages, most first; fewer where some touch."""
+    """The ``count`` most looked-at passages, most first."""
     found = []
     for begin, end, share in attention.peaks(count):
         source, byte, place = reading.place(begin)
@@ -135,7 +125,7 @@ def passages(
             continue
         text = ""
         if reading.tokens is not None:
-            ids = reading.tokens[begin : min(end, begin + EXCERPT_TOKENS)]
+            ids = reading.tokens[begin:end]
             text = " ".join(tokenizer.decode(ids).split())
         found.append(Passage(source.name, source.unit, place, byte, share, text))
     return found

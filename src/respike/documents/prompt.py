@@ -9,8 +9,8 @@ from typing import Any
 from respike.errors import DataError
 from respike.tokenizer import HOLE, Tokenizer
 
-INTRODUCTION = "Here is a document.\n\n"
-REQUEST = "\n\nThat was the document. Answer from it, in a few words: "
+INTRODUCTION = "Document:\n\n"
+REQUEST = "\n\nQuestion: "
 SEPARATOR = "\n\n"
 """Between documents."""
 NOT_FOUND = "not found in the document"

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import PurePath
 from typing import Any
 
 from respike.account import state_bytes, state_parts
@@ -65,6 +66,7 @@ class Service:
         job.top_logprobs = request.top_logprobs if request.logprobs else None
         job.keep = request.n == 1
         answer = Answer(self.name, True, job, self.model.tokenizer)
+        answer.extra = lambda: self.sizes(len(job.prompt))
         answer.tools = bool(request.tools) and request.tool_choice != "none"
         answer.demanded = demanded
         answer.usage_wanted = request.stream_options.include_usage
@@ -109,7 +111,7 @@ class Service:
         found = passages(reading, look, self.model.tokenizer, PASSAGES) if look else []
         return {
             "retrieval": look is not None,
-            "passages": [vars(passage) for passage in found],
+            "passages": [vars(p) | {"source": PurePath(p.source).name} for p in found],
             "document_share": look.document_share if look else 0.0,
             "layer_shares": look.layer_shares() if look else {},
             **self.sizes(job.start_tokens + len(job.prompt)),
