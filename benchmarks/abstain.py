@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def rates(rows: list[dict[str, Any]], signal: str, threshold: float) -> tuple[fl
 def judge(rows: list[dict[str, Any]], signal: str) -> dict[str, Any]:
     fitted, tested = rows[0::4] + rows[1::4], rows[2::4] + rows[3::4]
     values = sorted({row[signal] for row in fitted})
-    middles = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(values)]
     best = max(middles, key=lambda t: (sum(rates(fitted, signal, t)), -t))
     kept, refused = rates(tested, signal, best)
     return {

@@ -10,30 +10,38 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry}
+        made = self.registry
         self.requests = Counter(
-            "respike_requests", "Requests answered.", ["route", "status"], **made
+            "respike_requests", "Requests answered.", ["route", "status"], registry=made
         )
-        self.prompt_tokens = Counter("respike_prompt_tokens", "Tokens of prompts.", **made)
+        self.prompt_tokens = Counter("respike_prompt_tokens", "Tokens of prompts.", registry=made)
         self.cached_tokens = Counter(
-            "respike_cached_tokens", "Of these, not read again: their state was known.", **made
+            "respike_cached_tokens",
+            "Of these, not read again: their state was known.",
+            registry=made,
         )
         self.document_tokens = Counter(
-            "respike_document_tokens", "Tokens of documents read.", **made
+            "respike_document_tokens", "Tokens of documents read.", registry=made
         )
-        self.output_tokens = Counter("respike_output_tokens", "Tokens generated.", **made)
-        self.failures = Counter("respike_failures", "Jobs that ended early.", ["code"], **made)
-        self.running = Gauge("respike_running_sequences", "Choices being made.", **made)
-        self.waiting = Gauge("respike_waiting_requests", "Requests waiting for a place.", **made)
-        self.state_bytes = Gauge("respike_state_bytes", "Reserved by running requests.", **made)
-        self.prefix_bytes = Gauge("respike_prefix_bytes", "States of known prompts.", **made)
-        self.documents = Gauge("respike_documents", "Documents held.", **made)
+        self.output_tokens = Counter("respike_output_tokens", "Tokens generated.", registry=made)
+        self.failures = Counter(
+            "respike_failures", "Jobs that ended early.", ["code"], registry=made
+        )
+        self.running = Gauge("respike_running_sequences", "Choices being made.", registry=made)
+        self.waiting = Gauge(
+            "respike_waiting_requests", "Requests waiting for a place.", registry=made
+        )
+        self.state_bytes = Gauge(
+            "respike_state_bytes", "Reserved by running requests.", registry=made
+        )
+        self.prefix_bytes = Gauge("respike_prefix_bytes", "States of known prompts.", registry=made)
+        self.documents = Gauge("respike_documents", "Documents held.", registry=made)
         self.first_token = Histogram(
             "respike_first_token_seconds", "From a request's arrival to its first token.",
-            buckets=SECONDS, **made,
+            buckets=SECONDS, registry=made,
         )  # fmt: skip
         self.step = Histogram(
-            "respike_step_seconds", "A decoding step of a batch.", buckets=SECONDS, **made
+            "respike_step_seconds", "A decoding step of a batch.", buckets=SECONDS, registry=made
         )
 
     def text(self) -> bytes:
