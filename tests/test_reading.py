@@ -17,7 +17,7 @@ import tiny
 from refusal import one_line
 from respike.cli.main import program
 from respike.documents import Keeper, Source, load_reading, open_sources, read, read_facts
-from respike.documents.asking import NOT_FOUND, ask, score
+from respike.documents.asking import NOT_FOUND, Least, ask, score
 from respike.documents.passages import Attention, observing
 from respike.documents.prompt import HOLE, after_document, before_document
 from respike.documents.reading import Reading
@@ -83,7 +83,7 @@ def test_read_save_load_ask_is_one_uninterrupted_run_token_for_token(
     assert reading.num_tokens > 1100
     reading.save(tmp_path / "x.state", model.fingerprint)
     loaded = load_reading(tmp_path / "x.state", model)
-    asking = ask(model, loaded, "What is paid?", max_tokens=23, threshold=None)
+    asking = ask(model, loaded, "What is paid?", max_tokens=23, least=None)
     "".join(asking)
     question = after_document(model.tokenizer, [{"role": "user", "content": "What is paid?"}])
     whole = stream(model, all_tokens(model, TEXT) + question, max_tokens=23)
@@ -319,8 +319,13 @@ def test_evidence_decides_whether_an_answer_counts(model: Model) -> None:
     assert inside == pytest.approx(whole.result.logprobs[:16], abs=1e-3)
     without = score(model, before_document(model.tokenizer) + question, tokens)
     assert value == pytest.approx((sum(inside) - sum(without)) / 16, abs=1e-3)
-    for threshold, found in ((value - 1e-3, True), (value + 1e-3, False)):
-        asking = ask(model, reading, "Who?", max_tokens=40, threshold=threshold)
+    confidence = sum(inside) / 16
+    for least, found in (
+        (Least(value - 1e-2, confidence - 1e-2), True),
+        (Least(value + 1e-2, confidence - 1e-2), False),
+        (Least(value - 1e-2, confidence + 1e-2), False),
+    ):
+        asking = ask(model, reading, "Who?", max_tokens=40, least=least)
         said = "".join(asking)
         assert asking.answer.found == found
         assert (said == NOT_FOUND) == (not found)
@@ -441,7 +446,7 @@ def test_read_append_and_ask_on_the_command_line(folder: Path, cache: Path) -> N
     assert asked.exit_code == 0, asked.output
     assert "leaned on:" in asked.stderr
     assert f"{text}, line " in asked.stderr or "stdin, line " in asked.stderr
-    answer = json.loads(run("ask", out, "Who?", "--json", "--threshold", 1e9).stdout)
+    answer = json.loads(run("ask", out, "Who?", "--json", "--least-evidence", 1e9).stdout)
     assert answer["text"] == NOT_FOUND
     moved = folder.with_name("moved")
     folder.rename(moved)

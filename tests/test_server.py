@@ -255,7 +255,7 @@ def test_a_chat_about_a_document_is_what_ask_answers(
     import io
 
     reading = read(model, [Source("x", stream=io.BytesIO(TEXT.encode()))])
-    asking = ask(model, reading, "Which stone?", max_tokens=15, threshold=None)
+    asking = ask(model, reading, "Which stone?", max_tokens=15, least=None)
     wanted = "".join(asking)
     with served.client() as http:
         document = upload(http, TEXT, name="rain.txt")

@@ -215,10 +215,16 @@ def _reading_progress(total: int | None) -> Iterator[Callable[[int, int], None]]
 @click.argument("question")
 @click.option("--model", metavar="MODEL", help="Where the model is, if it moved.")
 @click.option(
-    "--threshold",
+    "--least-evidence",
     type=float,
     metavar="NATS",
-    help="Evidence a token below which an answer counts as not found.  [default: measured]",
+    help="How much likelier a token the document must make an answer, else it was not found.",
+)
+@click.option(
+    "--least-confidence",
+    type=float,
+    metavar="NATS",
+    help="Mean log-probability of a token an answer must have, likewise.",
 )
 @click.option("--always-answer", is_flag=True, help="Never say that it was not found.")
 @number_option("--passages", 3, "Passages to name that the answer leaned on.", least=0)
@@ -233,14 +239,9 @@ def ask_command(state: Path, question: str, **options: Any) -> None:
     """  # fmt: skip
     from respike.device import set_threads
     from respike.documents import load_model_of, load_reading
-    from respike.documents.asking import THRESHOLD, ask
+    from respike.documents.asking import ask
 
-    sampling = sampling_of(options)
-    threshold = THRESHOLD if options["threshold"] is None else options["threshold"]
-    if options["always_answer"]:
-        if options["threshold"] is not None:
-            raise UsageError("--threshold means nothing with --always-answer")
-        threshold = None
+    sampling, least = sampling_of(options), _least(options)
     if question == "-":
         question = stdin_text()
     set_threads(options["threads"])
@@ -254,7 +255,7 @@ def ask_command(state: Path, question: str, **options: Any) -> None:
         max_tokens=options["max_tokens"],
         sampling=sampling,
         stop=options["stop"],
-        threshold=threshold,
+        least=least,
         num_passages=options["passages"],
     )
     for piece in asking:
@@ -268,17 +269,30 @@ def ask_command(state: Path, question: str, **options: Any) -> None:
         click.echo(_leaned_text(asking.answer, reading.model["recipe"]), err=True)
 
 
+def _least(options: dict[str, Any]) -> Any:
+    from respike.documents.asking import Least
+
+    given = {name: options[f"least_{name}"] for name in ("evidence", "confidence")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not options["always_answer"]:
+        return Least(**given)
+    if given:
+        raise UsageError(f"--least-{min(given)} means nothing with --always-answer")
+    return None
+
+
 def _leaned_text(answer: Any, recipe: str) -> str:
     """What a person is told of where an answer comes from."""
+    if not answer.found:
+        return (
+            f"evidence {answer.evidence:.2f} (at least {answer.least.evidence:.2f}), confidence "
+            f"{answer.confidence:.2f} (at least {answer.least.confidence:.2f}) nats a token; "
+            f"it would have said: {answer.withheld}"
+        )
     if not answer.retrieval:
         return (
             f"passages: none to name; recipe {recipe!r} has no retrieval groups, so nothing "
             "in the model points back into the document"
-        )
-    if not answer.found:
-        return (
-            f"evidence {answer.evidence:.2f} nats a token, below {answer.threshold:.2f}; "
-            f"it would have said: {answer.withheld}"
         )
     rows = [
         f"{p.share:5.1%}  {p.source}, {p.unit} {p.place} (byte {p.byte}): {p.text[:160]}"

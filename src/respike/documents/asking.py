@@ -1,8 +1,9 @@
 """Asking: an answer from a reading, where it comes from, and whether it is in there at all.
 
-An answer is held back until `JUDGED_TOKENS` of it are there. By then its evidence is known: how
-much likelier the model finds these words with the documents before them than without. Below a
-threshold the documents did not make the answer, and what is said is that it was not found in them.
+An answer is held back until `JUDGED_TOKENS` of it are there. By then two things are known: its
+evidence, how much likelier the model finds these words with the documents before them than without,
+and its confidence, how likely it finds them at all. Where either is too low the answer is not the
+documents', and what is said is that it was not found in them.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,22 @@ from respike.models.state import DecoderState
 
 GREEDY = Sampling()
 JUDGED_TOKENS = 16
-THRESHOLD = 0.0
-"""Nats a token."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """What an answer must reach to count; the defaults were measured by benchmarks/abstain.py.
+
+    Attributes:
+        evidence: Nats a token by which the documents make its beginning likelier.
+        confidence: Mean log-probability of its beginning, in nats a token.
+    """
+
+    evidence: float = 0.5
+    confidence: float = -0.45
+
+
+LEAST = Least()
 
 
 @dataclass
@@ -37,9 +52,10 @@ class Answer:
 
     Attributes:
         text: The answer, or `NOT_FOUND`.
-        found: Whether it is the documents' rather than the model's own, by the threshold.
-        evidence: Nats a token by which the documents make its beginning likelier.
-        threshold: Below this it counts as not found; None: not judged.
+        found: Whether it reaches ``least``.
+        evidence: See `Least`.
+        confidence: See `Least`.
+        least: What it must reach; None: it was not judged.
         withheld: What the model would have said, if it was not found.
         passages: Where it looked, see `respike.documents.passages`.
         layer_shares: Share of each layer's retrieval groups' attention that went to the documents.
@@ -53,7 +69,8 @@ class Answer:
     text: str = ""
     found: bool = True
     evidence: float = 0.0
-    threshold: float | None = None
+    confidence: float = 0.0
+    least: Least | None = None
     withheld: str = ""
     passages: list[Passage] = field(default_factory=list)
     document_share: float = 0.0
@@ -87,7 +104,7 @@ def ask(
     max_tokens: int = 128,
     sampling: Sampling = GREEDY,
     stop: tuple[str, ...] = (),
-    threshold: float | None = THRESHOLD,
+    least: Least | None = LEAST,
     num_passages: int = 3,
 ) -> Asking:
     """Answer a question from what was read. The reading stays as it is.
@@ -99,8 +116,8 @@ def ask(
         max_tokens: Of the answer.
         sampling: How tokens are chosen.
         stop: Strings that end the answer.
-        threshold: Evidence, in nats a token, below which an answer counts as not found; None
-            judges nothing and holds nothing back.
+        least: What an answer must reach, else it counts as not found; None judges nothing and
+            holds nothing back.
         num_passages: How many to name; 0 does not look.
 
     Raises:
@@ -111,9 +128,7 @@ def ask(
             raise UsageError("the question is empty")
         question = [{"role": "user", "content": question}]
     prompt = after_document(model.tokenizer, question)
-    answer = Answer(
-        threshold=threshold, retrieval=keeps_all(model.config), prompt_tokens=len(prompt)
-    )
+    answer = Answer(least=least, retrieval=keeps_all(model.config), prompt_tokens=len(prompt))
     text = stream(
         model,
         prompt,
@@ -151,7 +166,7 @@ def _pieces(
 ) -> Iterator[str]:
     answer, look, num_passages = about
     held: list[str] = []
-    judged = answer.threshold is None
+    judged = answer.least is None
     result = text.result
     for piece in steps:
         held.append(piece)
@@ -178,9 +193,12 @@ def _pieces(
 
 
 def _judge(model: Model, prompt: list[int], text: TextStream, answer: Answer) -> None:
-    assert answer.threshold is not None
-    answer.evidence = evidence(model, prompt, text.result.tokens, text.result.logprobs)
-    answer.found = answer.evidence >= answer.threshold
+    least, result = answer.least, text.result
+    assert least is not None
+    logprobs = result.logprobs[:JUDGED_TOKENS]
+    answer.evidence = evidence(model, prompt, result.tokens, result.logprobs)
+    answer.confidence = sum(logprobs) / max(1, len(logprobs))
+    answer.found = answer.evidence >= least.evidence and answer.confidence >= least.confidence
 
 
 def evidence(model: Model, prompt: list[int], tokens: list[int], logprobs: list[float]) -> float:
