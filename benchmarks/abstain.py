@@ -22,9 +22,10 @@ from records import STYLES, make_case
 from respike.bench.machine import provenance
 from respike.device import set_threads
 from respike.documents import Source, read
-from respike.documents.asking import JUDGED_TOKENS, evidence
+from respike.documents.asking import JUDGED_TOKENS, LEAST, evidence
 from respike.documents.passages import Attention, observing
 from respike.documents.prompt import after_document
+from respike.evaluation.stats import wilson
 from respike.generation import stream
 from respike.loading import Model, load
 
@@ -82,6 +83,19 @@ def judge(rows: list[dict[str, Any]], signal: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the thresholds of `respike ask` make of all cases; they were chosen on such cases."""
+    least = vars(LEAST)
+    passed = [all(row[name] >= value for name, value in least.items()) for row in rows]
+    found: dict[str, Any] = {"least": least}
+    for name, present in (("kept_present", True), ("refused_absent", False)):
+        good = [
+            p == present for p, row in zip(passed, rows, strict=True) if row["present"] == present
+        ]
+        found |= {f"{name}_frac": sum(good) / len(good), f"{name}_95": wilson(sum(good), len(good))}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -104,10 +118,14 @@ def main() -> None:
         "model": Path(options.model).name, "fingerprint": model.fingerprint[:12],
         "weights": options.weights, **provenance(), "cases": len(rows), "tokens": options.tokens,
         "correct_frac": sum(row["correct"] for row in present) / len(present),
-        "signals": {signal: judge(rows, signal) for signal in SIGNALS}, "rows": rows,
+        "signals": {signal: judge(rows, signal) for signal in SIGNALS},
+        "together": together(rows), "rows": rows,
     }  # fmt: skip
     text = json.dumps(result, indent=1)
-    print(json.dumps(result["signals"], indent=1), f"\ncorrect {result['correct_frac']:.2f}")
+    print(
+        json.dumps([result["signals"], result["together"]], indent=1),
+        f"\ncorrect {result['correct_frac']:.2f}",
+    )
     if options.out is not None:
         options.out.write_text(text + "\n", encoding="utf-8")
 

@@ -138,7 +138,7 @@ def make_case(
     at = [depth_frac + (1 - depth_frac) * i / len(facts) for i in range(len(facts))]
     places = [round(depth * (len(filler) - 1)) for depth in at]
     paragraphs = list(filler)
-    for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
+    for place, fact in reversed(list(zip(places, facts, strict=True))):
         paragraphs.insert(place, fact)
     head = "SERVICE AGREEMENT" if style == "contract" else "PATIENT RECORD"
     unit = "Clause" if style == "contract" else "Entry"

@@ -39,8 +39,8 @@ class Least:
         confidence: Mean log-probability of its beginning, in nats a token.
     """
 
-    evidence: float = 0.5
-    confidence: float = -0.45
+    evidence: float = 1.0
+    confidence: float = -0.5
 
 
 LEAST = Least()
