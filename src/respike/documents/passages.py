@@ -73,7 +73,8 @@ class Attention:
 
     def layer_shares(self) -> dict[int, float]:
         """Mean share of each layer's attention that went to the documents, 0 to 1."""
-        return {layer: given / steps for layer, (steps, given) in sorted(self.layers.items())}
+        layers = sorted(list(self.layers.items()))  # others may be adding
+        return {layer: given / steps for layer, (steps, given) in layers}
 
     @property
     def document_share(self) -> float:

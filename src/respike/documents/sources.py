@@ -6,7 +6,8 @@ cut at fixed places before it is tokenized.
 
 import hashlib
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -59,7 +60,7 @@ class Tokens:
             least one in every `POINT_TOKENS`.
     """
 
-    ids: list[int]
+    ids: Sequence[int]
     points: list[tuple[int, int, int]]
 
 
@@ -209,7 +210,9 @@ class TokenizedSource(Source):
 
     def __init__(self, source: Source, tokenizer: Tokenizer) -> None:
         super().__init__(source.name, source.unit)
-        self._tokens = list(source.tokens(tokenizer))
+        self._tokens = [
+            Tokens(array("i", tokens.ids), tokens.points) for tokens in source.tokens(tokenizer)
+        ]
         self.num_bytes, self.sha256 = source.num_bytes, source.sha256
         self.text_bytes = source.text_bytes
 

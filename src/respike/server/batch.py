@@ -89,7 +89,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Sequences in all."""
-        return sum(len(batch) for batch in self._all.values())
+        return sum(len(batch) for batch in list(self._all.values()))  # other threads ask too
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that have sequences; empty ones are forgotten."""

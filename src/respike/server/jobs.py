@@ -84,6 +84,7 @@ class Job:
         keep: Whether the end of the first choice may be the beginning of another prompt.
         cancelled: Set it, and the job ends without another event.
         cached_tokens: Tokens of the prompt that did not have to be read.
+        reserved_bytes: Of state that it may come to need.
     """
 
     prompt: list[int]
@@ -101,6 +102,7 @@ class Job:
     keep: bool = False
     cancelled: bool = False
     cached_tokens: int = 0
+    reserved_bytes: int = 0
 
     @property
     def tokens_at_most(self) -> int:

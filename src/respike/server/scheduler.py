@@ -118,7 +118,8 @@ class Scheduler(threading.Thread):
             return Failure(503, "shutting_down", "the server is shutting down")
         if self.load >= self.settings.max_waiting + self.settings.max_streams:
             return Failure(429, "overloaded", "too many requests are waiting; try again later")
-        if self.reserve(job) > self.settings.max_state_bytes:
+        job.reserved_bytes = self._reserve(job)
+        if job.reserved_bytes > self.settings.max_state_bytes:
             return Failure(
                 400, "context_too_large",
                 f"prompt and answer of {job.tokens_at_most} tokens need more state than this "
@@ -153,8 +154,7 @@ class Scheduler(threading.Thread):
         recent = [count for at, count in list(self._made) if now - at < SPEED_SECONDS]
         return sum(recent) / SPEED_SECONDS
 
-    def reserve(self, job: Job) -> int:
-        """Bytes of state that a job may come to need."""
+    def _reserve(self, job: Job) -> int:
         size = self.model.decoder.embedding.element_size()
         return len(job.samplings) * state_bytes(self.model.config, job.tokens_at_most, size)
 
@@ -188,15 +188,15 @@ class Scheduler(threading.Thread):
             elif item is not None:
                 self._guard([], item)
 
-    def _jobs(self) -> Iterator[Job]:
-        for prefill in (*self._waiting, *self._prefills):
-            yield prefill.job
-        for row in self.batches.members():
-            yield row.job
+    def _running(self) -> list[Job]:
+        """Jobs whose state is held, each once."""
+        found = {id(prefill.job): prefill.job for prefill in self._prefills}
+        found |= {id(row.job): row.job for row in self.batches.members()}
+        return list(found.values())
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for job in list(self._jobs()):
+        for job in (*(p.job for p in self._waiting), *self._running()):
             if now > job.deadline and not job.cancelled:
                 self._fail(job, Failure(504, "timeout", "the request took too long"))
         for waiting in (self._waiting, self._prefills):
@@ -208,13 +208,11 @@ class Scheduler(threading.Thread):
     def _admit(self) -> None:
         """Let those that wait begin, first come first served, while there is room."""
         while self._waiting:
-            running = {id(p.job): p.job for p in self._prefills}
-            running |= {id(row.job): row.job for row in self.batches.members()}
-            places = sum(len(job.samplings) for job in running.values())
-            reserved = sum(map(self.reserve, running.values()))
-            job = self._waiting[0].job
+            running, job = self._running(), self._waiting[0].job
+            places = sum(len(other.samplings) for other in running)
+            reserved = sum(other.reserved_bytes for other in running)
             full = places + len(job.samplings) > self.settings.max_streams
-            if running and (full or reserved + self.reserve(job) > self.settings.max_state_bytes):
+            if running and (full or reserved + job.reserved_bytes > self.settings.max_state_bytes):
                 return
             self._prefills.append(self._waiting.popleft())
 
@@ -293,5 +291,5 @@ class Scheduler(threading.Thread):
     def _tell(self) -> None:
         self.metrics.running.set(len(self.batches))
         self.metrics.waiting.set(len(self._waiting) + len(self._prefills))
-        self.metrics.state_bytes.set(sum(self.reserve(job) for job in self._jobs()))
+        self.metrics.state_bytes.set(sum(job.reserved_bytes for job in self._running()))
         self.metrics.prefix_bytes.set(self.cache.held_bytes)
