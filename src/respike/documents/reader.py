@@ -162,7 +162,7 @@ class _Work:
         return replace(self.reading, stream=self.digest.hexdigest())
 
 
-OTHER_SOURCES = "name the same sources again, or add --force to start anew"
+OTHER_SOURCES = "name the same sources again, or remove the .partial file to start anew"
 
 
 @dataclass
