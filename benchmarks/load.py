@@ -191,7 +191,7 @@ def main() -> None:
         try:
             line = server.stderr.readline()
             address = line.rsplit(" at ", 1)[1].strip()
-            _wait(address)
+            wait_for(address)
             result: dict[str, Any] = {"model": Path(options.model).name} | provenance()
             run = load(address, server.pid, options.streams, options.seconds, options.abuse)
             result["load"] = asyncio.run(run)
@@ -206,7 +206,8 @@ def main() -> None:
         options.out.write_text(text + "\n", encoding="utf-8")
 
 
-def _wait(address: str) -> None:
+def wait_for(address: str) -> None:
+    """Until it answers."""
     for _ in range(600):
         try:
             if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
