@@ -15,7 +15,7 @@ from respike.layers.span import Span
 from respike.layers.storage import Rows
 from respike.ops.backends import needs_gradient
 from respike.ops.block_rule import BlockRule
-from respike.ops.blocks import block_softmax, summarise
+from respike.ops.blocks import block_softmax, block_weights, summarise
 from respike.ops.softmax import Keys, dequantise_rows, quantise_rows
 
 
@@ -63,6 +63,7 @@ class BlockSoftmax(Mixer):
         k = span.rotate_within(k, self.rule.block_tokens).transpose(1, 2)
         v = v.transpose(1, 2)
         state.append(k, v, span)
+        self.observe(q, span, state)
         keys, summaries = state.read(span.end)
         if needs_gradient(q, k, v):
             keys = _with_gradient(keys, k, v, span)
@@ -74,6 +75,14 @@ class BlockSoftmax(Mixer):
             q, keys, summaries, span.start, span.frequencies, rule, by_head=self.by_head
         )
         return out, state
+
+    def observe(self, q: Tensor, span: Span, state: "BlockState") -> None:
+        """See `Mixer.observe`."""
+        if self.observer is not None:
+            last, held = span.last(), state.read(span.end)
+            asked = span.last_of(q)
+            weights = block_weights(asked, *held, last.start, span.frequencies, self.rule)
+            self.observer(weights[:, :, : span.end])
 
 
 def _with_gradient(keys: Keys, k: Tensor, v: Tensor, span: Span) -> Keys:

@@ -73,6 +73,16 @@ class Span:
         """Of every token, int64 (B, T), on the processor."""
         return self.start[:, None] + torch.arange(self.num_tokens)
 
+    def last(self) -> "Span":
+        """The last token of each row, as a span; of a row without any, the one before it."""
+        start = (self.start + self.valid - 1).clamp(min=0)
+        one = torch.ones_like(start)
+        return Span(start, one, 1, self.frequencies, self.dtype, self.device)
+
+    def last_of(self, x: Tensor) -> Tensor:
+        """What (B, T, H, K) holds for `last`: (B, 1, H, K)."""
+        return x[torch.arange(len(x)), (self.valid - 1).clamp(min=0)][:, None]
+
     @property
     def padding(self) -> Tensor | None:
         """Which tokens are padding, bool (B, T) on ``device``; None when there is none."""

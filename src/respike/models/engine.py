@@ -165,7 +165,10 @@ class Engine:
                 first += 1
                 continue
             last = first + 1
-            while last < len(self._layers) and last in self._known and self._native[last]:
+            observed = self._observed(first)
+            while last < len(self._layers) and self._native[last] and not observed:
+                if last not in self._known or self._observed(last):
+                    break
                 last += 1
             buffers: list[int] = []
             for state in states[first:last]:
@@ -173,9 +176,24 @@ class Engine:
                     buffers += _buffers(part, span)
             begin = self._known.index(first)
             self._engine.run(*call, begin, begin + last - first, buffers)
+            if observed:
+                self._show(first, work, span, states[first])
             after += states[first:last]
             first = last
         return tuple(after)
+
+    def _observed(self, index: int) -> bool:
+        return any(mixer.observer is not None for mixer in self._mixers[index])
+
+    def _show(
+        self, index: int, work: tuple[Tensor, ...], span: Span, state: tuple[MixerState, ...]
+    ) -> None:
+        """Let the observers of a layer that has just run natively look at it."""
+        _, _, q, *_ = work
+        per_group = q.view(*q.shape[:2], self._groups, -1, self._head_dim)
+        pairs = self._attentions[index].arrangement()
+        for (groups, mixer), part in zip(pairs, state, strict=True):
+            mixer.observe(per_group[:, :, groups].flatten(2, 3), span, part)
 
     def _mixers_in_python(
         self,

@@ -161,3 +161,16 @@ def log_mass(
     if bias is not None:
         scores = scores + (bias if causal else bias[:, None])
     return scores.logsumexp(-1).permute(0, 3, 1, 2).reshape(B, T, H)
+
+
+def last_weights(
+    q: Float[Tensor, "B 1 H K"], k: Float[Tensor, "B G S K"], bias: Float[Tensor, "B 1 1 S"]
+) -> Float[Tensor, "B H S"]:
+    """What the softmax of `attend` gives to each key; scores are rounded to the dtype of ``q``.
+
+    For looking at, not for computing with: float32 out, and no copy of the keys.
+    """
+    B, _, H, K = q.shape
+    scores = q.view(B, k.shape[1], H // k.shape[1], K) @ k.transpose(2, 3)
+    weights: Tensor = (scores.float() * K**-0.5 + bias.float()).softmax(-1)
+    return weights.flatten(1, 2)

@@ -302,22 +302,55 @@ def _block_softmax(
     """The torch form: scores of everything, of which what is not chosen is masked."""
     B, T, H, _ = q.shape
     k, v = keys.exact()
-    blocks = k.shape[2] // rule.block_tokens
-    rows, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
-    slots = torch.arange(k.shape[2]).view(blocks, -1)
     step = max(1, TILE_SCORES // (B * H * k.shape[2]))
+    held = _held(k, summaries, frequencies, rule)
     outputs = []
     for begin in range(0, T, step):
         tile = q[:, begin : begin + step].float()
         positions = start[:, None] + torch.arange(begin, begin + tile.shape[1])
-        seen = _choose(tile, means, positions, frequencies, rule)
-        scores = _scores(tile, rows, positions, frequencies, rule)  # B G H/G T N M
-        past = (slots <= positions[:, :, None, None]).to(q.device)
-        scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
-        weights = scores.flatten(4).softmax(-1)
+        weights = _weights(tile, held, positions, frequencies, rule)
         out = torch.einsum("bghts,bgsv->btghv", weights, v)
         outputs.append(out.flatten(2, 3).to(q.dtype))
     return torch.cat(outputs, 1)
+
+
+def block_weights(
+    q: Float[Tensor, "B 1 H K"],
+    keys: Keys,
+    summaries: Float[Tensor, "B G Z K"],
+    start: Int[Tensor, " B"],
+    frequencies: Float[Tensor, " R"],
+    rule: BlockRule,
+) -> Float[Tensor, "B H S"]:
+    """What the softmax of `block_softmax` gives to each key, float32; arguments likewise."""
+    held = _held(keys.exact()[0], summaries, frequencies, rule)
+    weights = _weights(q.float(), held, start[:, None], frequencies, rule)
+    return weights.squeeze(3).flatten(1, 2)
+
+
+def _held(
+    k: Tensor, summaries: Tensor, frequencies: Tensor, rule: BlockRule
+) -> tuple["_Rows", "_Rows"]:
+    blocks = k.shape[2] // rule.block_tokens
+    rows, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
+    return rows, means
+
+
+def _weights(
+    q: Tensor,
+    held: tuple["_Rows", "_Rows"],
+    positions: Tensor,
+    frequencies: Tensor,
+    rule: BlockRule,
+) -> Tensor:
+    """Softmax weights (B, G, H/G, T, S) of float32 queries at ``positions`` (B, T)."""
+    rows, means = held
+    slots = torch.arange(rows.blocks * rule.block_tokens).view(rows.blocks, -1)
+    seen = _choose(q, means, positions, frequencies, rule)
+    scores = _scores(q, rows, positions, frequencies, rule)  # B G H/G T N M
+    past = (slots <= positions[:, :, None, None]).to(q.device)
+    scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
+    return scores.flatten(4).softmax(-1)
 
 
 @dataclass(frozen=True)
