@@ -1,6 +1,7 @@
 """Counting without weights: against known models, against formulas, against the weights."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,15 @@ from respike.config import AnyMemory, DeltaMemory, FarMemory, LinearMixer, Model
 from respike.models.decoder import build_mixer
 from respike.recipe import apply_recipe, load_recipe
 from tiny import (
+    BRAINS,
     DELTA,
     DELTA_TO_2,
     FAR,
     GLA,
     GLA_AS_IS,
     MEMORIES,
+    SSE,
+    SSE_RELEASED,
     TIED,
     blocks,
     full,
@@ -163,7 +167,9 @@ def test_growth_is_the_difference_one_token_makes(
 # ---- memories --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [FAR, GLA, GLA_AS_IS, TIED, DELTA, DELTA_TO_2], ids=str)
+@pytest.mark.parametrize(
+    "memory", [FAR, GLA, GLA_AS_IS, TIED, DELTA, DELTA_TO_2, SSE, SSE_RELEASED], ids=str
+)
 @pytest.mark.parametrize("groups", [(0, 1, 2), (1,), (2, 0)], ids=str)
 @pytest.mark.parametrize("alone", [False, True], ids=["beside a window", "alone"])
 def test_a_mixers_parameters_are_those_it_is_said_to_have(
@@ -178,8 +184,9 @@ def test_a_mixers_parameters_are_those_it_is_said_to_have(
     assert dict(mixer_tensors(config, part)) == mine
 
 
-def test_parameters_with_memories_are_those_of_the_decoder() -> None:
-    config = model_config(MEMORIES)
+@pytest.mark.parametrize("layers", [MEMORIES, BRAINS], ids=["memories", "brains"])
+def test_parameters_with_memories_are_those_of_the_decoder(layers: Any) -> None:
+    config = model_config(layers, qkv_bias=True)
     named = {n: tuple(p.shape) for n, p in random_decoder(config).named_parameters()}
     assert dict(expected_tensors(config)) == named
     assert num_parameters(config) == sum(math.prod(shape) for shape in named.values())
@@ -187,8 +194,8 @@ def test_parameters_with_memories_are_those_of_the_decoder() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "values"),
-    [(FAR, 5 * (8 + 1)), (GLA, 8 * 8), (TIED, 8 * 8), (DELTA, 8 * 8)],
-    ids=["far", "gla", "tied", "delta"],
+    [(FAR, 5 * (8 + 1)), (GLA, 8 * 8), (TIED, 8 * 8), (DELTA, 8 * 8), (SSE, 4 * 8 * 8)],
+    ids=["far", "gla", "tied", "delta", "sse"],
 )
 @pytest.mark.parametrize("width", [2, 4])
 def test_a_memory_counts_four_bytes_a_number_whatever_the_dtype(

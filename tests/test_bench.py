@@ -657,6 +657,7 @@ def test_shapes_have_the_parameters_their_makers_state() -> None:
         "qwen2.5-0.5b": 494_032_768,
         "qwen2.5-1.5b": 1_543_714_304,
         "qwen2.5-7b": 7_615_616_512,
+        "qwen3-4b": 4_022_468_096,
     }
     assert {name: num_parameters(shape_config(name)) for name in SHAPES} == known
 
@@ -731,7 +732,9 @@ def test_plan_counts_and_predicts(respike: Callable[..., tuple[int, str, str]]) 
 def test_full_softmax_is_predicted_to_grow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "READ_BYTES", 1 << 16)
     costs = {"full": [0.1, 2e-4], "window": [0.2, 0.0]}
-    monkeypatch.setattr(predict, "_measure", lambda _config, part, _how: costs[part.mixer])
+    monkeypatch.setattr(
+        predict, "_measure", lambda _config, layer, _how: costs[layer.mixers[0].mixer]
+    )
     found = predict.predict(MIX, [1024], 1, {}, tmp_path)["seconds"]["1024"]
     full_layer, window_layer = 2 * (0.1 + 2e-4 * 512), 2 * 0.2
     assert found == pytest.approx(full_layer / 3 + 2 * window_layer / 3)

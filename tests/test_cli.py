@@ -756,13 +756,13 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 SLOW = """
 import sys, time
-import respike.conversion.execute as execute
+import respike.conversion.shards as shards
 
 def slow(*_, **__):
     print("writing", flush=True)
     time.sleep(60)
 
-execute.save_file = slow
+shards.save_file = slow
 from respike.cli import main
 sys.argv = ["respike", "convert", sys.argv[1], sys.argv[2], "--recipe", "window", "--force"]
 main()

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from respike.checkpoint import fingerprint, open_checkpoint
-from respike.conversion import convert, execute, plan
+from respike.conversion import convert, execute, plan, shards
 from respike.errors import CheckpointError, RecipeError, RespikeError, UsageError
 from respike.loading import Model, load
 from respike.recipe import Recipe, load_recipe
@@ -664,14 +664,18 @@ def fails_with(make: Callable[[], Any], *words: str) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["_write_json", "save_file", "dump_recipe"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(execute, "write_json"), (shards, "save_file"), (execute, "dump_recipe")],
+    ids=["write_json", "save_file", "dump_recipe"],
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(execute, name, full)
+    monkeypatch.setattr(module, name, full)
     out = tmp_path / "out"
     fails_with(lambda: convert(plan(source, identity()), out), str(out), "No space left")
     assert os.listdir(tmp_path) == []
@@ -685,7 +689,7 @@ def test_a_weight_file_that_cannot_be_written_is_one_line(
     def into_nowhere(tensors: Any, _: Any, metadata: Any) -> None:
         save_file(tensors, tmp_path / "no" / "folder" / "x.safetensors", metadata=metadata)
 
-    monkeypatch.setattr(execute, "save_file", into_nowhere)
+    monkeypatch.setattr(shards, "save_file", into_nowhere)
     out = tmp_path / "out"
     fails_with(lambda: convert(plan(source, identity()), out), str(out), "cannot be written")
     assert os.listdir(tmp_path) == []

@@ -26,6 +26,7 @@ from respike.models.packing import pack_decoder
 from respike.models.state import DecoderState
 from tiny import (
     BLOCKS,
+    BRAINS,
     FAR,
     MEMORIES,
     MIXED,
@@ -51,6 +52,7 @@ CONFIGS = {
     "far memories": model_config(FARS),
     "mixers in Python": model_config(MEMORIES),
     "blocks": model_config(BLOCKS),
+    "layers in Python": model_config(BRAINS, rms_norm_eps=1e-2),
     "biases": model_config(FARS, qkv_bias=True, o_bias=True, tie_word_embeddings=False),
     "norms of q and k": model_config(FARS, qk_norm=True),
 }
@@ -106,7 +108,9 @@ def test_it_computes_what_the_decoder_does(name: str, cuts: tuple[int, ...]) -> 
     calls=st.lists(
         st.lists(st.integers(0, 30), min_size=B, max_size=B).filter(any), min_size=1, max_size=4
     ),
-    name=st.sampled_from(["far memories", "softmax", "blocks", "mixers in Python"]),
+    name=st.sampled_from(
+        ["far memories", "softmax", "blocks", "mixers in Python", "layers in Python"]
+    ),
 )
 @settings(max_examples=20, deadline=None)
 def test_rows_of_unlike_length_go_on_in_either(calls: list[list[int]], name: str) -> None:

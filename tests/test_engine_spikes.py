@@ -19,6 +19,7 @@ from respike.layers.linear import PackedLinear
 from respike.layers.mlp import GatedMLP
 from respike.layers.spikes import SpikeLinear
 from respike.models.decoder import Decoder
+from respike.models.engine import engine_layers
 from respike.models.packing import pack_decoder
 from respike.models.spiking import install_spikes, spike_sites, watch_sites
 from respike.ops.gated import swiglu
@@ -136,6 +137,15 @@ def test_who_counts_spikes_sees_them() -> None:
         fast(random_tokens(1, 11))
     assert census.figures()["tokens"] == 11
     assert fast.engine is not None
+
+
+def test_what_runs_natively_is_counted_so() -> None:
+    bands = (SpikeBands(qkv=1, o=1, mlp=1, down=1),) * 2
+    natively = {"native": 1, "mixers in Python": 1, "in Python": 0}
+    emulated = {"native": 0, "mixers in Python": 0, "in Python": 2}
+    for weights, expected in (("int8", natively), ("float", emulated)):
+        spikes = SpikeConfig(neuron="dead-zone", weights=weights, layers=bands)
+        assert engine_layers(model_config((SOFTMAX[0], IN_PYTHON[0]), spikes=spikes)) == expected
 
 
 def test_emulated_spikes_are_not_packed_and_the_head_can_be_rounded() -> None:

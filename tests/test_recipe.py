@@ -34,7 +34,7 @@ from respike.recipe import (
 from tiny import CONTEXT, full, model_config
 
 DEPTH, GROUPS = 7, 3
-SOURCE = model_config(((full(0, 1, 2),),) * DEPTH)
+SOURCE = model_config(((full(0, 1, 2),),) * DEPTH, bos_token_id=5)
 MINIMAL = {"recipe": 1, "name": "mine", "layers": [{"at": "all", "mixer": "full"}]}
 
 
@@ -452,7 +452,9 @@ def test_figures_no_model_can_have_are_refused_as_a_recipe_error(
         ({"layers": [rule("all", window_tokens=0)]}, ["layers.0.window_tokens", "0"]),
         ({"layers": [rule("all", sink_tokens=-1)]}, ["layers.0.sink_tokens", "-1"]),
         ({"layers": [rule({"evenly": 0})]}, ["layers.0.at", "0"]),
-        ({"layers": [rule({"evenly": -3})]}, ["layers.0.at", "-3"]),
+        ({"layers": [rule({"evenly": -3})]}, ["layers.0.at.evenly", "-3"]),
+        ({"layers": [rule({"layers": [4], "of": 4})]}, ["layers.0.at", "less than of"]),
+        ({"layers": [rule({"layers": [4]})]}, ["layers.0.at.of: missing"]),
         ({"layers": [rule([0, "x"])]}, ["layers.0.at", "x"]),
         ({"layers": [rule(True)]}, ["layers.0.at", "True"]),
         ({"layers": [rule(None)]}, ["layers.0.at", "None"]),
@@ -496,6 +498,7 @@ def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
             "did you mean `sink_tokens`?",
         ),
         ({"layers": [rule({"evnly": 3})]}, "evnly: unknown key", "did you mean `evenly`?"),
+        ({"layers": [rule({"layer": [1], "of": 2})]}, "layer: unknown", "did you mean `layers`?"),
         (
             {"source": {"famly": "llama"}},
             "source.famly: unknown key",
@@ -673,9 +676,12 @@ rules = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("mixer", ["keep", "full"])
-def test_a_memory_where_there_can_be_none_is_refused(mixer: str) -> None:
-    refused("identity", f"memory means nothing to mixer {mixer}",
+@pytest.mark.parametrize(
+    ("mixer", "words"),
+    [("keep", "memory means nothing to mixer keep"), ("full", "nothing is far from full softmax")],
+)
+def test_a_memory_where_there_can_be_none_is_refused(mixer: str, words: str) -> None:
+    refused("identity", words,
             overrides=(f"layers=[{{at: all, mixer: {mixer}, memory: far}}]",))  # fmt: skip
 
 
@@ -703,7 +709,7 @@ def test_any_recipe_survives_being_written(
 
 def test_a_written_recipe_spells_out_every_default() -> None:
     text = dump_recipe(Recipe.model_validate(MINIMAL))
-    absent = {"source"}
+    absent = {"source", "moe"}  # None: any model, no experts
     assert set(yaml.safe_load(text)) == set(Recipe.model_fields) - absent
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from respike.config import ModelConfig, SpikeBands, SpikeConfig
-from respike.errors import CheckpointError, UsageError
+from respike.config import LayerConfig, ModelConfig, SpikeBands, SpikeConfig
+from respike.errors import CheckpointError, UnsupportedError, UsageError
 from respike.evaluation.distance import Reference
 from respike.layers.spikes import SpikedLinear, SpikeLinear
 from respike.loading import load
@@ -29,7 +29,20 @@ from respike.spiking import Census, Goal, Measure, calibrate, spike
 from respike.spiking.calibrate import profiles, set_prices, share_out
 from respike.spiking.energy import PICOJOULES, energy_estimate
 from respike.spiking.probe import EVERY_TOKENS, Probe
-from tiny import MIXED, D, F, H, K, V, full, model_config, random_decoder, random_tokens, save_tiny
+from tiny import (
+    BRAINS,
+    MIXED,
+    D,
+    F,
+    H,
+    K,
+    V,
+    full,
+    model_config,
+    random_decoder,
+    random_tokens,
+    save_tiny,
+)
 from tolerance import assert_close
 
 DEPTH = len(MIXED)
@@ -125,11 +138,41 @@ def test_the_released_neuron_has_its_k() -> None:
         assert_close(counts.float(), (x / step).round())
 
 
+def test_sites_without_neurons_are_listed_and_not_counted() -> None:
+    config = dead_zone(layers=tuple(b.model_copy(update={"down": None}) for b in bands()))
+    decoder = random_decoder(model_config(spikes=config))
+    down = decoder.layers[0].get_submodule("mlp.down_proj")
+    install_spikes(decoder, config)
+    assert decoder.layers[0].get_submodule("mlp.down_proj") is down
+    census = Census(decoder)
+    with torch.inference_mode(), census.watching():
+        decoder(random_tokens(1, 12))
+    figures = census.figures()
+    assert {row["site"] for row in figures["sites"]} == {"qkv", "o", "mlp"}
+    assert figures["tokens"] == 12
+    plain = {row["what"]: row["multiply_accumulates"] for row in figures["not_spiked"]}
+    assert plain["layers behind down"] == DEPTH * MACS["down"]
+    assert "layers behind o" not in plain
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [(BRAINS[0], "layer 1, which has an attention beside"), (BRAINS[1], "layer 1.*experts")],
+    ids=["beside", "experts"],
+)
+def test_layers_with_what_no_site_names_do_not_spike(layer: LayerConfig, words: str) -> None:
+    decoder = random_decoder(model_config((MIXED[0], layer)))
+    with pytest.raises(UnsupportedError, match=words):
+        install_spikes(decoder, dead_zone(layers=bands()[:2]))
+
+
 def test_configs_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="teal has no spike counts"):
         SpikeConfig(neuron="teal", layers=bands())
     with pytest.raises(ValueError, match="above 0"):
         SpikeConfig(neuron="adaptive", layers=(SpikeBands(qkv=0, o=1, mlp=1, down=1),))
+    with pytest.raises(ValueError, match="without neurons needs weights='float'"):
+        SpikeConfig(neuron="absmax", layers=(SpikeBands(qkv=1, o=None, mlp=1, down=1),))
     with pytest.raises(ValueError, match=r"spikes\.layers has 3 entries"):
         ModelConfig(**dict(model_config()) | {"spikes": dead_zone(layers=bands()[:3])})
     assert "spikes" not in model_config().model_dump()

@@ -1,5 +1,6 @@
 """Released SpikingBrain-7B folders: the same numbers as the released forward, or one line."""
 
+import itertools
 import json
 import math
 import pickle
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -264,7 +266,7 @@ def test_a_tensor_outlives_its_file(folder: Path) -> None:
 def test_identity_keeps_every_bit_and_both_models_generate(pristine: Path, tmp_path: Path) -> None:
     report = convert(plan(pristine, load_recipe("identity")), tmp_path / "out")
     count = len(spikingbrain_weights())
-    assert report["tensors"] == {"copy": count, "cast": 0, "new": 0, "drop": 0}
+    assert report["tensors"] == {"copy": count, "cast": 0, "derive": 0, "new": 0, "drop": 0}
     assert report["source"]["stored_as"] == {"BF16": count}
     before, after = load(pristine), load(tmp_path / "out")
     assert before.config == after.config
@@ -346,6 +348,96 @@ def test_a_tensor_that_is_no_plain_weight_is_named(folder: Path, dtype: torch.dt
     shard = shard_of(folder, name)
     edit_shard(folder, lambda w: w.update({name: torch.ones(F, D).to(dtype)}), shard)
     refused(folder, folder / shard, repr(name), "BF16")
+
+
+# ---- W8ASpike ----------------------------------------------------------------------------------
+
+GROUPS = 2
+"""Of inputs that share a scale; the release has groups of 128."""
+
+
+def quantise(weights: dict[str, torch.Tensor]) -> None:
+    """Make the tensors of a base release into those of W8ASpike, as its code would hold them."""
+    r = torch.Generator().manual_seed(5)
+    for name in list(weights):
+        if ".gk_proj.0" in name:
+            up = weights.pop(name.replace("gk_proj.0.weight", "gk_proj.1.weight"))
+            merged = up.float() @ weights.pop(name).float()
+            weights[name.replace("gk_proj.0", "gk_proj")] = merged.bfloat16()
+            bias = name.replace("gk_proj.0.weight", "gk_proj.1.bias")
+            weights[bias.replace("gk_proj.1", "gk_proj")] = weights.pop(bias)
+    for name in list(weights):
+        module = name.removesuffix(".weight")
+        if name.endswith("_proj.weight"):
+            rows = len(weights[name])
+            scales = 0.01 + 0.02 * torch.rand(rows, GROUPS, 1, generator=r)
+            weights[module + ".weight_quantizer.scales"] = scales.bfloat16()
+
+
+def test_the_quantised_release_is_read_with_its_rounding_and_its_neurons(folder: Path) -> None:
+    plain = {n: open_checkpoint(folder).read(n) for n in ("model.layers.1.self_attn.q_proj.weight",
+             "model.layers.1.mlp.down_proj.weight")}  # fmt: skip
+    for shard in sorted(folder.glob("*.bin")):
+        shard.unlink()
+    weights = spikingbrain_weights()
+    quantise(weights)
+    index = folder / "pytorch_model.bin.index.json"
+    torch.save(weights, folder / "pytorch_model.bin")
+    index.unlink()
+    source = open_checkpoint(folder)
+    for name, weight in plain.items():
+        got = source.read(name).float()
+        theirs = name.replace("self_attn", "attn")
+        scales = weights[theirs.removesuffix(".weight") + ".weight_quantizer.scales"].float()
+        words = weight.float().clone()
+        if "down_proj" not in name:
+            for o, group in itertools.product(range(len(words)), range(GROUPS)):
+                part = slice(
+                    group * words.shape[1] // GROUPS, (group + 1) * words.shape[1] // GROUPS
+                )
+                codes = np.round(words[o, part].numpy() / float(scales[o, group]))
+                words[o, part] = torch.from_numpy(codes * float(scales[o, group]))
+            assert not torch.equal(got, weight.float())
+        torch.testing.assert_close(got, words.bfloat16().float(), rtol=1e-2, atol=0)
+    assert source.config.spikes is not None
+    assert {bands.down for bands in source.config.spikes.layers} == {None}
+    decoder = load_decoder(source, dtype="f32")
+    layer = decoder.layers[1]
+    assert layer.self_attn.q_proj.neuron.k == pytest.approx(3.0)
+    assert not hasattr(layer.mlp.down_proj, "neuron")
+    x = torch.randn(3, 48)
+    step = x.abs().mean(-1, keepdim=True) / 3
+    spiked = (x / step).round() * step
+    q = layer.self_attn.q_proj
+    torch.testing.assert_close(q(x), spiked @ q.weight.T + q.bias)
+    assert decoder(random_tokens(1, 12))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("model.layers.1.attn.q_proj.weight_quantizer.scales"), "is missing"),
+        (
+            lambda w: w.update({"model.norm.weight_quantizer.scales": torch.ones(3)}),
+            "is of nothing",
+        ),
+        (
+            lambda w: w.update(
+                {"model.layers.1.attn.q_proj.weight_quantizer.scales": torch.ones(3)}
+            ),
+            "does not fit",
+        ),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_scales_that_do_not_fit_are_refused(folder: Path, change: Any, words: str) -> None:
+    for path in (*folder.glob("*.bin"), folder / "pytorch_model.bin.index.json"):
+        path.unlink()
+    weights = spikingbrain_weights()
+    quantise(weights)
+    change(weights)
+    torch.save(weights, folder / "pytorch_model.bin")
+    refused(folder, folder, "weight_quantizer.scales", words)
 
 
 # ---- .bin files --------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor
 from respike.checkpoint.families import expected_tensors
 from respike.config import (
     AnyMemory,
+    BesideConfig,
     BlockMixer,
     DeltaMemory,
     FarMemory,
@@ -32,7 +33,9 @@ from respike.config import (
     LinearMixer,
     Mixer,
     ModelConfig,
+    MoeConfig,
     RopeConfig,
+    SseMemory,
     TiedMemory,
     WindowMixer,
 )
@@ -128,7 +131,38 @@ BLOCKS: tuple[tuple[Mixer, ...], ...] = (
 """Block-sparse softmax alone and beside others: every reach, every summary."""
 
 
-def model_config(layers: tuple[tuple[Mixer, ...], ...] = MIXED, **changes: Any) -> ModelConfig:
+SSE = SseMemory(partitions=3, chosen=2, rank=5, gate="corrected")
+SSE_RELEASED = SseMemory(partitions=4, chosen=2, rank=7, gate="released")
+EXPERTS = MoeConfig(experts=5, chosen=2, shared=1, router="softmax", normalised=True)
+EXPERTS_RAW = MoeConfig(experts=4, chosen=1, shared=2, router="sigmoid", normalised=False)
+
+
+def beside(*mixers: LinearMixer, merge: Any = "sum", dropout: float = 0.0) -> BesideConfig:
+    groups = sum(len(part.groups) for part in mixers)
+    return BesideConfig(
+        num_key_value_heads=groups, mixers=mixers, merge=merge, softmax_dropout=dropout
+    )
+
+
+BRAINS = (
+    LayerConfig(
+        mixers=(window(0, 1, 2, sinks=0),),
+        beside=beside(linear(*range(6), memory=SSE_RELEASED), merge="mean", dropout=0.5),
+    ),
+    LayerConfig(mixers=(FullMixer(groups=(0, 2), memory=TIED), window(1, memory=SSE)), moe=EXPERTS),
+    LayerConfig(
+        mixers=(window(0, 1, 2, reach=16),),
+        beside=beside(linear(1, memory=TIED), linear(0, memory=GLA)),
+        moe=EXPERTS_RAW,
+    ),
+    LayerConfig(mixers=(full(0, 1, 2),)),
+)
+"""Attention beside attention, of as many KV groups as heads or fewer; experts; one plain layer."""
+
+
+def model_config(
+    layers: Sequence[tuple[Mixer, ...] | LayerConfig] = MIXED, **changes: Any
+) -> ModelConfig:
     """A llama-like config with these mixers."""
     fields: dict[str, Any] = {
         "family": "llama",
@@ -148,7 +182,10 @@ def model_config(layers: tuple[tuple[Mixer, ...], ...] = MIXED, **changes: Any) 
         "qk_norm": False,
         "bos_token_id": None,
         "eos_token_ids": (),
-        "layers": tuple(LayerConfig(mixers=mixers) for mixers in layers),
+        "layers": tuple(
+            layer if isinstance(layer, LayerConfig) else LayerConfig(mixers=layer)
+            for layer in layers
+        ),
     }
     return ModelConfig(**fields | changes)
 

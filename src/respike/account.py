@@ -1,8 +1,9 @@
 """Accounting without weights: parameters, bytes, and what a state needs at any length."""
 
 import math
+from collections.abc import Iterator
 
-from respike.checkpoint.families import expected_tensors
+from respike.checkpoint.families import LEARNED_SINKS, expected_tensors
 from respike.config import AnyMemory, BlockMixer, Mixer, ModelConfig
 
 REPORT_LENGTHS = (1_024, 8_192, 65_536, 1_048_576)
@@ -25,7 +26,7 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
 
     Args:
         config: The model.
-        num_tokens: Tokens seen.
+        num_tokens: Tokens seen, learned sinks not counted.
         bytes_per_value: 2 for bf16 keys and values, 4 for f32.
 
     Returns:
@@ -33,12 +34,12 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
         windows and sinks. ``memory``: memories. The last two are the same at every length.
     """
     pair = 2 * config.head_dim * bytes_per_value
+    num_tokens += config.learned_sinks
     parts = {"softmax": 0, "window": 0, "memory": 0}
     for _, part in config.mixers():
         groups = len(part.groups)
         if part.mixer == "full":
             parts["softmax"] += groups * pair * num_tokens
-            continue
         if part.mixer == "blocks":
             row, summary = _block_bytes(part, config.head_dim, bytes_per_value)
             count = num_tokens // part.summary_tokens
@@ -61,7 +62,8 @@ def memory_values(memory: AnyMemory, head_dim: int) -> int:
     """Numbers one KV group's memory holds."""
     if memory.kind == "far":
         return memory.features * (head_dim + 1)
-    return head_dim * head_dim
+    copies = 1 + memory.partitions if memory.kind == "sse" else 1
+    return copies * head_dim * head_dim
 
 
 def _block_bytes(part: BlockMixer, head_dim: int, bytes_per_value: int) -> tuple[int, int]:
@@ -91,15 +93,16 @@ BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "int8": 8.5, "int4": 4.5}
 def moved_bytes_per_token(config: ModelConfig, num_tokens: int, weights: str = "bf16") -> int:
     """Bytes a decoding step must move after ``num_tokens`` tokens, if no cache holds any.
 
-    Every weight but those of an embedding that is only looked up, the whole state, and memories
-    once more, as they are written too.
+    Every weight but those of an embedding that is only looked up and of experts that are not
+    passed, the whole state, and memories once more, as they are written too (of partitions only the
+    chosen ones).
 
     Args:
         config: The model.
         num_tokens: Tokens seen.
         weights: A key of `BITS`.
     """
-    read = num_parameters(config)
+    read = num_active_parameters(config)
     if not config.tie_word_embeddings:
         read -= config.vocab_size * config.hidden_size
     parts = state_parts(config, num_tokens)
@@ -108,6 +111,9 @@ def moved_bytes_per_token(config: ModelConfig, num_tokens: int, weights: str = "
             row, _ = _block_bytes(part, config.head_dim, 2)
             unseen = num_tokens - _seen_tokens(part, num_tokens)
             parts["softmax"] -= len(part.groups) * row * unseen
+        elif part.memory is not None and part.memory.kind == "sse":
+            idle = part.memory.partitions - part.memory.chosen
+            parts["memory"] -= len(part.groups) * MEMORY_BYTES * idle * config.head_dim**2
     return int(read * BITS[weights] / 8) + sum(parts.values()) + parts["memory"]
 
 
@@ -132,22 +138,84 @@ def flops_per_token(config: ModelConfig, num_tokens: int) -> dict[str, int]:
     """
     parts = {"linear": 0, "head": 2 * config.vocab_size * config.hidden_size}
     parts |= {"softmax": 0, "memory": 0}
-    ends = ("embed_tokens.weight", "lm_head.weight")
+    ends = ("embed_tokens.weight", "lm_head.weight", LEARNED_SINKS)
     for name, shape in expected_tensors(config):
         if len(shape) == 2 and not name.endswith(ends):
             parts["linear"] += 2 * math.prod(shape)
-    for _, part in config.mixers():
-        groups, heads = len(part.groups), len(part.groups) * config.heads_per_group
+    parts["linear"] -= 2 * _idle_parameters(config)
+    for part, heads in _parts(config):
+        groups = len(part.groups)
         seen = _seen_tokens(part, num_tokens + 1)
         parts["softmax"] += 4 * heads * config.head_dim * seen
         if part.mixer == "blocks":
             summaries = num_tokens // part.summary_tokens
             parts["softmax"] += 2 * heads * config.head_dim * summaries
-        if part.mixer == "full" or part.mixer == "blocks" or part.memory is None:
+            continue
+        if part.memory is None:
             continue
         values = memory_values(part.memory, config.head_dim)
-        passes = {"delta": 2}.get(part.memory.kind, 1)  # delta reads before it writes
+        if part.memory.kind == "sse":  # the others are not touched
+            values = (1 + part.memory.chosen) * values // (1 + part.memory.partitions)
+        passes = {"delta": 2, "sse": 2}.get(part.memory.kind, 1)  # these read before they write
         parts["memory"] += 2 * values * (heads + passes * groups)
         if part.memory.kind == "far":
             parts["memory"] += 2 * part.memory.features * config.head_dim * (heads + groups)
     return parts
+
+
+def _parts(config: ModelConfig) -> Iterator[tuple[Mixer, int]]:
+    """Every mixer of the model and how many query heads it serves."""
+    for layer in config.layers:
+        for part in layer.mixers:
+            yield part, len(part.groups) * config.heads_per_group
+        if layer.beside is not None:
+            share = config.num_attention_heads // layer.beside.num_key_value_heads
+            for memory in layer.beside.mixers:
+                yield memory, len(memory.groups) * share
+
+
+def _idle_parameters(config: ModelConfig) -> int:
+    """Weights of the experts that a token does not pass."""
+    expert = 3 * config.hidden_size * config.intermediate_size
+    routed = (layer.moe for layer in config.layers if layer.moe)
+    return expert * sum(moe.experts - moe.chosen for moe in routed)
+
+
+def num_active_parameters(config: ModelConfig) -> int:
+    """Weights that one token meets: all but the experts it does not pass."""
+    return num_parameters(config) - _idle_parameters(config)
+
+
+def num_embedding_parameters(config: ModelConfig) -> int:
+    """Weights of the embedding and, if it is another matrix, the head."""
+    matrix = config.vocab_size * config.hidden_size
+    return matrix if config.tie_word_embeddings else 2 * matrix
+
+
+def largest_unit_parameters(config: ModelConfig) -> int:
+    """Weights of the layer, or of the embedding, that has most: what is gathered at a time."""
+    units: dict[str, int] = {}
+    for name, shape in expected_tensors(config):
+        layer = name.split(".")[2] if name.startswith("model.layers.") else name
+        units[layer] = units.get(layer, 0) + math.prod(shape)
+    return max(units.values())
+
+
+TRAINING_BYTES = 16
+"""Of a parameter in float32: itself, its gradient, and two moments of Adam."""
+
+
+def sharded_bytes(config: ModelConfig, ranks: int) -> dict[str, int]:
+    """What each of ``ranks`` devices holds of a model whose layers FSDP2 shards.
+
+    Returns:
+        ``run``: its share of the weights in bf16. ``train``: its share of weights, gradients and
+        moments in float32. ``gathered``: the largest layer whole, in bf16, beside either; twice
+        that while the next one is fetched. Activations and states come on top.
+    """
+    count = num_parameters(config)
+    return {
+        "run": math.ceil(2 * count / ranks),
+        "train": math.ceil(TRAINING_BYTES * count / ranks),
+        "gathered": 2 * largest_unit_parameters(config) if ranks > 1 else 0,
+    }

@@ -5,17 +5,16 @@ into one by `respike.checkpoint.families`. Layers never see these objects: only
 `respike.models.decoder` reads them and hands numbers down.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 FORMAT_VERSION: Literal[1] = 1
 """Version of ``config.json`` in a converted folder."""
 
-MEMORIES = ("far", "gla", "tied", "delta")
+MEMORIES = ("far", "gla", "tied", "delta", "sse")
 """Names a recipe may give to a memory."""
-
 
 # The bounds of a recipe and of a model; the upper ones are far above what makes sense.
 WindowTokens = Annotated[int, Field(gt=0, le=1 << 24)]
@@ -26,12 +25,32 @@ BlockCount = Annotated[int, Field(gt=0, le=1 << 16)]
 FeatureCount = Annotated[int, Field(gt=0, le=1 << 12)]
 GateRank = Annotated[int, Field(gt=0, le=1 << 12)]
 GateNormalizer = Annotated[float, Field(ge=2**-10, le=1 << 10)]
+PartitionCount = Annotated[int, Field(gt=0, le=256)]
+ExpertCount = Annotated[int, Field(gt=0, le=1 << 12)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Frozen(BaseModel):
     """Base of all our schemas: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Lean(Frozen):
+    """Written without the fields of ``later`` that are at their default.
+
+    So that a model without a newer feature has the very config, and so the fingerprint, that it had
+    before there was one.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        known = type(self).model_fields
+        unused = {n for n in self.later if getattr(self, n) == known[n].default}
+        return {name: value for name, value in fields.items() if name not in unused}
 
 
 class RopeConfig(Frozen):
@@ -48,14 +67,6 @@ class RopeConfig(Frozen):
     """factors: one divisor per frequency, as GGUF's ``rope_freqs.weight`` stores llama3's."""
 
 
-class FullMixer(Frozen):
-    """Causal softmax over everything before: exact, with a cache that grows."""
-
-    mixer: Literal["full"] = "full"
-    groups: tuple[int, ...]
-    """KV groups this mixer serves, ascending."""
-
-
 class FarMemory(Frozen):
     """Linear memory of what has left the window, under the window's softmax denominator."""
 
@@ -69,7 +80,8 @@ class GlaMemory(Frozen):
 
     kind: Literal["gla"] = "gla"
     feature: Literal["relu", "identity"]
-    gate_rank: GateRank
+    gate_rank: GateRank | None
+    """None: the gate is one full matrix."""
     gate_normalizer: GateNormalizer
     """The decay is ``sigmoid(gate) ** (1 / gate_normalizer)``."""
 
@@ -88,8 +100,44 @@ class DeltaMemory(Frozen):
     """Write strength up to 2 instead of 1."""
 
 
-LinearMemory = Annotated[GlaMemory | TiedMemory | DeltaMemory, Field(discriminator="kind")]
-AnyMemory = Annotated[FarMemory | GlaMemory | TiedMemory | DeltaMemory, Field(discriminator="kind")]
+class SseMemory(Frozen):
+    """Sparse state expansion: a gated delta rule for all tokens, and some that tokens choose."""
+
+    kind: Literal["sse"] = "sse"
+    partitions: PartitionCount
+    """Memories to choose from, for each KV group."""
+    chosen: PartitionCount
+    """Of these, how many each token writes and reads."""
+    rank: GateRank
+    """Of what is added to queries and keys for these."""
+    gate: Literal["released", "corrected"]
+    """Where a token's share in a partition acts; see `respike.ops.sse`."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> "SseMemory":
+        if self.chosen > self.partitions:
+            raise ValueError(f"chosen={self.chosen} of partitions={self.partitions}")
+        return self
+
+
+LinearMemory = Annotated[
+    GlaMemory | TiedMemory | DeltaMemory | SseMemory, Field(discriminator="kind")
+]
+AnyMemory = Annotated[
+    FarMemory | GlaMemory | TiedMemory | DeltaMemory | SseMemory, Field(discriminator="kind")
+]
+
+
+class FullMixer(Lean):
+    """Causal softmax over everything before: exact, with a cache that grows."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"memory"})
+
+    mixer: Literal["full"] = "full"
+    groups: tuple[int, ...]
+    """KV groups this mixer serves, ascending."""
+    memory: LinearMemory | None = None
+    """Normed and added beside the softmax."""
 
 
 class WindowMixer(Frozen):
@@ -114,8 +162,10 @@ class LinearMixer(Frozen):
     memory: LinearMemory
 
 
-class BlockMixer(Frozen):
+class BlockMixer(Lean):
     """Softmax over sinks, a window, and the best blocks of what is older: `respike.ops.blocks`."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"by_head", "dense_decode"})
 
     mixer: Literal["blocks"] = "blocks"
     groups: tuple[int, ...]
@@ -132,6 +182,10 @@ class BlockMixer(Frozen):
     """Largest distance at which a block outside the window is seen; None: all at their true one."""
     cache: Literal["model", "int8"]
     """model: keys and values are kept in the model's dtype."""
+    by_head: bool = False
+    """Each query head chooses its own blocks, as in MoBA; else all heads of a group together."""
+    dense_decode: bool = False
+    """Tokens that come one at a time see everything, as in MoBA's release."""
 
     @model_validator(mode="after")
     def _whole_summaries(self) -> "BlockMixer":
@@ -146,10 +200,48 @@ class BlockMixer(Frozen):
 Mixer = Annotated[FullMixer | WindowMixer | LinearMixer | BlockMixer, Field(discriminator="mixer")]
 
 
-class LayerConfig(Frozen):
+class BesideConfig(Frozen):
+    """A linear attention with projections of its own that reads what the layer's attention reads.
+
+    The outputs of both are normed over the model's width and merged.
+    """
+
+    num_key_value_heads: int = Field(gt=0, le=4096)
+    mixers: tuple[LinearMixer, ...]
+    """Their groups partition this attention's KV groups, not the model's."""
+    merge: Literal["sum", "mean"]
+    softmax_dropout: Fraction
+    """In training, how often the layer's own attention is left out, and the memory stands alone."""
+
+
+class MoeConfig(Frozen):
+    """A mixture of experts in place of the MLP; each expert is as wide as the model's MLP."""
+
+    experts: ExpertCount
+    chosen: ExpertCount
+    """Experts of each token."""
+    shared: int = Field(ge=0, le=64)
+    """Experts that every token passes."""
+    router: Literal["softmax", "sigmoid"]
+    normalised: bool
+    """The gates of a token's experts sum to one."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> "MoeConfig":
+        if self.chosen > self.experts:
+            raise ValueError(f"chosen={self.chosen} of experts={self.experts}")
+        return self
+
+
+class LayerConfig(Lean):
     """The mixers of one layer; their groups partition the layer's KV groups."""
 
+    later: ClassVar[frozenset[str]] = frozenset({"beside", "moe"})
+
     mixers: tuple[Mixer, ...]
+    beside: BesideConfig | None = None
+    moe: MoeConfig | None = None
+    """None: one MLP."""
 
 
 Band = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -159,17 +251,17 @@ class SpikeBands(Frozen):
     """Silent bands of one layer's neurons, one for all layers that share an input.
 
     In units of the token's mean magnitude (teal: of the input itself). The adaptive neuron's is
-    half its threshold, so its k is 1 / (2 band); absmax has none.
+    half its threshold, so its k is 1 / (2 band); absmax has none. None: no neurons stand there.
     """
 
-    qkv: Band
+    qkv: Band | None
     """Input of q_proj, k_proj and v_proj."""
-    o: Band
+    o: Band | None
     """Input of o_proj."""
-    mlp: Band
+    mlp: Band | None
     """Input of gate_proj and up_proj."""
     down: Band | None
-    """Input of down_proj. None: no neurons there, as in SpikingBrain-7B-W8ASpike."""
+    """Input of down_proj."""
 
 
 class SpikeConfig(Frozen):
@@ -191,20 +283,22 @@ class SpikeConfig(Frozen):
     def _possible(self) -> "SpikeConfig":
         if self.neuron == "teal" and self.weights != "float":
             raise ValueError(f"teal has no spike counts, so weights={self.weights!r} cannot be")
-        found = [band for bands in self.layers for band in bands.model_dump().values()]
-        if self.neuron == "adaptive" and not all(band is None or band > 0 for band in found):
+        bands = [band for layer in self.layers for band in layer.model_dump().values()]
+        if self.neuron == "adaptive" and 0 in bands:
             raise ValueError("the adaptive neuron's bands are half thresholds, above 0")
-        if None in found and self.weights != "float":
-            raise ValueError(f"down without neurons needs weights='float', not {self.weights!r}")
+        if None in bands and self.weights != "float":
+            raise ValueError(f"a site without neurons needs weights='float', not {self.weights!r}")
         return self
 
 
-class ModelConfig(Frozen):
+class ModelConfig(Lean):
     """Everything needed to build the decoder. Shapes use Hugging Face's words."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"spikes", "learned_sinks"})
 
     model_type: Literal["respike"] = "respike"
     format_version: Literal[1] = FORMAT_VERSION
-    family: Literal["llama", "qwen2", "qwen3", "gla_swa"]
+    family: Literal["llama", "qwen2", "qwen3", "gla_swa", "sse_swa_moba"]
     # Upper bounds refuse hostile files before any memory is spent; each is >= 8x of what exists.
     vocab_size: int = Field(gt=0, le=1 << 22)
     hidden_size: int = Field(gt=0, le=1 << 18)
@@ -223,13 +317,9 @@ class ModelConfig(Frozen):
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     layers: tuple[LayerConfig, ...]
+    learned_sinks: int = Field(default=0, ge=0, le=1 << 12)
+    """Trained embeddings that stand before every sequence, visible to all of it and each other."""
     spikes: SpikeConfig | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """A model that does not spike is written as before there were spikes."""
-        fields: dict[str, Any] = handler(self)
-        return fields if self.spikes else {k: v for k, v in fields.items() if k != "spikes"}
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
@@ -240,21 +330,33 @@ class ModelConfig(Frozen):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
-        if len(self.layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"layers has {len(self.layers)} entries, num_hidden_layers={self.num_hidden_layers}"
-            )
-        if self.spikes and len(self.spikes.layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"spikes.layers has {len(self.spikes.layers)} entries, "
-                f"num_hidden_layers={self.num_hidden_layers}"
-            )
-        everyone = list(range(self.num_key_value_heads))
+        spiking = {"spikes.layers": len(self.spikes.layers)} if self.spikes else {}
+        for name, rows in ({"layers": len(self.layers)} | spiking).items():
+            if rows != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {rows} entries, num_hidden_layers={self.num_hidden_layers}"
+                )
         for index, layer in enumerate(self.layers):
-            served = sorted(g for part in layer.mixers for g in part.groups)
-            if served != everyone:
-                raise ValueError(f"layers.{index}: mixers serve KV groups {served}, not {everyone}")
+            _check_groups(f"layers.{index}", layer.mixers, self.num_key_value_heads)
+            if layer.beside is not None:
+                groups = layer.beside.num_key_value_heads
+                _check_groups(f"layers.{index}.beside", layer.beside.mixers, groups)
+                if self.num_attention_heads % groups:
+                    raise ValueError(f"layers.{index}.beside: {groups} groups do not share heads")
+            for part in layer.mixers:
+                self._check_sinks(index, part)
         return self
+
+    def _check_sinks(self, index: int, part: Mixer) -> None:
+        if not self.learned_sinks:
+            return
+        if part.mixer == "blocks":
+            raise ValueError(f"layers.{index}: learned sinks do not go with block-sparse softmax")
+        if part.mixer == "window" and part.sink_tokens < self.learned_sinks:
+            raise ValueError(
+                f"layers.{index}: sink_tokens={part.sink_tokens} hides some of "
+                f"learned_sinks={self.learned_sinks}"
+            )
 
     @property
     def heads_per_group(self) -> int:
@@ -262,10 +364,18 @@ class ModelConfig(Frozen):
         return self.num_attention_heads // self.num_key_value_heads
 
     def mixers(self) -> Iterator[tuple[int, Mixer]]:
-        """Every (layer index, mixer) of the model, in order."""
+        """Every (layer index, mixer) of the model, in order; those beside an attention after it."""
         for index, layer in enumerate(self.layers):
             for part in layer.mixers:
                 yield index, part
+            for part in layer.beside.mixers if layer.beside else ():
+                yield index, part
+
+    def beside(self, layer: LayerConfig) -> "ModelConfig":
+        """This config as the attention beside a layer's sees it: its own KV groups, no norms."""
+        assert layer.beside is not None
+        groups = layer.beside.num_key_value_heads
+        return self.model_copy(update={"num_key_value_heads": groups, "qk_norm": False})
 
     def softmax_groups(self) -> tuple[tuple[int, int], ...]:
         """(layer, KV group) pairs whose cache grows with the sequence."""
@@ -275,6 +385,12 @@ class ModelConfig(Frozen):
             if part.mixer in ("full", "blocks")
             for g in part.groups
         )
+
+
+def _check_groups(where: str, mixers: Iterable[Mixer], num_groups: int) -> None:
+    served, everyone = sorted(g for part in mixers for g in part.groups), list(range(num_groups))
+    if served != everyone:
+        raise ValueError(f"{where}: mixers serve KV groups {served}, not {everyone}")
 
 
 def full_layers(num_layers: int, num_groups: int) -> tuple[LayerConfig, ...]:

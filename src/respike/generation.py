@@ -76,6 +76,8 @@ class Generation:
     """What came out, and how it ended."""
 
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token, by the model alone: before penalties, temperature and the like."""
     text: str = ""
     finish_reason: str = "length"
     """length: max_tokens reached. stop: an end token or a stop string."""
@@ -128,6 +130,47 @@ def stream(
     return TextStream(_pieces(model, list(prompt), max_tokens, sampling, stop, result), result)
 
 
+class Writer:
+    """Tokens in, text out: whole characters, nothing of a stop string, ended by one.
+
+    Args:
+        model: Whose tokens they are.
+        stop: Strings that end the text and are not part of it.
+    """
+
+    def __init__(self, model: Model, stop: Sequence[str]) -> None:
+        self._decoding, self._stop = model.tokenizer.stream(), stop
+        self.end_ids = {*model.tokenizer.eos_token_ids, *model.config.eos_token_ids}
+        self._held, self._cut = "", False
+        self.stopped = False
+        """Whether an end token or a stop string came."""
+
+    def push(self, token: int) -> str:
+        """Take a token; return what can be shown by now."""
+        if token in self.end_ids:
+            self.stopped = True
+            return ""
+        self._held += self._decoding.push(token)
+        cut = _first_stop(self._held, self._stop)
+        if cut is not None:
+            self.stopped = self._cut = True
+            self._held = self._held[:cut]
+            return ""
+        safe = len(self._held) - _may_begin_stop(self._held, self._stop)
+        shown, self._held = self._held[:safe], self._held[safe:]
+        return shown
+
+    def finish(self) -> str:
+        """What is left when no further token comes."""
+        if not self._cut:
+            self._held += self._decoding.flush()
+            cut = _first_stop(self._held, self._stop)
+            if cut is not None:
+                self.stopped, self._held = True, self._held[:cut]
+        shown, self._held = self._held, ""
+        return shown
+
+
 def _pieces(
     model: Model,
     seen: list[int],
@@ -136,37 +179,32 @@ def _pieces(
     stop: Sequence[str],
     result: Generation,
 ) -> Iterator[str]:
-    decoder, held, cut = model.decoder, "", None
+    decoder, writer = model.decoder, Writer(model, stop)
     draw = torch.Generator().manual_seed(sampling.seed)
-    decoding = model.tokenizer.stream()
     new = seen
     for _ in range(max_tokens):
         with torch.inference_mode():
             tokens = torch.tensor([new], device=decoder.embedding.device)
             logits, result.state = decoder(tokens, result.state, logits="last")
             token = choose(logits[0, 0], seen, sampling, draw)
-        if token in model.tokenizer.eos_token_ids or token in model.config.eos_token_ids:
-            result.finish_reason = "stop"
+            logprob = float(logits[0, 0].float().log_softmax(-1)[token])
+        shown = writer.push(token)
+        if writer.stopped and token in writer.end_ids:
             break
         new = [token]
         seen.append(token)
         result.tokens.append(token)
-        held += decoding.push(token)
-        cut = _first_stop(held, stop)
-        if cut is not None:
+        result.logprobs.append(logprob)
+        if writer.stopped:
             break
-        safe = len(held) - _may_begin_stop(held, stop)
-        if safe:
-            result.text += held[:safe]
-            yield held[:safe]
-            held = held[safe:]
-    if cut is None:
-        held += decoding.flush()
-        cut = _first_stop(held, stop)
-    if cut is not None:
-        result.finish_reason, held = "stop", held[:cut]
-    result.text += held
-    yield held
+        if shown:
+            result.text += shown
+            yield shown
+    shown = writer.finish()
+    if writer.stopped:
+        result.finish_reason = "stop"
+    result.text += shown
+    yield shown
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:

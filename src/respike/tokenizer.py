@@ -16,8 +16,9 @@ import tokenizers
 from tokenizers import AddedToken
 
 from respike.chat_template import render
-from respike.errors import CheckpointError, DataError, UnsupportedError
-from respike.gguf_vocab import END_OF_TURN, end_token_ids, read_vocab
+from respike.errors import DataError, UnsupportedError
+from respike.gguf_vocab import end_token_ids, read_vocab
+from respike.tokenizer_folder import end_ids, load_core, read_json, read_template
 
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Tokens that have a name, which chat templates may use."""
@@ -29,8 +30,8 @@ GGUF_NAMED = {
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
 
-OLD_FORMS = ("tokenizer.model", "vocab.json", "merges.txt")
-"""Files that hold a vocabulary, but not how text is cut."""
+HOLE = "\ue000document\ue001"
+"""Stands for a text that is read elsewhere, see `Tokenizer.chat_around`; private characters."""
 
 MAX_PENDING = 8
 """Tokens a `TokenStream` holds back at most. A UTF-8 character is four at most, with a bare space
@@ -78,6 +79,11 @@ class Tokenizer:
         )
 
     @property
+    def definition(self) -> str:
+        """What ``tokenizer.json`` holds."""
+        return str(self._core.to_str())
+
+    @property
     def vocab_size(self) -> int:
         """Tokens, special ones included; a model's embedding may have more rows."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
@@ -109,6 +115,16 @@ class Tokenizer:
         start = self.add_bos if bos is None else bos
         return [self.bos_token_id, *ids] if start and self.bos_token_id is not None else ids
 
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of plain text, and the character of ``text`` at which each begins.
+
+        Raises:
+            DataError: As `encode`.
+        """
+        ids = self._plain_text(text)
+        offsets = self._plain.encode(text, add_special_tokens=False).offsets
+        return ids, [begin for begin, _ in offsets]
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; ids that are no token are left out."""
         known = [i for i in ids if 0 <= i < 1 << 32]
@@ -139,6 +155,30 @@ class Tokenizer:
             UnsupportedError: The model has no chat template.
             DataError: The template refuses the messages, or fails.
         """
+        text = self._rendered(messages, add_generation_prompt, variables)
+        return self._rendered_ids(text)
+
+    def chat_around(
+        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """As `chat`, of a conversation with one `HOLE` in it: what is before it and what after.
+
+        Raises:
+            DataError: The hole is not there, or more than once: the template dropped or copied it.
+        """
+        text = self._rendered(messages, True, variables)
+        parts = text.split(HOLE)
+        if len(parts) != 2:
+            raise DataError(f"chat template: shows a message {len(parts) - 1} times, expected once")
+        return self._rendered_ids(parts[0]), self._rendered_ids(parts[1])
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] | None,
+    ) -> str:
+        """What the template writes, with marks in it, see `_mark`."""
         if self.chat_template is None:
             raise UnsupportedError(
                 "this model has no chat template", hint="use `respike generate` with a plain prompt"
@@ -147,7 +187,9 @@ class Tokenizer:
             raise DataError("a chat message is not a mapping with `role` and `content`")
         given = self._mark({**(variables or {}), "messages": list(messages)})
         own = {"add_generation_prompt": add_generation_prompt}
-        text = render(self.chat_template, self.named | own | given)
+        return render(self.chat_template, self.named | own | given)
+
+    def _rendered_ids(self, text: str) -> list[int]:
         if self._nonce not in text:
             return self._ids(text, self._core)
         return self._plain_text(self._swap_marks(text))
@@ -177,8 +219,8 @@ class Tokenizer:
             CheckpointError: ``tokenizer.json`` is missing or malformed.
         """
         folder = Path(path)
-        core = _load_core(folder / "tokenizer.json")
-        config = _json(folder / "tokenizer_config.json")
+        core = load_core(folder / "tokenizer.json")
+        config = read_json(folder / "tokenizer_config.json")
         named = {}
         for name in NAMED:
             value = config.get(name)
@@ -192,9 +234,9 @@ class Tokenizer:
         return cls(
             core,
             named=named,
-            eos_token_ids=_eos_ids(folder, config, core),
+            eos_token_ids=end_ids(folder, config, core),
             add_bos=add_bos,
-            chat_template=_template(folder, config),
+            chat_template=read_template(folder, config),
         )
 
     @classmethod
@@ -324,58 +366,3 @@ def _guarded(core: tokenizers.Tokenizer, nonce: str) -> tuple[tokenizers.Tokeniz
     )
     pairs = [(twin.token_to_id(name), i) for i, name in names.items()]
     return twin, {theirs: i for theirs, i in pairs if theirs is not None and theirs != i}
-
-
-def _load_core(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        found = [n for n in OLD_FORMS if path.with_name(n).is_file()]
-        raise CheckpointError(
-            f"{path}: no such file" + (f"; {', '.join(found)} alone will not do" if found else ""),
-            hint="save the tokenizer again with transformers' AutoTokenizer, which writes it",
-        )
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:200]}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got a {type(value).__name__}")
-    return value
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: a file of its own, or in the config, there perhaps one of several."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file}: {error}") from None
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
-
-
-def _eos_ids(folder: Path, config: Mapping[str, Any], core: tokenizers.Tokenizer) -> list[int]:
-    """What `Tokenizer.save` wrote; else what the generation and tokenizer configs say together."""
-    if isinstance(saved := config.get("eos_token_ids"), list):
-        found = saved
-    else:
-        listed = _json(folder / "generation_config.json").get("eos_token_id")
-        eos = config.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        ends = [eos, *(END_OF_TURN if _template(folder, config) else ())]
-        ids = [core.token_to_id(token) for token in ends if isinstance(token, str)]
-        found = [*(listed if isinstance(listed, list) else [listed]), *ids]
-    return [i for i in dict.fromkeys(found) if type(i) is int and i >= 0]

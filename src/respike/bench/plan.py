@@ -9,7 +9,10 @@ from respike.account import (
     flops_per_token,
     growth_bytes_per_token,
     moved_bytes_per_token,
+    num_active_parameters,
+    num_embedding_parameters,
     num_parameters,
+    sharded_bytes,
     state_parts,
 )
 from respike.bench.machine import processor
@@ -22,11 +25,12 @@ from respike.recipe import apply_recipe, load_recipe
 
 ASSUMED = (
     "one layer of each kind was timed here with random weights and scaled: chunks of softmax cost "
-    "more in proportion to what is before them, all others the same; nothing else runs"
+    "more in proportion to what is before them, all others the same; of experts only as many as a "
+    "token passes; nothing else runs"
 )
 
 
-def plan(
+def plan(  # noqa: PLR0913 - one for each option of the verb
     recipe: str,
     target: str,
     lengths: Sequence[int],
@@ -34,6 +38,8 @@ def plan(
     weights: str,
     threads: int,
     cache_folder: Path | None,
+    overrides: Sequence[str] = (),
+    ranks: Sequence[int] = (),
     fresh: bool = False,
 ) -> dict[str, Any]:
     """Count, and predict.
@@ -45,13 +51,15 @@ def plan(
         weights: How they are stored: bf16, int8 or int4.
         threads: Of the prediction.
         cache_folder: For measurements of this machine; None predicts nothing.
+        overrides: Changes of the recipe, as `respike.load_recipe` takes them.
+        ranks: Numbers of devices that share the model.
         fresh: Measure it again.
 
     Raises:
         UsageError: There is no such target.
         RecipeError: There is no such recipe, or it does not fit.
     """
-    read = load_recipe(recipe)
+    read = load_recipe(recipe, overrides)
     source = _config(target)
     config = apply_recipe(read, source)
     timed = None
@@ -64,6 +72,8 @@ def plan(
         "weights": weights,
         "parameters": num_parameters(config),
         "new_parameters": num_parameters(config) - num_parameters(source),
+        "active_parameters": num_active_parameters(config),
+        "embedding_parameters": num_embedding_parameters(config),
         "weight_bytes": int(num_parameters(config) * BITS[weights] / 8),
         "softmax_groups": len(config.softmax_groups()),
         "kv_groups": config.num_hidden_layers * config.num_key_value_heads,
@@ -71,6 +81,8 @@ def plan(
         "machine": None if timed is None else {"processor": processor(), "threads": threads},
         "read_bytes_per_second": timed and timed["read_bytes_per_second"],
         "assumed": timed and ASSUMED,
+        "choices": read.choices,
+        "sharding": [{"ranks": n, **sharded_bytes(config, n)} for n in ranks],
         "rows": [_row(config, source, n, weights, timed) for n in lengths],
     }
 
@@ -104,6 +116,7 @@ def _row(
         "flops_parts": flops,
         "original_flops_per_token": sum(flops_per_token(source, length).values()),
         "moved_bytes_per_token": moved,
+        "original_moved_bytes_per_token": moved_bytes_per_token(source, length, weights),
     }
     if timed is not None:
         row["read_seconds"] = timed["seconds"][str(length)]

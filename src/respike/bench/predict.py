@@ -70,16 +70,18 @@ def predict(
     """
     set_threads(threads)
     cache = _Cache(cache_folder / CACHE_FILE, threads, options, fresh)
-    costs: dict[Mixer, Cost] = {}
+    costs: dict[LayerConfig, Cost] = {}
     seconds = dict.fromkeys(lengths, 0.0)
-    for _, part in config.mixers():
-        whole = _of_all_groups(config, part)
-        if whole not in costs:
-            found = cache.get(_name(config, whole), lambda w=whole: _measure(config, w, options))
-            costs[whole] = Cost(*found)
-        share = len(part.groups) / config.num_key_value_heads
-        for length in lengths:
-            seconds[length] += share * costs[whole].of(length)
+    for layer in config.layers:
+        for part in layer.mixers:
+            whole = _measurable(config, layer, part)
+            if whole not in costs:
+                name = _name(config, whole)
+                found = cache.get(name, lambda w=whole: _measure(config, w, options))
+                costs[whole] = Cost(*found)
+            share = len(part.groups) / config.num_key_value_heads
+            for length in lengths:
+                seconds[length] += share * costs[whole].of(length)
     read = cache.get("read", lambda: [read_bytes_per_second(threads)])[0]
     cache.write()
     return {
@@ -89,26 +91,31 @@ def predict(
     }
 
 
-def _of_all_groups(config: ModelConfig, part: Mixer) -> Mixer:
-    return part.model_copy(update={"groups": tuple(range(config.num_key_value_heads))})
+def _measurable(config: ModelConfig, layer: LayerConfig, part: Mixer) -> LayerConfig:
+    """``layer`` with ``part`` for all groups, and no more experts than a token passes."""
+    everyone = tuple(range(config.num_key_value_heads))
+    moe = layer.moe and layer.moe.model_copy(update={"experts": layer.moe.chosen})
+    mixers = (part.model_copy(update={"groups": everyone}),)
+    return layer.model_copy(update={"mixers": mixers, "moe": moe})
 
 
-def _name(config: ModelConfig, part: Mixer) -> str:
+def _name(config: ModelConfig, layer: LayerConfig) -> str:
     sizes = (
         config.hidden_size, config.intermediate_size, config.num_attention_heads,
         config.num_key_value_heads, config.head_dim,
     )  # fmt: skip
-    return f"{'/'.join(map(str, sizes))} {part.model_dump_json()}"
+    return f"{'/'.join(map(str, sizes))} {layer.model_dump_json()}"
 
 
-def _measure(config: ModelConfig, part: Mixer, options: Mapping[str, Any]) -> list[float]:
+def _measure(config: ModelConfig, layer: LayerConfig, options: Mapping[str, Any]) -> list[float]:
     """(flat, per token before) of a layer; see `Cost`."""
     one = config.model_copy(
         update={
-            "layers": (LayerConfig(mixers=(part,)),),
+            "layers": (layer,),
             "num_hidden_layers": 1,
             "vocab_size": VOCABULARY,
             "tie_word_embeddings": True,
+            "learned_sinks": 0,
         }
     )
     source = RandomCheckpoint(one, load_recipe("constant"))
@@ -125,6 +132,7 @@ def _measure(config: ModelConfig, part: Mixer, options: Mapping[str, Any]) -> li
             start = time.perf_counter()
             _, state = decoder(tokens, state, logits="none")
             times.append(time.perf_counter() - start)
+    (part,) = layer.mixers
     if part.mixer != "full":
         return [median(times[1:]), 0.0]
     points = [(1 + i * PREFILL_CHUNK_TOKENS, t) for i, t in enumerate(times)]

@@ -16,7 +16,7 @@ from respike.conversion.initial import initial_tensor
 from respike.errors import UsageError, did_you_mean
 from respike.recipe import Recipe, apply_recipe
 
-Family = Literal["llama", "qwen2"]
+Family = Literal["llama", "qwen2", "qwen3"]
 OPEN_BETA = -1.0
 """Every head of a random far memory takes part: a shut one would cost nothing."""
 BLOCK = 1 << 20
@@ -41,7 +41,6 @@ class Shape:
 
     def config(self) -> ModelConfig:
         """With full softmax everywhere."""
-        qwen = self.family == "qwen2"
         return ModelConfig(
             family=self.family,
             vocab_size=self.vocab_size,
@@ -51,14 +50,14 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.groups,
             head_dim=self.head_dim,
-            rms_norm_eps=1e-6 if qwen else 1e-5,
+            rms_norm_eps=1e-5 if self.family == "llama" else 1e-6,
             rope=RopeConfig(theta=self.theta),
             max_position_embeddings=self.trained_tokens,
             tie_word_embeddings=self.tied,
-            qkv_bias=qwen,
+            qkv_bias=self.family == "qwen2",
             o_bias=False,
-            qk_norm=False,
-            bos_token_id=None,
+            qk_norm=self.family == "qwen3",
+            bos_token_id=0,
             eos_token_ids=(),
             layers=full_layers(self.layers, self.groups),
         )
@@ -69,6 +68,7 @@ SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", 151936, 896, 4864, 24, 14, 2, 64, 1e6, 32768, True),
     "qwen2.5-1.5b": Shape("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, 1e6, 32768, True),
     "qwen2.5-7b": Shape("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 1e6, 32768, False),
+    "qwen3-4b": Shape("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, 5e6, 262144, True),
 }
 
 
@@ -107,7 +107,8 @@ class RandomCheckpoint:
         shape = self.shapes[name]
         if name.endswith(".beta"):
             return torch.full(shape, OPEN_BETA)
-        if mixer_of(self.config, name) is not None:
+        routes = name.endswith("mlp.gate.weight") and self.recipe.moe
+        if mixer_of(self.config, name) is not None or routes:
             return initial_tensor(name, shape, self.config, self.recipe)
         if name.endswith("norm.weight"):
             return torch.ones(shape)

@@ -4,17 +4,18 @@ Adding a family whose layers are llama-shaped is one entry in `FAMILIES`.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
-from respike.checkpoint import spikingbrain
+from respike.checkpoint import spikingbrain, spikingbrain2
 from respike.config import (
     LayerConfig,
     Mixer,
     ModelConfig,
     RopeConfig,
+    SseMemory,
     WindowMixer,
     full_layers,
 )
@@ -22,8 +23,9 @@ from respike.errors import CheckpointError, UnsupportedError, did_you_mean
 
 Json = Mapping[str, Any]
 
-MIXER_TENSOR = re.compile(r"model\.layers\.(\d+)\.self_attn\.mixers\.(\d+)\.(.+)")
+MIXER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(self_attn|beside)\.mixers\.(\d+)\.(.+)")
 """Names of the tensors that mixers add to those of their source."""
+LEARNED_SINKS = "model.learned_sinks"
 
 FAMILIES: dict[str, Callable[[Json], dict[str, bool]]] = {
     # model_type -> which optional parts of a layer it has. Yi and R1-Distill-Llama are llama.
@@ -39,6 +41,11 @@ FAMILIES: dict[str, Callable[[Json], dict[str, bool]]] = {
         "qk_norm": True,
     },
     spikingbrain.FAMILY: lambda _: {"qkv_bias": True, "o_bias": False, "qk_norm": False},
+    spikingbrain2.FAMILY: lambda raw: {
+        "qkv_bias": bool(raw["attention_bias"]),
+        "o_bias": False,
+        "qk_norm": bool(raw["qk_norm"]),
+    },
 }
 
 
@@ -78,6 +85,8 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
         )
     if family == spikingbrain.FAMILY:
         raw = spikingbrain.with_defaults(raw, where)
+    if family == spikingbrain2.FAMILY:
+        raw = spikingbrain2.with_defaults(raw, where)
     if raw.get("mlp_bias"):
         raise UnsupportedError(f"{where}: mlp_bias is true; respike has no biases in the MLP")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -111,6 +120,8 @@ def _foreign(raw: Json, where: str) -> ModelConfig:
         )
     if family == spikingbrain.FAMILY:
         layers = spikingbrain.hybrid_layers(raw, num_layers, groups, context, where)
+    elif family == spikingbrain2.FAMILY:
+        layers = spikingbrain2.hybrid_layers(raw, where)
     else:
         layers = _layers(raw, num_layers, groups, context)
     return ModelConfig(**fields, layers=layers)
@@ -162,39 +173,64 @@ def _rope(raw: Json, where: str) -> RopeConfig:
 
 def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor a model of this shape has, in the order it is stored."""
-    width, mlp, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    head = config.head_dim
-    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    width, vocab = config.hidden_size, config.vocab_size
     yield "model.embed_tokens.weight", (vocab, width)
-    for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}."
-        yield layer + "input_layernorm.weight", (width,)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            yield f"{layer}self_attn.{name}_proj.weight", (rows, width)
-            if config.qkv_bias:
-                yield f"{layer}self_attn.{name}_proj.bias", (rows,)
-        yield layer + "self_attn.o_proj.weight", (width, q)
-        if config.o_bias:
-            yield layer + "self_attn.o_proj.bias", (width,)
-        if config.qk_norm:
-            yield layer + "self_attn.q_norm.weight", (head,)
-            yield layer + "self_attn.k_norm.weight", (head,)
-        for j, part in enumerate(config.layers[i].mixers):
-            for name, shape in mixer_tensors(config, part):
-                yield f"{layer}self_attn.mixers.{j}.{name}", shape
-        yield layer + "post_attention_layernorm.weight", (width,)
-        yield layer + "mlp.gate_proj.weight", (mlp, width)
-        yield layer + "mlp.up_proj.weight", (mlp, width)
-        yield layer + "mlp.down_proj.weight", (width, mlp)
+    if config.learned_sinks:
+        yield LEARNED_SINKS, (config.learned_sinks, width)
+    for i, layer in enumerate(config.layers):
+        prefix = f"model.layers.{i}."
+        yield prefix + "input_layernorm.weight", (width,)
+        yield from _attention_tensors(config, layer.mixers, prefix + "self_attn.")
+        if layer.beside is not None:
+            inner = config.beside(layer)
+            yield from _attention_tensors(inner, layer.beside.mixers, prefix + "beside.")
+            yield prefix + "beside.softmax_norm.weight", (width,)
+            yield prefix + "beside.memory_norm.weight", (width,)
+        yield prefix + "post_attention_layernorm.weight", (width,)
+        yield from _mlp_tensors(config, layer, prefix + "mlp.")
     yield "model.norm.weight", (width,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", (vocab, width)
 
 
+Tensors = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _attention_tensors(config: ModelConfig, mixers: Iterable[Mixer], prefix: str) -> Tensors:
+    width, head = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    for name, rows in (("q", q), ("k", kv), ("v", kv)):
+        yield f"{prefix}{name}_proj.weight", (rows, width)
+        if config.qkv_bias:
+            yield f"{prefix}{name}_proj.bias", (rows,)
+    yield prefix + "o_proj.weight", (width, q)
+    if config.o_bias:
+        yield prefix + "o_proj.bias", (width,)
+    if config.qk_norm:
+        yield prefix + "q_norm.weight", (head,)
+        yield prefix + "k_norm.weight", (head,)
+    for j, part in enumerate(mixers):
+        for name, shape in mixer_tensors(config, part):
+            yield f"{prefix}mixers.{j}.{name}", shape
+
+
+def _mlp_tensors(config: ModelConfig, layer: LayerConfig, prefix: str) -> Tensors:
+    width, inner = config.hidden_size, config.intermediate_size
+    mlps = [prefix]
+    if layer.moe is not None:
+        yield prefix + "gate.weight", (layer.moe.experts, width)
+        mlps = [f"{prefix}experts.{e}." for e in range(layer.moe.experts)]
+        mlps += [f"{prefix}shared_experts.{s}." for s in range(layer.moe.shared)]
+    for name in mlps:
+        yield name + "gate_proj.weight", (inner, width)
+        yield name + "up_proj.weight", (inner, width)
+        yield name + "down_proj.weight", (width, inner)
+
+
 def mixer_tensors(config: ModelConfig, part: Mixer) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that a mixer adds to those of its source."""
     head, width, groups = config.head_dim, config.hidden_size, len(part.groups)
-    if part.mixer == "full" or part.mixer == "blocks" or part.memory is None:
+    if part.mixer == "blocks" or part.memory is None:
         return
     memory = part.memory
     if memory.kind == "far":
@@ -209,14 +245,29 @@ def mixer_tensors(config: ModelConfig, part: Mixer) -> Iterator[tuple[str, tuple
     for name in norms:
         yield f"{name}.weight", (head,)
     if memory.kind == "gla":
-        yield "memory.gate_down.weight", (memory.gate_rank, width)
-        yield "memory.gate_up.weight", (groups * head, memory.gate_rank)
+        if memory.gate_rank is not None:
+            yield "memory.gate_down.weight", (memory.gate_rank, width)
+        yield "memory.gate_up.weight", (groups * head, memory.gate_rank or width)
         yield "memory.gate_up.bias", (groups * head,)
     if memory.kind == "delta":
         yield "memory.a_proj.weight", (groups, width)
         yield "memory.b_proj.weight", (groups, width)
         yield "memory.A_log", (groups,)
         yield "memory.dt_bias", (groups,)
+    if memory.kind == "sse":
+        yield from _sse_tensors(config, memory, groups)
+
+
+def _sse_tensors(config: ModelConfig, memory: SseMemory, groups: int) -> Tensors:
+    width, head = config.hidden_size, config.head_dim
+    for name, count in (("q", groups * config.heads_per_group), ("k", groups)):
+        yield f"memory.{name}_down.weight", (memory.rank, width)
+        yield f"memory.{name}_up.weight", (count * head, memory.rank)
+    yield "memory.a_proj.weight", (2 * groups, width)
+    yield "memory.b_proj.weight", (2 * groups, width)
+    yield "memory.A_log", (2 * groups,)
+    yield "memory.dt_bias", (2 * groups,)
+    yield "memory.router.weight", (memory.partitions, width)
 
 
 def mixer_of(config: ModelConfig, name: str) -> tuple[str, Mixer] | None:
@@ -224,10 +275,14 @@ def mixer_of(config: ModelConfig, name: str) -> tuple[str, Mixer] | None:
     match = MIXER_TENSOR.fullmatch(name)
     if match is None:
         return None
-    i, j, rest = int(match[1]), int(match[2]), match[3]
-    if i >= len(config.layers) or j >= len(config.layers[i].mixers):
+    i, j, rest = int(match[1]), int(match[3]), match[4]
+    if i >= len(config.layers):
         return None
-    return rest, config.layers[i].mixers[j]
+    layer = config.layers[i]
+    mixers: tuple[Mixer, ...] = layer.mixers
+    if match[2] == "beside":
+        mixers = layer.beside.mixers if layer.beside else ()
+    return (rest, mixers[j]) if j < len(mixers) else None
 
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -236,9 +291,11 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
 def foreign_names(raw: Json, config: ModelConfig) -> dict[str, str]:
     """Our name of a tensor to that in a folder with this ``config.json``; empty if all agree."""
-    if raw.get("model_type") != spikingbrain.FAMILY:
-        return {}
-    return {name: spikingbrain.their_name(name) for name, _ in expected_tensors(config)}
+    named: Callable[[str], str] | None = {
+        spikingbrain.FAMILY: spikingbrain.their_name,
+        spikingbrain2.FAMILY: lambda name: spikingbrain2.their_name(name, config),
+    }.get(str(raw.get("model_type")))
+    return {name: named(name) for name, _ in expected_tensors(config)} if named else {}
 
 
 def account_tensors(

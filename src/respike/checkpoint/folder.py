@@ -12,11 +12,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from respike.checkpoint import spikingbrain, w8aspike
+from respike.checkpoint import spikingbrain
 from respike.checkpoint.families import (
     IGNORED_SUFFIXES,
     account_tensors,
     config_from_json,
+    expected_tensors,
     foreign_names,
 )
 from respike.checkpoint.torch_file import read_torch_tensor, torch_header
@@ -68,22 +69,28 @@ class Folder:
         """File of every tensor, by the folder's own names."""
         self.stored_as: dict[str, str] = {}
         """Type of every tensor that is stored, by our names, as safetensors names it."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        kinds = {}
+        shapes, kinds = {}, {}
         for file in self._weight_files():
             self.files.append(file)
             for name, (shape, kind) in self._header(file).items():
                 if name in self._home:
                     raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name]}")
                 self._home[name], shapes[name], kinds[name] = file, shape, kind
-        self._w8aspike = self._spikingbrain and w8aspike.is_w8aspike(shapes)
-        if self._w8aspike:
-            self.config = w8aspike.spiking_config(self.config)
-            self._theirs = w8aspike.their_names(self._theirs)
-            shapes = w8aspike.without_scales(shapes, self._theirs, str(path))
-        account_tensors(self.config, shapes, str(path), self._theirs)
+        if self._spikingbrain and spikingbrain.is_quantised(shapes):
+            self._as_quantised(shapes)
         ours = {theirs: name for name, theirs in self._theirs.items()}
-        self.stored_as = {ours.get(name, name): kind for name, kind in kinds.items()}
+        self.stored_as = {ours.get(n, n): k for n, k in kinds.items() if not _is_scale(n)}
+        weights = {name: shape for name, shape in shapes.items() if not _is_scale(name)}
+        account_tensors(self.config, weights, str(path), self._theirs)
+
+    def _as_quantised(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Its tensors say that this is W8ASpike, whose config.json does not."""
+        spikingbrain.check_scales(shapes, str(self.path))
+        self.config = spikingbrain.as_quantised(self.config)
+        self._theirs = {
+            name: spikingbrain.their_quantised_name(name)
+            for name, _ in expected_tensors(self.config)
+        }
 
     def _weight_files(self) -> list[Path]:
         forms = [(INDEX, "model.safetensors")]
@@ -119,15 +126,16 @@ class Folder:
         return found
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype."""
-        if self._w8aspike:
-            return w8aspike.read(
-                name, self._theirs, lambda n: self._stored(n) if n in self._home else None
-            )
-        return self._stored(self._theirs.get(name, name))
+        """One tensor, in its stored dtype; of W8ASpike, rounded as its forward does."""
+        name = self._theirs.get(name, name)
+        tensor = self._read(name)
+        scales = name.removesuffix(".weight") + spikingbrain.SCALES
+        if scales not in self._home or spikingbrain.NOT_ROUNDED in name:
+            return tensor
+        return spikingbrain.rounded_weight(tensor, self._read(scales))
 
-    def _stored(self, name: str) -> Tensor:
-        """One tensor by the folder's own name."""
+    def _read(self, name: str) -> Tensor:
+        """One tensor by the folder's own name of it, as it is stored."""
         file = self._home[name]
         if self._is_torch_file(file):
             return read_torch_tensor(file, name)
@@ -157,6 +165,10 @@ class Folder:
             return "not stated"
         said = front.get("license") if isinstance(front, dict) else None
         return " ".join(said.split())[:200] if isinstance(said, str) else "not stated"
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(spikingbrain.SCALES)
 
 
 def _listed(index: Path) -> list[Path]:

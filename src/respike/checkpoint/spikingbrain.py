@@ -4,10 +4,20 @@ Source: Pan et al., arXiv:2509.05276, section 2, and the released ``hf_7B_model`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from respike.config import GlaMemory, LayerConfig, LinearMixer, WindowMixer
+from torch import Tensor
+
+from respike.config import (
+    GlaMemory,
+    LayerConfig,
+    LinearMixer,
+    ModelConfig,
+    SpikeBands,
+    SpikeConfig,
+    WindowMixer,
+)
 from respike.errors import CheckpointError, UnsupportedError
 
 FAMILY = "gla_swa"
@@ -130,3 +140,110 @@ def their_name(name: str) -> str:
     if layer is None:
         return f"{MODEL_NAMES.get(module, module)}.{kind}"
     return f"{layer[1]}{LAYER_NAMES.get(layer[2], layer[2])}.{kind}"
+
+
+def their_config(config: ModelConfig) -> dict[str, Any]:
+    """A ``config.json`` as theirs, of a model that `hybrid_layers` could have described."""
+    kinds = [layer.mixers[0] for layer in config.layers]
+    windows = {part.window_tokens for part in kinds if part.mixer == "window"}
+    return {
+        "architectures": ["GLAswaForCausalLM"],
+        "model_type": FAMILY,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "attn_layers": [i for i, part in enumerate(kinds) if part.mixer == "window"],
+        "attn_mode": "chunk",
+        "use_short_conv": False,
+        "hidden_act": "swish",
+        "max_position_embeddings": config.max_position_embeddings,
+        "sliding_window": max(windows, default=DEFAULTS["sliding_window"] + 1) - 1,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+# ---- W8ASpike: rounded weights, and neurons in front of them -----------------------------------
+
+SCALES = ".weight_quantizer.scales"
+"""After a weight's module: what its groups of inputs are multiples of, (O, groups, 1)."""
+THRESHOLDS = 3.0
+"""Of the neurons, in a token's mean magnitude."""
+ROUNDED_LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NOT_ROUNDED = "down_proj"
+"""It has scales, but its released forward takes weights and inputs as they are."""
+
+
+def is_quantised(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with these tensors is the W8ASpike release."""
+    return any(name.endswith((SCALES, ".attn.gk_proj.weight")) for name in names)
+
+
+def as_quantised(config: ModelConfig) -> ModelConfig:
+    """The config of the W8ASpike release, from what its ``config.json`` says.
+
+    Gates are full matrices, and neurons stand in front of all linear layers but ``down_proj`` and
+    the head. Of what the release rounds beyond that (the gate's input, and in windows queries, keys
+    and values after rotation) nothing is rounded here.
+    """
+    layers = []
+    for layer in config.layers:
+        (part,) = layer.mixers
+        if part.mixer == "linear":
+            memory = part.memory.model_copy(update={"gate_rank": None})
+            layer = layer.model_copy(
+                update={"mixers": (part.model_copy(update={"memory": memory}),)}
+            )
+        layers.append(layer)
+    band = 1 / (2 * THRESHOLDS)
+    bands = SpikeBands(qkv=band, o=band, mlp=band, down=None)
+    spikes = SpikeConfig(
+        neuron="adaptive", k=THRESHOLDS, weights="float", layers=(bands,) * len(layers)
+    )
+    return config.model_copy(update={"layers": tuple(layers), "spikes": spikes})
+
+
+def their_quantised_name(name: str) -> str:
+    """As `their_name`, in the W8ASpike release."""
+    return their_name(name).replace(".attn.gk_proj.1.", ".attn.gk_proj.")
+
+
+def check_scales(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Every weight of a linear layer has scales that fit it, and nothing else has.
+
+    Raises:
+        CheckpointError: One is missing, left over, or does not fit.
+    """
+    rounded = {
+        name.removesuffix(".weight")
+        for name in shapes
+        if name.endswith(".weight") and name.split(".")[-2] in (*ROUNDED_LAYER, "gk_proj")
+    }
+    found = {name.removesuffix(SCALES) for name in shapes if name.endswith(SCALES)}
+    for module in sorted(rounded ^ found):
+        what = "missing" if module in rounded else "of nothing"
+        raise CheckpointError(f"{where}: tensor {module + SCALES!r} is {what}")
+    for module in sorted(found):
+        (rows, columns), scales = shapes[module + ".weight"], shapes[module + SCALES]
+        fits = len(scales) == 3 and (scales[0], scales[2]) == (rows, 1)
+        if not fits or scales[1] < 1 or columns % scales[1]:
+            raise CheckpointError(
+                f"{where}: tensor {module + SCALES!r} has shape {scales}, "
+                f"which does not fit a weight of {(rows, columns)}"
+            )
+
+
+def rounded_weight(weight: Tensor, scales: Tensor) -> Tensor:
+    """What the released forward multiplies with: each group as multiples of its scale, unlimited.
+
+    Args:
+        weight: (O, I).
+        scales: (O, groups, 1); a group is I / groups inputs in a row.
+    """
+    groups = weight.float().view(len(weight), scales.shape[1], -1)
+    scales = scales.float()
+    return ((groups / scales).round() * scales).view_as(weight).to(weight.dtype)

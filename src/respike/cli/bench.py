@@ -61,8 +61,8 @@ def bench_options(command: Any) -> Any:
             ),
             click.option(
                 "--shape", metavar="NAME",
-                help="Instead of MODEL: smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b or qwen2.5-7b "
-                "with random weights.",
+                help="Instead of MODEL: smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b or "
+                "qwen3-4b with random weights.",
             ),
             click.option(
                 "--recipe", metavar="RECIPE", help="Of --shape.  [default: constant]"
@@ -197,7 +197,14 @@ def _draw(found: dict[str, Any], path: Path) -> None:
     "--target",
     required=True,
     metavar="NAME-or-MODEL",
-    help="smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, or a model on disk.",
+    help="smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-7b, qwen3-4b, or a model on disk.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change the recipe, such as beside.projections=shared; repeatable.",
 )
 @click.option(
     "--length",
@@ -215,6 +222,15 @@ def _draw(found: dict[str, Any], path: Path) -> None:
     help="How weights are stored.",
 )
 @threads_option
+@click.option(
+    "--ranks",
+    default="1,8,64",
+    show_default=True,
+    metavar="N,N...",
+    help="Numbers of devices that share the model (FSDP2).",
+)
+@click.option("--plot", metavar="FILE", help="Draw state, work and traffic against length (.png).")
+@click.option("--force", is_flag=True, help="Replace the plot.")
 @click.option("--no-time", is_flag=True, help="Count only: measure nothing on this machine.")
 @click.option("--fresh", is_flag=True, help="Measure this machine again.")
 @json_option
@@ -228,6 +244,12 @@ def plan_command(recipe: str, target: str, **options: Any) -> None:
     from respike.bench.session import parse_lengths
     from respike.device import set_threads
 
+    plot = options["plot"]
+    if plot is not None:
+        if not plot.endswith(".png"):
+            raise UsageError(f"--plot {plot}: expected a name that ends in .png")
+        need_matplotlib("the plot", "leave out --plot")
+        refuse_existing([Path(plot)], options["force"])
     found = plan(
         recipe,
         target,
@@ -235,9 +257,23 @@ def plan_command(recipe: str, target: str, **options: Any) -> None:
         weights=options["weights"],
         threads=set_threads(options["threads"]),
         cache_folder=None if options["no_time"] else cache_folder(),
+        overrides=options["overrides"],
+        ranks=_ranks(options["ranks"]),
         fresh=options["fresh"],
     )
+    if plot is not None:
+        from respike.bench.plan_plot import draw
+
+        draw(found, Path(plot))
+        click.echo(f"wrote {plot}", err=True)
     if options["as_json"]:
         echo_json(found)
     else:
         click.echo(plan_text(found))
+
+
+def _ranks(text: str) -> list[int]:
+    counts = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if not all(0 < count <= 1 << 20 for count in counts):
+        raise UsageError(f"--ranks {text!r}: expected numbers of devices, such as 1,8,64")
+    return counts

@@ -1,6 +1,7 @@
 """What bench and plan print."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 from respike.cli.show import human_bytes, pairs, table
@@ -195,6 +196,8 @@ def plan_text(data: Data) -> str:
     shown = [
         ("recipe", f"{data['recipe']} for {data['target']}"),
         ("parameters", f"{data['parameters']:,} ({data['new_parameters']:,} new)"),
+        ("of these active", f"{data['active_parameters']:,} a token"),
+        ("but embeddings", f"{data['parameters'] - data['embedding_parameters']:,}"),
         ("weights", f"{human_bytes(data['weight_bytes'])} in {data['weights']}"),
         ("softmax", kept),
         ("state growth", f"{data['growth_bytes_per_token']:,} bytes a token (bf16)"),
@@ -218,6 +221,12 @@ def plan_text(data: Data) -> str:
             rate = r["decode_tokens_per_second_at_most"]
             cells[-1] += [f"{r['read_seconds'] / 60:,.3g}", f"{rate:,.1f}"]
     blocks = [pairs(shown), table(header, cells)]
+    if data["sharding"]:
+        blocks.append(_sharding_text(data["sharding"]))
+    if data["choices"]:
+        words = [f"{key}: {' '.join(why.split())}" for key, why in data["choices"].items()]
+        wrapped = [fill(text, 96, initial_indent="  ", subsequent_indent="    ") for text in words]
+        blocks.append("\n".join(["chosen where the recipe's own source is silent:", *wrapped]))
     if timed:
         machine = data["machine"]
         blocks.append(
@@ -225,3 +234,13 @@ def plan_text(data: Data) -> str:
             f"{data['read_bytes_per_second'] / 1e9:.1f} GB/s\nassumed: {data['assumed']}"
         )
     return "\n\n".join(blocks)
+
+
+def _sharding_text(rows: list[Data]) -> str:
+    header = ["devices", "each to run", "each to train", "and gathered, a layer at a time"]
+    sizes = ("run", "train", "gathered")
+    cells = [[f"{r['ranks']:,}", *(human_bytes(r[key]) for key in sizes)] for r in rows]
+    return table(header, cells) + (
+        "\nFSDP2, a layer a unit: bf16 to run; float32 weights, gradients and moments of Adam to "
+        "train"
+    )

@@ -28,8 +28,12 @@ VERBS = {
     "eval": ("measure", "Perplexity by position, or recall."),
     "generate": ("talk", "Continue a prompt."),
     "chat": ("talk", "Talk with a model."),
+    "read": ("document", "Read documents once, into a state file."),
+    "ask": ("document", "Ask about what was read."),
+    "serve": ("serve", "Answer OpenAI's clients, and show a page."),
     "bench": ("bench", "Speed and memory against length, beside peers."),
     "plan": ("bench", "What a conversion needs: bytes, FLOPs, minutes here."),
+    "export": ("export", "Write a model under the names that others read."),
     "recipes": ("model", "List the built-in recipes, or print one."),
     "doctor": ("model", "What can run here, and why the rest cannot."),
 }

@@ -15,10 +15,17 @@ from respike.cli.show import echo_json, human_bytes, json_option, pairs, table
 @json_option
 def inspect_command(model: str, as_json: bool) -> None:
     """What MODEL is: family, layers, mixers, parameters, bytes, state bytes per token."""
-    from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
+    from respike.account import (
+        REPORT_LENGTHS,
+        growth_bytes_per_token,
+        num_active_parameters,
+        num_parameters,
+        state_bytes,
+    )
     from respike.checkpoint import Folder, open_checkpoint
     from respike.conversion.plan import layer_table
     from respike.device import dtype_name
+    from respike.models.engine import engine_layers
     from respike.models.spiking import how_it_runs
 
     source = open_checkpoint(model)
@@ -31,6 +38,7 @@ def inspect_command(model: str, as_json: bool) -> None:
         "converted": isinstance(source, Folder)
         and source.raw_config.get("model_type") == "respike",
         "parameters": num_parameters(config),
+        "active_parameters": num_active_parameters(config),
         "file_bytes": sum(f.stat().st_size for f in source.files),
         "compute_dtype": dtype_name(source.stored_dtype),
         "layers": config.num_hidden_layers,
@@ -46,6 +54,7 @@ def inspect_command(model: str, as_json: bool) -> None:
         "license": source.license,
         "growth_bytes_per_token": growth_bytes_per_token(config),
         "state_bytes": {str(n): state_bytes(config, n) for n in REPORT_LENGTHS},
+        "engine_layers": engine_layers(config),
         "mixers": [{"layers": a, "mixers": b} for a, b in layer_table(config)],
         "spikes": config.spikes
         and {"neuron": config.spikes.neuron, "runs": how_it_runs(config.spikes)},
@@ -74,6 +83,11 @@ def inspect_command(model: str, as_json: bool) -> None:
         ("licence", figures["license"]),
         ("state growth", f"{figures['growth_bytes_per_token']:,} bytes a token (bf16)"),
     ]
+    if figures["active_parameters"] != figures["parameters"]:
+        shown.insert(4, ("active a token", f"{figures['active_parameters']:,}"))
+    if figures["engine_layers"]["native"] != config.num_hidden_layers:
+        how = ", ".join(f"{n} {what}" for what, n in figures["engine_layers"].items() if n)
+        shown.append(("engine", f"{how} of {config.num_hidden_layers} layers"))
     if config.spikes:
         shown.append(("spikes", f"{config.spikes.neuron}; {how_it_runs(config.spikes)}"))
     click.echo(pairs(shown))

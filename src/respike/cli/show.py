@@ -41,6 +41,15 @@ weights_option = click.option(
 )
 
 
+device_option = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="cpu, auto, or a device that `respike doctor` lists.",
+)
+
+
 def device_options(command: Command) -> Command:
     """How a model is run, whatever it is: threads, dtype, device."""
     for option in (
@@ -48,13 +57,7 @@ def device_options(command: Command) -> Command:
         click.option(
             "--dtype", metavar="NAME", help="f32, bf16 or f16.  [default: the checkpoint's]"
         ),
-        click.option(
-            "--device",
-            default="cpu",
-            show_default=True,
-            metavar="NAME",
-            help="cpu, auto, or a device that `respike doctor` lists.",
-        ),
+        device_option,
     ):
         command = option(command)
     return command

@@ -69,7 +69,8 @@ def sampling_options(command: Any) -> Any:
     return command
 
 
-def _sampling(options: dict[str, Any]) -> Any:
+def sampling_of(options: dict[str, Any]) -> Any:
+    """What `sampling_options` say."""
     from respike.generation import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -96,9 +97,9 @@ def generate_command(model: str, prompt: str, chat: bool, **options: Any) -> Non
     """Continue PROMPT; `-` reads it from stdin. The text streams to stdout."""
     from respike.generation import stream
 
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     if prompt == "-":
-        prompt = _stdin_text()
+        prompt = stdin_text()
     if not prompt:
         raise UsageError("the prompt is empty: there is nothing to continue")
     loaded = _load(model, options)
@@ -120,7 +121,12 @@ def generate_command(model: str, prompt: str, chat: bool, **options: Any) -> Non
         click.echo()
 
 
-def _stdin_text() -> str:
+def stdin_text() -> str:
+    """All of stdin.
+
+    Raises:
+        UsageError: It is not UTF-8.
+    """
     return _utf8(sys.stdin.buffer.read())
 
 
@@ -138,7 +144,7 @@ def _utf8(text: bytes) -> str:
 @run_options
 def chat_command(model: str, system: str | None, **options: Any) -> None:
     """Talk with MODEL. An empty line or Ctrl-D ends it; /new starts over."""
-    sampling = _sampling(options)
+    sampling = sampling_of(options)
     loaded = _load(model, options)
     if loaded.tokenizer.chat_template is None:
         raise UnsupportedError(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from respike.config import ModelConfig, WindowMixer
-from respike.errors import UsageError
+from respike.errors import UnsupportedError, UsageError
 from respike.layers.far import FarSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder, build_mixer
@@ -115,6 +115,7 @@ def calibrate(
 
     Raises:
         UsageError: The contexts are too short for anything to be far.
+        UnsupportedError: The original is no stack of attentions and MLPs.
     """
     far = [
         [
@@ -130,6 +131,11 @@ def calibrate(
         raise UsageError(
             f"calibration needs contexts of at least {least} tokens, got {searched.shape[1]}",
             hint="choose a smaller window_tokens, or set far.calibration_tokens=0",
+        )
+    if original.config.learned_sinks or any(layer.beside for layer in original.config.layers):
+        raise UnsupportedError(
+            "calibrating on a model with learned sinks, or with an attention beside another",
+            hint="convert the original, or set far.calibration_tokens=0",
         )
     tensors: dict[str, Tensor] = {}
     fits: list[HeadFit] = []

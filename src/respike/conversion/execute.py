@@ -1,8 +1,6 @@
 """Carry out a plan: weights shard by shard into a hidden folder, then one rename."""
 
 import hashlib
-import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from respike import __version__
@@ -21,15 +18,17 @@ from respike.checkpoint.folder import INDEX
 from respike.conversion.calibrate import calibrate, fit_summary, with_recall
 from respike.conversion.card import model_card
 from respike.conversion.initial import initial_tensor
+from respike.conversion.measure import attention_sizes, measured_norms
 from respike.conversion.plan import Plan
+from respike.conversion.shards import SHARD_BYTES, write_json, write_shards
 from respike.device import get_dtype
 from respike.errors import CheckpointError, UsageError
 from respike.loading import Progress, load_decoder, load_tokenizer
 from respike.recipe import dump_recipe
-from respike.text import calibration_contexts
+from respike.text import calibration_contexts, contexts
 
-SHARD_BYTES = 2 << 30
-"""Largest weight file: bounds the memory a conversion needs."""
+MEASURED_TOKENS = 512
+"""Of text, on which the sizes of attention outputs are measured."""
 
 RECEIPT = {"config.json", "recipe.yaml", "report.json"}
 """What tells a converted folder from any other."""
@@ -59,8 +58,8 @@ def convert(
         plan: From `respike.plan`.
         out: Folder to create.
         force: Replace ``out`` if it is a converted folder and holds nothing else.
-        data: Text files to calibrate far memories on, if the plan's recipe does. None takes what
-            comes with Python.
+        data: Text files to calibrate far memories or to measure attention on, if the plan's recipe
+            does. None takes what comes with Python.
         shard_bytes: Largest weight file.
         healed: Tensors that take the place of the source's, by name.
         also: Called with the folder before it gets its name; what it returns joins the report.
@@ -77,11 +76,19 @@ def convert(
     """
     out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
     check_out(out, plan.source.path, force)
-    fitted, fit_report = _calibrated(plan, data, progress)
-    with _staged(out) as folder:
-        files = _write_weights(plan, folder, shard_bytes, {**fitted, **healed}, progress)
+    fitted, fit_report = _measured(plan, data, progress)
+    made = {**fitted, **healed}
+    with staged(out) as folder:
+        files = write_shards(
+            folder,
+            {t.name: t.shape for t in plan.tensors if t.action != "drop"},
+            lambda name: _tensor(plan, name, made),
+            get_dtype(plan.recipe.weights),
+            shard_bytes,
+            progress,
+        )
         config = plan.config.model_dump(mode="json")
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         load_tokenizer(plan.source).save(folder)
         hashes = {file.name: file_sha256(file) for file in plan.source.files}
         report = {
@@ -95,7 +102,7 @@ def convert(
         notes = {"made by": f"respike {__version__}"}
         notes |= {f"source {name}": f"sha256 {digest}" for name, digest in hashes.items()}
         (folder / "recipe.yaml").write_text(dump_recipe(plan.recipe, notes), encoding="utf-8")
-        _write_json(folder / "report.json", report)
+        write_json(folder / "report.json", report)
         (folder / "README.md").write_text(model_card(report), encoding="utf-8")
     return report
 
@@ -136,7 +143,7 @@ def _foreign(out: Path) -> str | None:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """A hidden sibling of ``out`` that becomes ``out`` if the block succeeds, else vanishes."""
     staging = out.parent / f".{out.name}.{os.getpid()}.partial"
     old = staging.with_suffix(".old")
@@ -160,14 +167,27 @@ def _staged(out: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def _measured(
+    plan: Plan, data: Sequence[str | Path], progress: Progress | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors that come of running the original on text, by name, and what the report says."""
+    if data and not (plan.calibrates or plan.measures):
+        raise UsageError(f"recipe {plan.recipe.name!r} calibrates nothing, so it needs no text")
+    made, facts = _calibrated(plan, data, progress) if plan.calibrates else ({}, {})
+    if plan.measures:
+        length = min(MEASURED_TOKENS, plan.source.config.max_position_embeddings)
+        tokenizer = load_tokenizer(plan.source)
+        text = contexts(data, tokenizer, context_tokens=length, max_tokens=length, use="calibrate")
+        sizes = attention_sizes(plan.source, text[0])
+        made |= measured_norms(plan.recipe, plan.config, sizes)
+        facts |= {"attention_sizes": {"text_tokens": length, "rms": sizes}}
+    return made, facts
+
+
 def _calibrated(
     plan: Plan, data: Sequence[str | Path], progress: Progress | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fitted tensors by name, and what the report says of them; nothing if nothing is to fit."""
-    if not plan.calibrates:
-        if data:
-            raise UsageError(f"recipe {plan.recipe.name!r} calibrates nothing, so it needs no text")
-        return {}, {}
+    """Fitted tensors by name, and what the report says of them."""
     tokenizer = load_tokenizer(plan.source)
     text = calibration_contexts(
         data,
@@ -195,60 +215,12 @@ def _calibrated(
     return fitted, {"calibration": facts | fit_summary(heads)}
 
 
-def _write_weights(
-    plan: Plan,
-    folder: Path,
-    shard_bytes: int,
-    fitted: Mapping[str, Tensor],
-    progress: Progress | None,
-) -> list[Path]:
-    """Stream the kept tensors into shards of at most ``shard_bytes``; returns the files."""
-    dtype = get_dtype(plan.recipe.weights)
-    kept = [t for t in plan.tensors if t.action != "drop"]
-    shards: list[list[str]] = [[]]
-    size = 0
-    for tensor in kept:
-        tensor_bytes = math.prod(tensor.shape) * dtype.itemsize
-        if shards[-1] and size + tensor_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor.name)
-        size += tensor_bytes
-    files, home, done = [], {}, 0
-    for number, names in enumerate(shards, start=1):
-        one = len(shards) == 1
-        name = "model" if one else f"model-{number:05d}-of-{len(shards):05d}"
-        file = folder / f"{name}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for tensor_name in names:
-            tensors[tensor_name] = _tensor(plan, tensor_name, fitted).to(dtype).contiguous()
-            home[tensor_name] = file.name
-            done += 1
-            if progress:
-                progress(done, len(kept))
-        save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o666 & ~_umask())
-        files.append(file)
-    if len(shards) > 1:
-        total = {"total_size": plan.weight_bytes}
-        _write_json(folder / INDEX, {"metadata": total, "weight_map": home})
-    return files
-
-
 def _tensor(plan: Plan, name: str, fitted: Mapping[str, Tensor]) -> Tensor:
     if name in fitted:
         return fitted[name].cpu()
+    made = plan.origins.get(name)
+    if made is not None:
+        return made.make(plan.source.read(made.name), plan.config.head_dim)
     if name not in plan.new:
         return plan.source.read(name)
     return initial_tensor(name, plan.new[name], plan.config, plan.recipe)
-
-
-def _umask() -> int:
-    """The process's umask, which safetensors does not follow."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

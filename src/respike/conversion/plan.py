@@ -10,7 +10,9 @@ from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_paramete
 from respike.checkpoint import Checkpoint, Folder, open_checkpoint
 from respike.checkpoint.families import expected_tensors, mixer_of
 from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig, SpikeConfig
+from respike.conversion.derive import Origin, origin
 from respike.device import dtype_name, get_dtype
+from respike.models.engine import engine_layers
 from respike.recipe import Recipe, apply_recipe, load_recipe
 
 
@@ -21,14 +23,17 @@ class TensorPlan:
     Attributes:
         name: Its name.
         shape: Its shape; empty for a dropped one.
-        action: copy (same bits), cast (another dtype), new (the source has none), or drop.
-        reason: Why it is new or dropped; empty otherwise.
+        action: copy (same bits), cast (another dtype), derive (made of one of the source's), new
+            (the source has none), or drop.
+        reason: Why it is new, derived or dropped; empty otherwise.
+        origin: What it is derived of.
     """
 
     name: str
     shape: tuple[int, ...]
-    action: Literal["copy", "cast", "new", "drop"]
+    action: Literal["copy", "cast", "derive", "new", "drop"]
     reason: str = ""
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,21 @@ class Plan:
         return {t.name: t.shape for t in self.tensors if t.action == "new"}
 
     @property
+    def origins(self) -> dict[str, Origin]:
+        """What each tensor is made of that is derived of one of the source's."""
+        return {t.name: t.origin for t in self.tensors if t.origin}
+
+    @property
     def calibrates(self) -> bool:
         """Far memories are to be fitted on text, so `respike.convert` needs one."""
         fitted = any(name.endswith(".beta") for name in self.new)
         return fitted and self.recipe.far.calibration_tokens > 0
+
+    @property
+    def measures(self) -> bool:
+        """Norms of merges are to begin as large as the source's attention outputs are on text."""
+        merged = any(name.endswith("beside.softmax_norm.weight") for name in self.new)
+        return merged and self.recipe.beside.start == "measured"
 
     def summary(self) -> dict[str, Any]:
         """The figures, for the report and for ``--json``."""
@@ -83,7 +99,8 @@ class Plan:
             "softmax_groups_frac": kept / groups,
             "state_bytes_bf16": lengths,
             "growth_bytes_per_token_bf16": growth_bytes_per_token(config),
-            "tensors": {a: actions.count(a) for a in ("copy", "cast", "new", "drop")},
+            "engine_layers": engine_layers(config),
+            "tensors": {a: actions.count(a) for a in ("copy", "cast", "derive", "new", "drop")},
             "dropped": {t.name: t.reason for t in self.tensors if t.action == "drop"},
             "layers": [{"layers": where, "mixers": what} for where, what in layer_table(config)],
         }
@@ -100,32 +117,45 @@ def layer_table(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 def describe(layer: LayerConfig) -> str:
-    """A layer's mixers in words."""
+    """A layer's mixers in words, and its MLP if there is more than one."""
     parts = []
     for part in layer.mixers:
         groups = ",".join(map(str, part.groups))
         where = f" (groups {groups})" if len(layer.mixers) > 1 else ""
         parts.append(f"{_words(part)}{where}")
-    return ", ".join(parts)
+    text = ", ".join(parts)
+    if layer.beside is not None:
+        text += f" beside {', '.join(_words(part) for part in layer.beside.mixers)}"
+        text += f", {layer.beside.merge} of norms"
+    if layer.moe is not None:
+        shared = f" + {layer.moe.shared}" if layer.moe.shared else ""
+        text += f"; {layer.moe.experts}{shared} experts, {layer.moe.router} top-{layer.moe.chosen}"
+    return text
 
 
 def _words(part: Mixer) -> str:
-    if part.mixer == "full":
-        return "full"
     if part.mixer == "blocks":
         of = f"best {part.top_blocks} blocks of {part.block_tokens}"
+        whose = " by head" if part.by_head else ""
         cache = ", int8" if part.cache == "int8" else ""
-        return f"{of} + window {part.window_tokens} + {part.sink_tokens} sinks{cache}"
+        decode = ", dense decoding" if part.dense_decode else ""
+        near = f"window {part.window_tokens} + {part.sink_tokens} sinks"
+        return f"{of}{whose} + {near}{cache}{decode}"
     memory = "" if part.memory is None else _memory_words(part.memory)
     if part.mixer == "linear":
         return memory
-    window = f"window {part.window_tokens} + {part.sink_tokens} sinks"
-    return f"{window} + {memory}" if memory else window
+    near = "full"
+    if part.mixer == "window":
+        near = f"window {part.window_tokens} + {part.sink_tokens} sinks"
+    return f"{near} + {memory}" if memory else near
 
 
 def _memory_words(memory: AnyMemory) -> str:
     if memory.kind == "far":
         return f"far memory of {memory.features}"
+    if memory.kind == "sse":
+        of = f"{memory.chosen} of {memory.partitions} partitions"
+        return f"sparse gated delta ({of}, {memory.gate} gate)"
     return {"gla": "gated linear", "tied": "tied-gate linear", "delta": "gated delta"}[memory.kind]
 
 
@@ -150,14 +180,19 @@ def plan(source: str | Path, recipe: Recipe) -> Plan:
         if name in kinds and not _remade(name, checkpoint.config, config):
             as_stored = as_is and kinds[name] == stored
             tensors.append(TensorPlan(name, shape, "copy" if as_stored else "cast"))
+        elif made := origin(name, recipe, checkpoint.config, config):
+            tensors.append(TensorPlan(name, shape, "derive", made.words, made))
         else:
-            tensors.append(TensorPlan(name, shape, "new", "its mixer is new"))
+            tensors.append(TensorPlan(name, shape, "new", "its part is new"))
+    taken = {t.origin.name for t in tensors if t.origin}
     for name in kinds:
         if name in kept:
             continue
         retied = name == "lm_head.weight"
         reason = (
             "tied: the embedding serves as output matrix" if retied
+            else "experts are made of it" if name in taken
+            else "its attention is gone" if ".beside." in name
             else "its mixer is gone" if mixer_of(checkpoint.config, name)
             else "follows from the config"
         )  # fmt: skip

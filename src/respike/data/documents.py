@@ -1,4 +1,4 @@
-"""Files in, documents out: text, Markdown, HTML, JSON Lines, Parquet, and folders of them.
+"""Files in, documents out: text, Markdown, HTML, PDF, JSON Lines, Parquet, and folders of them.
 
 Everything is streamed: memory holds one document, or one piece of a text that is very long.
 """
@@ -21,8 +21,11 @@ MAX_LINE_BYTES = 64 << 20
 """The longest line of JSON: one document."""
 PARQUET_ROWS = 256
 """Rows of Parquet held at a time."""
-SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".html", ".htm", ".jsonl", ".parquet")
-"""What a folder is searched for; all but the last may end in .gz besides."""
+PLAIN = (".txt", ".text", ".md", ".markdown", ".rst")
+"""Text as it is."""
+BINARY = (".pdf", ".parquet")
+SUFFIXES = (*PLAIN, ".html", ".htm", ".jsonl", *BINARY)
+"""What a folder is searched for; all but `BINARY` may end in .gz besides."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -57,7 +60,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) in SUFFIXES)
             if not inside:
                 raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
             found += inside
@@ -68,7 +71,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         else:
             raise DataError(f"{path}: no such file or folder, and no pattern that matches any")
     for path in found:
-        if _suffix(path) not in SUFFIXES:
+        if kind_of(path) not in SUFFIXES:
             raise DataError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
     return list(dict.fromkeys(found))
 
@@ -78,7 +81,7 @@ def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
 
     Raises:
         DataError: A file is missing, of an unknown kind or malformed; says where.
-        BackendError: Parquet, and pyarrow is not installed.
+        BackendError: Parquet or PDF, and what reads it is not installed.
     """
     for path in find_files(paths):
         yield from read_file(path)
@@ -89,15 +92,17 @@ def read_file(path: Path) -> Iterator[Document]:
 
     Raises:
         DataError: The file cannot be read or is malformed; says where.
-        BackendError: Parquet, and pyarrow is not installed.
+        BackendError: Parquet or PDF, and what reads it is not installed.
     """
-    suffix = _suffix(path)
+    suffix = kind_of(path)
     if suffix == ".parquet":
         yield from _parquet(path)
         return
     try:
-        with _open(path) as file:
-            if suffix == ".jsonl":
+        with open_file(path) as file:
+            if suffix == ".pdf":
+                yield from pdf_pages(file, str(path))
+            elif suffix == ".jsonl":
                 yield from _json_lines(path, file)
             else:
                 yield from _texts(path, file, html=suffix in (".html", ".htm"))
@@ -106,13 +111,15 @@ def read_file(path: Path) -> Iterator[Document]:
         raise DataError(f"{path}: cannot be read: {reason}") from None
 
 
-def _suffix(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """Its suffix in small letters, without ``.gz``."""
     packed = path.suffix.lower() == ".gz"
     suffix = (path.with_suffix("") if packed else path).suffix.lower()
-    return "" if packed and suffix == ".parquet" else suffix
+    return "" if packed and suffix in BINARY else suffix
 
 
-def _open(path: Path) -> BufferedIOBase:
+def open_file(path: Path) -> BufferedIOBase:
+    """Its bytes, unpacked."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path)
     return path.open("rb")
@@ -141,6 +148,42 @@ def _texts(path: Path, file: BufferedIOBase, *, html: bool) -> Iterator[Document
         if text.strip():
             yield Document(f"{path}: byte {begin}" if begin else str(path), text)
         begin += len(block)
+
+
+def pdf_pages(file: Any, where: str) -> Iterator[Document]:
+    """The text of each page of a PDF that has any; what is only a picture has none.
+
+    Args:
+        file: The PDF, open in binary; must be seekable.
+        where: Its name, for messages.
+
+    Raises:
+        DataError: Not a PDF, damaged, or encrypted.
+        BackendError: pypdf is not installed.
+    """
+    try:
+        from pypdf import PdfReader
+    except ImportError:
+        raise BackendError(
+            f"{where}: reading PDF needs pypdf, which is not installed",
+            hint="run `pip install 'respike[docs-in]'`",
+        ) from None
+    number = 0
+    try:
+        for page in PdfReader(file).pages:
+            number += 1
+            text = page.extract_text()
+            if text.strip():
+                yield Document(f"{where}: page {number}", _unicode(text) + "\n")
+    except Exception as error:  # pypdf meets what it did not expect with any exception there is
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        at = f"{where}: page {number}" if number else where
+        raise DataError(f"{at}: cannot be read as PDF: {reason}") from None
+
+
+def _unicode(text: str) -> str:
+    """Text with what is no Unicode replaced: fonts of a PDF may map to anything."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _json_lines(path: Path, file: BufferedIOBase) -> Iterator[Document]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from respike.data import Batch
+from respike.errors import UnsupportedError
 from respike.layers.attention import Attention
 from respike.layers.far import FarSoftmax
 from respike.layers.softmax import WindowSoftmax
@@ -98,6 +99,7 @@ class Packed:
     def __init__(
         self, decoder: Decoder, tokens: Tensor, parts: Sequence[Segment], lanes: Lanes | None
     ) -> None:
+        _refuse(decoder, lanes)
         self.decoder, self.tokens, self.parts, self.lanes = decoder, tokens, parts, lanes
         width = tokens.shape[1]
         self.slices = [slice(p.row * width + p.begin, p.row * width + p.end) for p in parts]
@@ -158,6 +160,19 @@ class Packed:
             return torch.cat(pieces, 1)
 
         return run
+
+
+def _refuse(decoder: Decoder, lanes: Lanes | None) -> None:
+    """Say what packed rows cannot do yet, before they do it wrong."""
+    if decoder.config.learned_sinks:
+        raise UnsupportedError(
+            "packed training of a model with learned sinks",
+            hint="convert with --set learned_sinks.count=0",
+        )
+    if lanes is not None and any(layer.beside for layer in decoder.config.layers):
+        raise UnsupportedError(
+            "packed training that goes on from states, of attention beside attention"
+        )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, S slots, H query heads, G KV groups, K head dim.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from respike.layers.span import Span
 from respike.layers.storage import Rows
 from respike.ops.backends import needs_gradient
 from respike.ops.block_rule import BlockRule
-from respike.ops.blocks import block_softmax, summarise
+from respike.ops.blocks import block_softmax, block_weights, summarise
 from respike.ops.softmax import Keys, dequantise_rows, quantise_rows
 
 
@@ -27,11 +28,22 @@ class BlockSoftmax(Mixer):
     Args:
         rule: What is seen.
         int8: Cached keys and values are rounded to 8 bits, with a scale for each.
+        by_head: Each query head chooses its own blocks.
+        dense_decode: A token that comes alone sees all blocks, as in MoBA's release. What a token
+            sees then depends on how the sequence is cut into calls.
     """
 
-    def __init__(self, rule: BlockRule, *, int8: bool = False) -> None:
+    def __init__(
+        self,
+        rule: BlockRule,
+        *,
+        int8: bool = False,
+        by_head: bool = False,
+        dense_decode: bool = False,
+    ) -> None:
         super().__init__()
         self.rule, self.int8 = rule, int8
+        self.by_head, self.dense_decode = by_head, dense_decode
 
     def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> "BlockState":
         """See `Mixer.init_state`."""
@@ -51,11 +63,26 @@ class BlockSoftmax(Mixer):
         k = span.rotate_within(k, self.rule.block_tokens).transpose(1, 2)
         v = v.transpose(1, 2)
         state.append(k, v, span)
+        self.observe(q, span, state)
         keys, summaries = state.read(span.end)
         if needs_gradient(q, k, v):
             keys = _with_gradient(keys, k, v, span)
-        out = block_softmax(q, keys, summaries, span.start, span.frequencies, self.rule)
+        rule = self.rule
+        if self.dense_decode and span.num_tokens == 1:
+            blocks = keys.k.shape[2] // rule.block_tokens
+            rule = replace(rule, top_blocks=1 << blocks.bit_length())  # all, and seldom another
+        out = block_softmax(
+            q, keys, summaries, span.start, span.frequencies, rule, by_head=self.by_head
+        )
         return out, state
+
+    def observe(self, q: Tensor, span: Span, state: "BlockState") -> None:
+        """See `Mixer.observe`."""
+        if self.observer is not None:
+            last, held = span.last(), state.read(span.end)
+            asked = span.last_of(q)
+            weights = block_weights(asked, *held, last.start, span.frequencies, self.rule)
+            self.observer(weights[:, :, : span.end])
 
 
 def _with_gradient(keys: Keys, k: Tensor, v: Tensor, span: Span) -> Keys:

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid, relu, softplus
 
 from respike.layers.mixer import Mixer
 from respike.layers.norm import RMSNorm
-from respike.layers.softmax import WindowSoftmax
+from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MemoryState, PairState
 from respike.ops.delta import delta, unit_silu
@@ -19,7 +19,13 @@ from respike.ops.norm import rms_norm
 
 
 class Memory(nn.Module):
-    """A recurrent memory of some KV groups, (B, G, K, K) in float32; see `Mixer` for arguments."""
+    """A recurrent memory of some KV groups, (B, G, K, K) in float32; see `Mixer` for arguments.
+
+    Attributes:
+        copies: Memories of each group; they stand one after the other, each of all groups.
+    """
+
+    copies = 1
 
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: Tensor
@@ -38,7 +44,7 @@ class GatedLinear(Memory):
         hidden_size: D.
         num_groups: G.
         head_dim: K.
-        gate_rank: R.
+        gate_rank: R; None has one full matrix instead of two thin ones.
         gate_normalizer: Larger means a longer memory.
         rectify: ReLU on queries and keys, else they are taken as they are.
     """
@@ -49,13 +55,15 @@ class GatedLinear(Memory):
         hidden_size: int,
         num_groups: int,
         head_dim: int,
-        gate_rank: int,
+        gate_rank: int | None,
         gate_normalizer: float,
         rectify: bool,
     ) -> None:
         super().__init__()
-        self.gate_down = nn.Linear(hidden_size, gate_rank, bias=False)
-        self.gate_up = nn.Linear(gate_rank, num_groups * head_dim)
+        self.gate_down = (
+            None if gate_rank is None else nn.Linear(hidden_size, gate_rank, bias=False)
+        )
+        self.gate_up = nn.Linear(gate_rank or hidden_size, num_groups * head_dim)
         self.gate_normalizer, self.rectify = gate_normalizer, rectify
 
     def forward(
@@ -64,7 +72,8 @@ class GatedLinear(Memory):
         """See `Memory.forward`."""
         if self.rectify:
             q, k = relu(q), relu(k)
-        gate = self.gate_up(self.gate_down(x)).float().view(k.shape)
+        gate = self.gate_up(x if self.gate_down is None else self.gate_down(x)).float()
+        gate = gate.view(k.shape)
         log_decay = logsigmoid(gate) / self.gate_normalizer
         k, log_decay = _real(span, k, log_decay)
         return gla(q, k, v, log_decay, state)
@@ -111,12 +120,18 @@ class GatedDelta(Memory):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `Memory.forward`."""
-        step = softplus(self.a_proj(x).float() + self.dt_bias.float())
-        log_decay = -self.A_log.float().exp() * step
-        strength = self.strongest * self.b_proj(x).float().sigmoid()
+        log_decay, strength = delta_gates(self, x)
+        strength = self.strongest * strength
         k, strength, log_decay = _real(span, unit_silu(k), strength, log_decay)
         v = nn.functional.silu(v.float())
         return delta(unit_silu(q), k, v, strength, log_decay, state)
+
+
+def delta_gates(memory: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-decay and write strength (0 to 1) of a delta rule's gates, float32, (B, T, gates)."""
+    step = softplus(memory.a_proj(x).float() + memory.dt_bias.float())  # type: ignore[operator]
+    log_decay = -memory.A_log.float().exp() * step  # type: ignore[operator]
+    return log_decay, memory.b_proj(x).float().sigmoid()  # type: ignore[operator]
 
 
 def _real(span: Span, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -151,6 +166,7 @@ class Linear(Mixer):
 
     def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> MemoryState:
         """See `Mixer.init_state`."""
+        groups *= self.memory.copies
         return MemoryState.empty(batch, groups, head_dim, head_dim, like)
 
     def forward(
@@ -169,7 +185,7 @@ class WindowBesideMemory(Mixer):
     shared by both, so that nothing but norms and gates is new.
 
     Args:
-        window: The softmax.
+        window: The softmax; over everything before, the window is as long as that.
         memory: What remembers; it sees every token, those in the window included.
         head_dim: K.
         eps: Of the norms.
@@ -177,7 +193,9 @@ class WindowBesideMemory(Mixer):
 
     parts = frozenset({"window", "memory"})
 
-    def __init__(self, window: WindowSoftmax, memory: Memory, head_dim: int, eps: float) -> None:
+    def __init__(
+        self, window: WindowSoftmax | FullSoftmax, memory: Memory, head_dim: int, eps: float
+    ) -> None:
         super().__init__()
         self.window, self.memory = window, memory
         self.window_norm, self.memory_norm = RMSNorm(head_dim, eps), RMSNorm(head_dim, eps)
@@ -186,7 +204,7 @@ class WindowBesideMemory(Mixer):
         """See `Mixer.init_state`."""
         return PairState(
             self.window.init_state(batch, groups, head_dim, like),
-            MemoryState.empty(batch, groups, head_dim, head_dim, like),
+            MemoryState.empty(batch, groups * self.memory.copies, head_dim, head_dim, like),
         )
 
     def forward(

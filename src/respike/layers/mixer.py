@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, D model width, H query heads, G KV groups, K head dim.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ class Mixer(nn.Module):
     Attributes:
         parts: Which of "window" and "memory" the mixer has.
         off: Those that are switched off; for measuring what they are worth.
+        observer: Called, by mixers that attend to all that was read, with what each row's last
+            query gives to each token: weights (B, H, S), float32. The outputs stay what they are.
     """
 
     parts: ClassVar[frozenset[str]] = frozenset()
@@ -24,10 +27,21 @@ class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.off: frozenset[str] = frozenset()
+        self.observer: Callable[[Tensor], None] | None = None
 
     def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> MixerState:
         """The state before the first token; dtype and device of ``like``."""
         raise NotImplementedError
+
+    def observe(self, q: Tensor, span: Span, state: Any) -> None:
+        """Tell the observer.
+
+        Args:
+            q: Queries (B, T, H, K), not rotated.
+            span: Where they stand.
+            state: After the span.
+        """
+        del q, span, state
 
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: Any

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from respike.layers.mixer import Mixer
 from respike.layers.span import Span
 from respike.layers.state import KVState, WindowState
-from respike.ops.attention import attend, attend_with_mass
+from respike.ops.attention import attend, attend_with_mass, last_weights
 from respike.ops.backends import needs_gradient
 from respike.ops.softmax import Keys, window_softmax
 
@@ -36,8 +36,12 @@ class FullSoftmax(Mixer):
     ) -> tuple[Tensor, KVState]:
         """See `Mixer.forward`."""
         del x
+        asked = q
         q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
         state.append(k, v, span)
+        self.observe(asked, span, state)
+        if span.fresh and span.together:
+            return attend(q, k, v, span.bias(span.positions)), state
         if needs_gradient(q, k, v):
             return self._with_gradient(q, k, v, span, state), state
         if span.fresh:
@@ -55,6 +59,14 @@ class FullSoftmax(Mixer):
             k = torch.cat((state.k[:, :, :offset], k), 2)
             v = torch.cat((state.v[:, :, :offset], v), 2)
         return window_softmax(q, Keys(k, v), start=offset)[0]
+
+    def observe(self, q: Tensor, span: Span, state: KVState) -> None:
+        """See `Mixer.observe`."""
+        if self.observer is not None:
+            last = span.last()
+            bias = last.bias(torch.arange(span.end).expand(len(q), -1))
+            asked = last.rotate(span.last_of(q))
+            self.observer(last_weights(asked, state.k[:, :, : span.end], bias))
 
 
 @dataclass(frozen=True)
@@ -179,11 +191,12 @@ class WindowSoftmax(Mixer):
         q = span.rotate(q)
         # Switched off, the window still holds the query's own token: something must be seen.
         window = 1 if "window" in off else self.window_tokens
-        if needs_gradient(q, k, v):
+        if needs_gradient(q, k, v) and not span.together:
             near = self._with_gradient((q, q_sink), (k, v), span, state, window)
             state.append(k, v, span)
             return near, state
-        if span.fresh and span.num_tokens <= window and q_sink is None:
+        causal = span.fresh and not span.together
+        if causal and span.num_tokens <= window and q_sink is None:
             state.append(k, v, span)
             return Near(q, k, v, None, causal=True), state
         # Layers that share a mask must take the same way.

@@ -27,6 +27,7 @@ class Span:
         frequencies: Rotary frequencies, float64 (K / 2,).
         dtype: Dtype of queries and keys, which masks must share.
         device: Where queries and keys live.
+        learned_sinks: First positions of a sequence that are no tokens and see each other.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Span:
         frequencies: Tensor,
         dtype: torch.dtype,
         device: torch.device,
+        learned_sinks: int = 0,
     ) -> None:
         self.start, self.valid, self.num_tokens = start, valid, num_tokens
         self.starts: list[int] = start.tolist()
@@ -47,6 +49,8 @@ class Span:
         """Common start of all rows when none is padded, else None."""
         self.fresh = not any(self.starts)
         """No row has seen a token yet."""
+        self.together = learned_sinks if min(self.starts) < learned_sinks else 0
+        """As ``learned_sinks``, 0 if none of them is in the span: all that follows is causal."""
         self.end = max(s + v for s, v in zip(self.starts, self.valids, strict=True))
         self.dtype, self.device = dtype, device
         self.frequencies = frequencies
@@ -68,6 +72,16 @@ class Span:
     def positions(self) -> Tensor:
         """Of every token, int64 (B, T), on the processor."""
         return self.start[:, None] + torch.arange(self.num_tokens)
+
+    def last(self) -> "Span":
+        """The last token of each row, as a span; of a row without any, the one before it."""
+        start = (self.start + self.valid - 1).clamp(min=0)
+        one = torch.ones_like(start)
+        return Span(start, one, 1, self.frequencies, self.dtype, self.device)
+
+    def last_of(self, x: Tensor) -> Tensor:
+        """What (B, T, H, K) holds for `last`: (B, 1, H, K)."""
+        return x[torch.arange(len(x)), (self.valid - 1).clamp(min=0)][:, None]
 
     @property
     def padding(self) -> Tensor | None:
@@ -113,7 +127,7 @@ class Span:
         """
         key = ("bias", key_positions.shape[1], window_tokens, sink_tokens)
         if key not in self._memo:
-            seen = visible(self.positions, key_positions, window_tokens, sink_tokens)
+            seen = visible(self.positions, key_positions, window_tokens, sink_tokens, self.together)
             self._memo[key] = attention_bias(seen.to(self.device), self.dtype)
         bias = self._memo[key]
         assert isinstance(bias, Tensor)

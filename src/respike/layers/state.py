@@ -8,7 +8,7 @@ all layers, and passes the counts in a `Span`. Cached keys are already rotated.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -256,14 +256,15 @@ class MemoryState:
 
 
 class PairState:
-    """A window's state and a memory's."""
+    """A softmax's state, mostly a window's, and a memory's."""
 
-    def __init__(self, window: WindowState, memory: MemoryState) -> None:
-        self.window, self.memory = window, memory
+    def __init__(self, window: WindowState | KVState, memory: MemoryState) -> None:
+        self.window: Any = window
+        self.memory = memory
 
     def nbytes(self, num_tokens: int) -> int:
         """See `MixerState.nbytes`."""
-        return self.window.nbytes(num_tokens) + self.memory.nbytes(num_tokens)
+        return int(self.window.nbytes(num_tokens)) + self.memory.nbytes(num_tokens)
 
     def clone(self) -> "PairState":
         """See `MixerState.clone`."""
@@ -277,13 +278,13 @@ class PairState:
     def join(cls, states: Sequence["PairState"]) -> "PairState":
         """See `MixerState.join`."""
         return cls(
-            WindowState.join([s.window for s in states]),
+            type(states[0].window).join([s.window for s in states]),
             MemoryState.join([s.memory for s in states]),
         )
 
     def tensors(self, num_tokens: int) -> dict[str, Tensor]:
         """See `MixerState.tensors`."""
-        return self.window.tensors(num_tokens) | self.memory.tensors(num_tokens)
+        return {**self.window.tensors(num_tokens), **self.memory.tensors(num_tokens)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `MixerState.restore`."""

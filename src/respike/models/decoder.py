@@ -16,26 +16,19 @@ from torch.nn.functional import linear
 from respike import config as configs
 from respike.config import LayerConfig, ModelConfig, RopeConfig
 from respike.layers.attention import Attention
+from respike.layers.beside import Beside
 from respike.layers.blocks import BlockSoftmax
 from respike.layers.far import FarSoftmax
 from respike.layers.linear import PackedLinear
-from respike.layers.memory import (
-    GatedDelta,
-    GatedLinear,
-    Linear,
-    Memory,
-    TiedGate,
-    WindowBesideMemory,
-)
+from respike.layers.memory import Linear, WindowBesideMemory
 from respike.layers.mixer import Mixer
-from respike.layers.mlp import GatedMLP
 from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MixerState
+from respike.models.build import block_rule, build_memory, build_mlp
 from respike.models.engine import Engine
 from respike.models.state import DecoderState
-from respike.ops.block_rule import BlockRule
 from respike.ops.rotary import llama3_frequencies, rotary_frequencies
 
 PREFILL_CHUNK_TOKENS = 512
@@ -50,11 +43,19 @@ def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
     """The mixer that ``part`` of a layer of ``config`` describes."""
     head_dim, eps = config.head_dim, config.rms_norm_eps
     if part.mixer == "full":
-        return FullSoftmax()
+        if part.memory is None:
+            return FullSoftmax()
+        memory = build_memory(config, part.memory, len(part.groups))
+        return WindowBesideMemory(FullSoftmax(), memory, head_dim, eps)
     if part.mixer == "linear":
-        return Linear(_memory(config, part.memory, len(part.groups)), head_dim, eps)
+        return Linear(build_memory(config, part.memory, len(part.groups)), head_dim, eps)
     if part.mixer == "blocks":
-        return BlockSoftmax(_block_rule(part), int8=part.cache == "int8")
+        return BlockSoftmax(
+            block_rule(part),
+            int8=part.cache == "int8",
+            by_head=part.by_head,
+            dense_decode=part.dense_decode,
+        )
     window = WindowSoftmax(part.window_tokens, part.sink_tokens, part.sink_reach_tokens)
     if part.memory is None:
         return window
@@ -66,44 +67,31 @@ def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
             head_dim=head_dim,
             features=part.memory.features,
         )
-    memory = _memory(config, part.memory, len(part.groups))
+    memory = build_memory(config, part.memory, len(part.groups))
     return WindowBesideMemory(window, memory, head_dim, eps)
-
-
-def _block_rule(part: configs.BlockMixer) -> BlockRule:
-    return BlockRule(
-        window_tokens=part.window_tokens,
-        sink_tokens=part.sink_tokens,
-        block_tokens=part.block_tokens,
-        summary_tokens=part.summary_tokens,
-        top_blocks=part.top_blocks,
-        sink_reach_tokens=part.sink_reach_tokens,
-        reach_tokens=part.reach_tokens,
-    )
-
-
-def _memory(config: ModelConfig, memory: configs.LinearMemory, num_groups: int) -> Memory:
-    if memory.kind == "tied":
-        return TiedGate()
-    if memory.kind == "delta":
-        return GatedDelta(
-            hidden_size=config.hidden_size,
-            num_groups=num_groups,
-            negative_eigenvalues=memory.negative_eigenvalues,
-        )
-    return GatedLinear(
-        hidden_size=config.hidden_size,
-        num_groups=num_groups,
-        head_dim=config.head_dim,
-        gate_rank=memory.gate_rank,
-        gate_normalizer=memory.gate_normalizer,
-        rectify=memory.feature == "relu",
-    )
 
 
 def build_mixers(config: ModelConfig, layer: LayerConfig) -> list[tuple[tuple[int, ...], Mixer]]:
     """(KV groups, mixer) pairs of a layer of ``config``, for `Attention`."""
     return [(part.groups, build_mixer(config, part)) for part in layer.mixers]
+
+
+def _build_beside(config: ModelConfig, layer: LayerConfig) -> Beside | None:
+    if layer.beside is None:
+        return None
+    inner = config.beside(layer)
+    mixers = [(part.groups, build_mixer(inner, part)) for part in layer.beside.mixers]
+    return Beside(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        mixers=mixers,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        mean=layer.beside.merge == "mean",
+        softmax_dropout=layer.beside.softmax_dropout,
+        eps=config.rms_norm_eps,
+    )
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
@@ -140,14 +128,24 @@ class DecoderLayer(nn.Module):
             o_bias=config.o_bias,
             qk_norm_eps=eps if config.qk_norm else None,
         )
+        self.beside = _build_beside(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.mlp = build_mlp(config, layer)
+
+    def init_state(self, batch: int, like: Tensor) -> tuple[MixerState, ...]:
+        """The state before the first token; dtype and device of ``like``."""
+        states = self.self_attn.init_state(batch, like)
+        return states if self.beside is None else states + self.beside.init_state(batch, like)
 
     def forward(
         self, x: Tensor, span: Span, state: tuple[MixerState, ...]
     ) -> tuple[Tensor, tuple[MixerState, ...]]:
         """(B, T, D) and the layer's state before the span -> the same after it."""
-        mixed, state = self.self_attn(self.input_layernorm(x), span, state)
+        normed = self.input_layernorm(x)
+        if self.beside is None:
+            mixed, state = self.self_attn(normed, span, state)
+        else:
+            mixed, state = self.beside.merged(self.self_attn, normed, span, state)
         return self.add_mixed(x, mixed), state
 
     def forward_with(self, x: Tensor, mix: Mix) -> Tensor:
@@ -156,8 +154,11 @@ class DecoderLayer(nn.Module):
         For callers that mix stretches of ``x`` on their own, such as documents of a packed row.
         """
         normed = self.input_layernorm(x)
-        mixed = mix(self.self_attn, normed, self.self_attn.project(normed))
-        return self.add_mixed(x, self.self_attn.o_proj(mixed.flatten(2)))
+        near = _attend_with(self.self_attn, normed, mix)
+        if self.beside is None:
+            return self.add_mixed(x, near)
+        far, left_out = _attend_with(self.beside, normed, mix), self.beside.leaves_out()
+        return self.add_mixed(x, self.beside.combined(self.self_attn, near, far, left_out))
 
     def mix_with(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mix: Mix) -> Tensor:
         """Only that part, on a given norm's output and projections."""
@@ -169,6 +170,11 @@ class DecoderLayer(nn.Module):
         return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
 
 
+def _attend_with(attention: Attention, normed: Tensor, mix: Mix) -> Tensor:
+    mixed = mix(attention, normed, attention.project(normed))
+    return cast(Tensor, attention.o_proj(mixed.flatten(2)))
+
+
 class Trunk(nn.Module):
     """Everything but the head; carries the prefix ``model.`` of the tensor names."""
 
@@ -178,6 +184,8 @@ class Trunk(nn.Module):
         # which takes longer than loading a small model.
         weight = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
+        if config.learned_sinks:
+            self.learned_sinks = nn.Parameter(torch.empty(config.learned_sinks, config.hidden_size))
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -214,8 +222,25 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight
 
     def init_state(self, batch: int = 1) -> DecoderState:
-        """The state before the first token of ``batch`` sequences."""
-        layers = tuple(layer.self_attn.init_state(batch, self.embedding) for layer in self.layers)
+        """The state before the first token of ``batch`` sequences.
+
+        Learned sinks, if there are any, have been read and are counted among the tokens seen.
+        """
+        if not self.config.learned_sinks:
+            return self._empty_state(batch)
+        state = self._empty_state(1)
+        with torch.no_grad():
+            span = self.span(state, self.config.learned_sinks)
+            x = self.model.learned_sinks[None].clone()
+            _, layers = self._through_layers(x, span, state.layers)
+        return DecoderState.join([DecoderState(layers, state.tokens_seen + span.valid)] * batch)
+
+    def _first_state(self, batch: int) -> DecoderState:
+        """As `init_state`, but where gradients are needed sinks are read together with the text."""
+        return self._empty_state(batch) if torch.is_grad_enabled() else self.init_state(batch)
+
+    def _empty_state(self, batch: int) -> DecoderState:
+        layers = tuple(layer.init_state(batch, self.embedding) for layer in self.layers)
         return DecoderState(layers, torch.zeros(batch, dtype=torch.int64))
 
     def span(self, state: DecoderState, num_tokens: int, valid: Tensor | None = None) -> Span:
@@ -223,7 +248,8 @@ class Decoder(nn.Module):
         if valid is None:
             valid = torch.full_like(state.tokens_seen, num_tokens)
         like = self.embedding
-        return Span(state.tokens_seen, valid, num_tokens, self.frequencies, like.dtype, like.device)
+        rest = self.frequencies, like.dtype, like.device, self.config.learned_sinks
+        return Span(state.tokens_seen, valid, num_tokens, *rest)
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and output matrix: (B, T, D) -> (B, T, V)."""
@@ -255,7 +281,7 @@ class Decoder(nn.Module):
         Returns:
             Logits (B, T, V), (B, 1, V) or (B, 0, V) in the model's dtype, and the next state.
         """
-        state = self.init_state(len(tokens)) if state is None else state
+        state = self._first_state(len(tokens)) if state is None else state
         if lengths is not None:
             lengths = lengths.cpu()
         last: Tensor | None = None
@@ -284,7 +310,7 @@ class Decoder(nn.Module):
 
         For callers that want logits of long sequences piece by piece.
         """
-        state = self.init_state(len(tokens)) if state is None else state
+        state = self._first_state(len(tokens)) if state is None else state
         outputs = [self.embedding.new_zeros(len(tokens), 0, self.config.hidden_size)]
         for _, x, _, after in self._chunks(tokens, state, None, chunk_tokens):
             state = after
@@ -302,14 +328,17 @@ class Decoder(nn.Module):
             valid = torch.full_like(state.tokens_seen, end - begin)
             if lengths is not None:
                 valid = (lengths - begin).clamp(0, end - begin)
-            span = self.span(state, end - begin, valid)
             x = self.model.embed_tokens(tokens[:, begin:end])
+            sinks = self.config.learned_sinks if not state.tokens_seen.any() else 0
+            if sinks:
+                x = torch.cat((self.model.learned_sinks.expand(len(x), -1, -1), x), 1)
+            span = self.span(state, sinks + end - begin, sinks + valid)
             if self.engine is not None and not torch.is_grad_enabled():
                 layers = self.engine.run(x, span, state.layers)
             else:
                 x, layers = self._through_layers(x, span, state.layers)
-            state = DecoderState(layers, state.tokens_seen + valid)
-            yield begin, x, valid, state
+            state = DecoderState(layers, state.tokens_seen + sinks + valid)
+            yield begin, x[:, sinks:], valid, state
             begin = end
 
     def _through_layers(

@@ -1,7 +1,8 @@
 """The native engine: a span through all layers in one call, for decoders with packed weights.
 
 It computes what `respike.models.decoder` defines, on the same states, so a sequence may go on with
-either. Layers with a mixer it does not know keep their mixers in Python, between two native calls.
+either. Layers with a mixer it does not know keep their mixers in Python, between two native calls;
+layers with an attention beside their own, or with experts, run in Python whole.
 
 Letters: B batch, T tokens, D model width, H query heads, G KV groups, K head dim.
 """
@@ -13,12 +14,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from respike.config import Mixer as MixerConfig
+from respike.config import ModelConfig
 from respike.errors import BackendError
 from respike.layers.attention import Attention
 from respike.layers.blocks import BlockSoftmax, BlockState
 from respike.layers.far import FarSoftmax
 from respike.layers.linear import PackedLinear
 from respike.layers.mixer import Mixer
+from respike.layers.mlp import GatedMLP
 from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
@@ -46,6 +50,29 @@ def engine_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype not in _ENGINE:
         return f"it knows {', '.join(map(str, _ENGINE))}, the model is {dtype}"
     return None
+
+
+def engine_layers(config: ModelConfig) -> dict[str, int]:
+    """How many layers of a model the engine runs whole, without their mixers, or not at all.
+
+    Spikes before float weights are emulated in Python.
+    """
+    emulated = config.spikes is not None and config.spikes.weights == "float"
+    counts = {"native": 0, "mixers in Python": 0, "in Python": 0}
+    for layer in config.layers:
+        if emulated or layer.beside is not None or layer.moe is not None:
+            counts["in Python"] += 1
+        elif all(map(_is_known, layer.mixers)):
+            counts["native"] += 1
+        else:
+            counts["mixers in Python"] += 1
+    return counts
+
+
+def _is_known(part: MixerConfig) -> bool:
+    if part.mixer == "blocks":
+        return part.cache == "model" and not (part.by_head or part.dense_decode)
+    return part.mixer != "linear" and (part.memory is None or part.memory.kind == "far")
 
 
 class Engine:
@@ -80,13 +107,18 @@ class Engine:
         """Make the native engine from the layers as they are now."""
         ready = backends.kernels()
         assert ready is not None
+        self._known = [i for i, layer in enumerate(self._layers) if _is_plain(layer)]
+        """The engine's layers; the others run in Python."""
         self._kept: list[Tensor] = []  # what the engine points to, as below
         self._turns: list[object] = []
         self._arranged = [attention.groups for attention in self._attentions]
         self._mixers = [list(attention.mixers) for attention in self._attentions]
         self._native = [all(map(_is_native, mixers)) for mixers in self._mixers]
         self._level = ready.level
-        first = self._layers[0]
+        self._engine: Any = None
+        if not self._known:
+            return
+        first = self._layers[self._known[0]]
         self._engine = getattr(ready.module, _ENGINE[self.dtype])(
             self._hidden,
             self._heads,
@@ -96,7 +128,7 @@ class Engine:
             first.input_layernorm.eps,
             self._frequencies.tolist(),
             first.mlp.down_proj.activations == "int8",
-            tuple(map(self._layer, self._layers, self._native)),
+            tuple(self._layer(self._layers[i], self._native[i]) for i in self._known),
         )
 
     def run(self, x: Tensor, span: Span, states: LayerStates) -> LayerStates:
@@ -129,23 +161,48 @@ class Engine:
         after: list[tuple[MixerState, ...]] = []
         first = 0
         while first < len(self._layers):
+            if first not in self._known:
+                out, state = self._layers[first](x, span, states[first])
+                x.copy_(out)
+                after.append(state)
+                first += 1
+                continue
             if not self._native[first]:
-                after.append(self._layer_in_python(first, call, work, span, states[first]))
+                after.append(self._mixers_in_python(first, call, work, span, states[first]))
                 first += 1
                 continue
             last = first + 1
-            while last < len(self._layers) and self._native[last]:
+            observed = self._observed(first)
+            while last < len(self._layers) and self._native[last] and not observed:
+                if last not in self._known or self._observed(last):
+                    break
                 last += 1
             buffers: list[int] = []
             for state in states[first:last]:
                 for part in state:
                     buffers += _buffers(part, span)
-            self._engine.run(*call, first, last, buffers)
+            begin = self._known.index(first)
+            self._engine.run(*call, begin, begin + last - first, buffers)
+            if observed:
+                self._show(first, work, span, states[first])
             after += states[first:last]
             first = last
         return tuple(after)
 
-    def _layer_in_python(
+    def _observed(self, index: int) -> bool:
+        return any(mixer.observer is not None for mixer in self._mixers[index])
+
+    def _show(
+        self, index: int, work: tuple[Tensor, ...], span: Span, state: tuple[MixerState, ...]
+    ) -> None:
+        """Let the observers of a layer that has just run natively look at it."""
+        _, _, q, *_ = work
+        per_group = q.view(*q.shape[:2], self._groups, -1, self._head_dim)
+        pairs = self._attentions[index].arrangement()
+        for (groups, mixer), part in zip(pairs, state, strict=True):
+            mixer.observe(per_group[:, :, groups].flatten(2, 3), span, part)
+
+    def _mixers_in_python(
         self,
         index: int,
         call: tuple[Any, ...],
@@ -153,11 +210,12 @@ class Engine:
         span: Span,
         state: tuple[MixerState, ...],
     ) -> tuple[MixerState, ...]:
-        self._engine.project(*call, index)
+        known = self._known.index(index)
+        self._engine.project(*call, known)
         _, normed, q, k, v, mixed = work
         out, state = self._layers[index].self_attn.mix(normed, (q, k, v), span, state)
         mixed.copy_(out)
-        self._engine.finish(*call, index)
+        self._engine.finish(*call, known)
         return state
 
     def _changed(self) -> bool:
@@ -244,11 +302,16 @@ class Engine:
         return tensor.data_ptr()
 
 
+def _is_plain(layer: Any) -> bool:
+    """The layer is one attention and one MLP."""
+    return layer.beside is None and isinstance(layer.mlp, GatedMLP)
+
+
 def _is_native(mixer: Mixer) -> bool:
     if mixer.off:
         return False
     if isinstance(mixer, BlockSoftmax):
-        return not mixer.int8
+        return not (mixer.int8 or mixer.by_head or mixer.dense_decode)
     if not isinstance(mixer, FullSoftmax | WindowSoftmax | FarSoftmax):
         return False
     return not (isinstance(mixer, FarSoftmax) and mixer.watch)

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from respike.errors import BackendError, UnsupportedError
 from respike.layers.linear import PackedLinear, gather_behind_neurons, gather_packed
-from respike.layers.spikes import SpikeLinear
-from respike.models.decoder import Decoder
+from respike.layers.moe import ExpertMLP
+from respike.layers.spikes import SpikedLinear, SpikeLinear
+from respike.models.decoder import Decoder, DecoderLayer
 from respike.models.engine import Engine, engine_obstacle
 from respike.models.spiking import spike_sites
 from respike.ops.packed import pack
@@ -49,32 +50,57 @@ def pack_decoder(decoder: Decoder, weights: str = "stored") -> Decoder:
     if obstacle is not None:
         raise BackendError(f"weights cannot be packed: {obstacle}")
     kind = _FLOAT_KIND[like.dtype] if weights == "stored" else weights
-    sites = list(spike_sites(decoder))
-    spiking = sites[0].neuron is not None
-    if spiking and not isinstance(sites[0].linears[0], SpikeLinear):
-        raise UnsupportedError("packing float weights behind neurons", hint="they are emulated")
-    layers = [] if spiking else list(_pack_layers(decoder, kind))
+    behind_neurons = _behind_neurons(decoder)
+    layers = [] if behind_neurons else list(_pack_layers(decoder, kind))
     head = like if decoder.lm_head is None else decoder.lm_head.weight
     assert isinstance(head, torch.Tensor)
     decoder.lm_head = _packed(head, None, "int8" if kind == "int4" else kind)
-    if spiking:
-        units = [[m for m in site.linears if isinstance(m, SpikeLinear)] for site in sites]
-        gather_behind_neurons(units)
+    gather_behind_neurons(behind_neurons)
     gather_packed([*layers, decoder.lm_head])
     decoder.engine = Engine(decoder.layers, decoder.frequencies)
     return decoder
 
 
+def _behind_neurons(decoder: Decoder) -> list[list[SpikeLinear]]:
+    """Of a decoder that spikes, the linear layers of each site; [] of any other.
+
+    Raises:
+        UnsupportedError: Some weights behind neurons are floats, or some sites have no neurons.
+    """
+    if not any(isinstance(m, SpikedLinear | SpikeLinear) for m in decoder.modules()):
+        return []
+    units = []
+    for site in spike_sites(decoder):
+        behind = [m for m in site.linears if isinstance(m, SpikeLinear)]
+        if len(behind) < len(site.linears):
+            raise UnsupportedError(
+                f"packing layer {site.layer}, {site.name}: not integers behind neurons",
+                hint="float weights are emulated",
+            )
+        units.append(behind)
+    return units
+
+
 def _pack_layers(decoder: Decoder, kind: str) -> Iterator[PackedLinear]:
     """Exchange the linear layers for packed ones, in the order they are read."""
     for layer in decoder.layers:
-        for parent in (layer.self_attn, layer.mlp):
+        for parent in _parents(layer):
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
                     groups = INT8_GROUPS.get(name, 32) if kind == "int8" else 32
                     packed = _packed(linear.weight, linear.bias, kind, groups)
                     setattr(parent, name, packed)
                     yield packed
+
+
+def _parents(layer: DecoderLayer) -> list[nn.Module]:
+    """The modules whose linear layers are packed; routers and what is inside mixers are not."""
+    parents: list[nn.Module] = [layer.self_attn]
+    if layer.beside is not None:
+        parents.append(layer.beside)
+    if isinstance(layer.mlp, ExpertMLP):
+        return [*parents, *layer.mlp.experts, *layer.mlp.shared_experts]
+    return [*parents, layer.mlp]
 
 
 def _packed(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32) -> PackedLinear:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from respike.config import SpikeConfig
+from respike.errors import UnsupportedError
 from respike.layers.linear import PackedLinear
+from respike.layers.mlp import GatedMLP
 from respike.layers.spikes import Neuron, SpikedLinear, SpikeLinear, Step
 from respike.models.decoder import Decoder
 from respike.ops import backends
@@ -59,8 +61,15 @@ class Site:
 
 
 def spike_sites(decoder: Decoder) -> Iterator[Site]:
-    """Every site, layer by layer in the order it is passed."""
+    """Every site, layer by layer in the order it is passed.
+
+    Raises:
+        UnsupportedError: A layer has linear layers that no site names.
+    """
     for index, layer in enumerate(decoder.layers):
+        if layer.beside is not None or not isinstance(layer.mlp, GatedMLP):
+            what = "experts" if layer.beside is None else "an attention beside its own"
+            raise UnsupportedError(f"spikes in layer {index}, which has {what}")
         for name, paths in SITES.items():
             linears = tuple(layer.get_submodule(path) for path in paths)
             yield Site(index, name, linears)  # type: ignore[arg-type]
@@ -106,7 +115,7 @@ def _weights(site: Site) -> Iterator[Tensor]:
 
 
 def make_neuron(config: SpikeConfig, site: Site) -> Neuron | None:
-    """The neuron that ``config`` describes for a site; None if it has none."""
+    """The neuron that ``config`` describes for a site, if any."""
     band: float | None = getattr(config.layers[site.layer], site.name)
     if band is None:
         return None

@@ -1,24 +1,26 @@
 """The decoder's state: one state a mixer, and how many tokens each sequence has seen.
 
 A state file is safetensors, format "respike-state" version 1: tensors named
-``layers.{layer}.{mixer}.{k|v|memory}`` and ``tokens_seen``, and the fingerprint of its model.
+``layers.{layer}.{mixer}.{k|v|memory}`` and ``tokens_seen``, the fingerprint of its model and a
+checksum. Whoever saves one may add tensors of their own; see `respike.documents.reading`.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from respike.errors import DataError
 from respike.layers.state import MixerState
+from respike.models.state_file import check_digest, read_file, write_file
 
 STATE_FORMAT = "respike-state"
 STATE_VERSION = "1"
+MORE = "document."
+"""What names of further tensors begin with."""
 
 
 @dataclass
@@ -60,6 +62,20 @@ class DecoderState:
         """One independent state for each sequence of the batch."""
         return [self._rows(slice(row, row + 1)) for row in range(len(self))]
 
+    def row(self, index: int) -> "DecoderState":
+        """An independent state of one sequence."""
+        return self._rows(slice(index, index + 1))
+
+    def keep(self, rows: Sequence[bool]) -> list["DecoderState"]:
+        """Independent states of the sequences marked in ``rows``, in order, runs of them joined."""
+        found, begin = [], 0
+        for kept, run in groupby(rows):
+            end = begin + len(list(run))
+            if kept:
+                found.append(self._rows(slice(begin, end)))
+            begin = end
+        return found
+
     def _rows(self, index: slice) -> "DecoderState":
         layers = tuple(tuple(part.rows(index) for part in layer) for layer in self.layers)
         return DecoderState(layers, self.tokens_seen[index].clone())
@@ -73,29 +89,31 @@ class DecoderState:
         )
         return DecoderState(layers, torch.cat([s.tokens_seen for s in states]))
 
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Write to ``path`` atomically, readable by its owner only.
+    def save(
+        self,
+        path: Path,
+        fingerprint: str,
+        *,
+        more: Mapping[str, Tensor] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write to ``path`` atomically, readable by its owner only; equal states, equal bytes.
 
         Args:
             path: The file to write; an existing one is replaced.
-            fingerprint: Of the model, from `respike.load.Model.fingerprint`.
+            fingerprint: Of the model, from `respike.loading.Model.fingerprint`.
+            more: Further tensors; their names begin with `MORE`.
+            notes: Further metadata.
         """
         tensors = {
-            f"layers.{i}.{j}.{name}": tensor.contiguous()
+            f"layers.{i}.{j}.{name}": tensor
             for i, layer in enumerate(self.layers)
             for j, part in enumerate(layer)
             for name, tensor in part.tensors(self.num_tokens).items()
         }
         tensors["tokens_seen"] = self.tokens_seen
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         meta = {"format": STATE_FORMAT, "version": STATE_VERSION, "model": fingerprint}
-        try:
-            partial.touch(mode=0o600)
-            save_file(tensors, partial, metadata=meta)
-            partial.chmod(0o600)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_file(path, tensors | dict(more or {}), dict(notes or {}) | meta)
 
     def load(self, path: Path, fingerprint: str) -> "DecoderState":
         """Fill this (empty) state from ``path`` and return it.
@@ -103,13 +121,15 @@ class DecoderState:
         Raises:
             DataError: Not a state file, of another version, of another model, or altered.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                _check_meta(path, meta, fingerprint)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: not a readable state file: {error}") from error
+        self.load_with_more(path, fingerprint)
+        return self
+
+    def load_with_more(
+        self, path: Path, fingerprint: str
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """As `load`; returns what `save` was given as ``more``, and all metadata."""
+        tensors, meta = read_file(path)
+        check_notes(path, meta, fingerprint)
         seen = tensors.pop("tokens_seen", None)
         if (
             seen is None
@@ -119,6 +139,7 @@ class DecoderState:
             or (seen < 0).any()
         ):
             raise DataError(f"{path}: tokens_seen is missing or not a list of counts")
+        more = {name: tensors.pop(name) for name in list(tensors) if name.startswith(MORE)}
         checked = []
         for i, layer in enumerate(self.layers):
             for j, part in enumerate(layer):
@@ -127,23 +148,36 @@ class DecoderState:
                 found = {name: tensors.pop(prefix + name, None) for name in mine}
                 for name, tensor in found.items():
                     _check_part(path, prefix + name, tensor, mine[name], seen)
-                checked.append((part, {n: t for n, t in found.items() if t is not None}))
+                device = next(iter(mine.values())).device
+                kept = {n: t.to(device) for n, t in found.items() if t is not None}
+                checked.append((part, kept))
         if tensors:
             raise DataError(f"{path}: unexpected tensor {min(tensors)!r}")
+        check_digest(path, meta)
         self.tokens_seen = seen
         for part, kept in checked:
             part.restore(kept)
-        return self
+        return more, meta
 
 
-def _check_meta(path: Path, meta: dict[str, str], fingerprint: str) -> None:
+def check_notes(path: Path, meta: Mapping[str, str], fingerprint: str | None = None) -> None:
+    """Whether metadata is that of a state we can read, of the model with this fingerprint.
+
+    Args:
+        path: For the message.
+        meta: The file's metadata.
+        fingerprint: None does not look at the model.
+
+    Raises:
+        DataError: It is not.
+    """
     if meta.get("format") != STATE_FORMAT:
         raise DataError(f"{path}: a safetensors file, but not a respike state")
     if meta.get("version") != STATE_VERSION:
         raise DataError(
             f"{path}: state format version {meta.get('version')}, expected {STATE_VERSION}"
         )
-    if meta.get("model") != fingerprint:
+    if fingerprint is not None and meta.get("model") != fingerprint:
         raise DataError(
             f"{path}: belongs to model {meta.get('model', '?')[:12]}, "
             f"this model is {fingerprint[:12]}",

@@ -3,6 +3,7 @@
 Which keys a query may see is decided by `visible`, the only place where the window is defined:
 a query at position p sees position j <= p if j is one of the sinks (j < sink_tokens) or lies in
 the sliding window of ``window_tokens`` tokens that ends with p itself (p - j < window_tokens).
+Learned sinks, the first ``learned_sinks`` positions, also see each other's future.
 
 Letters: B batch, T queries, S keys, H query heads, G key/value heads, K key dim, V value dim.
 Source: Vaswani et al., arXiv:1706.03762; sinks: Xiao et al., arXiv:2309.17453.
@@ -21,6 +22,7 @@ def visible(
     key_positions: Int[Tensor, "B S"],
     window_tokens: int | None = None,
     sink_tokens: int = 0,
+    learned_sinks: int = 0,
 ) -> Bool[Tensor, "B T S"]:
     """Which key each query may see; a negative key position marks an empty slot.
 
@@ -29,11 +31,14 @@ def visible(
         key_positions: Likewise; -1 where nothing is stored.
         window_tokens: Length of the sliding window, self included. None sees everything before.
         sink_tokens: The first tokens of the sequence that stay visible.
+        learned_sinks: The first positions, which see each other whatever their order.
     """
     p, j = query_positions[:, :, None], key_positions[:, None, :]
     seen = (j >= 0) & (j <= p)
     if window_tokens is not None:
         seen &= (p - j < window_tokens) | (j < sink_tokens)
+    if learned_sinks:
+        seen |= (j >= 0) & (j < learned_sinks) & (p < learned_sinks)
     return seen
 
 
@@ -156,3 +161,16 @@ def log_mass(
     if bias is not None:
         scores = scores + (bias if causal else bias[:, None])
     return scores.logsumexp(-1).permute(0, 3, 1, 2).reshape(B, T, H)
+
+
+def last_weights(
+    q: Float[Tensor, "B 1 H K"], k: Float[Tensor, "B G S K"], bias: Float[Tensor, "B 1 1 S"]
+) -> Float[Tensor, "B H S"]:
+    """What the softmax of `attend` gives to each key; scores are rounded to the dtype of ``q``.
+
+    For looking at, not for computing with: float32 out, and no copy of the keys.
+    """
+    B, _, H, K = q.shape
+    scores = q.view(B, k.shape[1], H // k.shape[1], K) @ k.transpose(2, 3)
+    weights: Tensor = (scores.float() * K**-0.5 + bias.float()).softmax(-1)
+    return weights.flatten(1, 2)

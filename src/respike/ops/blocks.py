@@ -5,6 +5,9 @@ reaches into and those that hold sinks, whole. Of the others each KV group sees 
 those whose summaries score highest with any of its query heads. A summary is the mean of
 ``summary_tokens`` keys in a row; a block's score is that of its best summary, less the head's
 logarithm of the sum of the exponentials of all candidates' scores, so that heads are comparable.
+With ``by_head`` every query head chooses for itself. MoBA is that, with a window of one token (so
+the query's own block), no sinks, one summary a block, and blocks at their true distance; its k
+counts the own block too.
 
 Keys are cached rotated to their place within their block, ``j - b`` for token j of the block that
 begins at b. A query is rotated by the block's distance ``p - b``, which gives the true rotary
@@ -44,6 +47,8 @@ def blocks_definition(
     v: Float[Tensor, "B T G V"],
     frequencies: Float[Tensor, " R"],
     rule: BlockRule,
+    *,
+    by_head: bool = False,
 ) -> Float[Tensor, "B T H V"]:
     """Block-sparse attention of whole sequences, token by token in float32: the definition.
 
@@ -55,14 +60,16 @@ def blocks_definition(
         v: Values.
         frequencies: Rotary frequencies, radians per token, float64.
         rule: What is seen.
+        by_head: Each query head chooses blocks for itself, else those of a group together.
     """
     B, T, H, _ = q.shape
     G, size = k.shape[2], rule.block_tokens
+    together = 1 if by_head else H // G
     cached = _within_blocks(k, frequencies, size)
     out = v.new_zeros(B, T, H, v.shape[-1])
     for row in range(B):
-        for group in range(G):
-            heads = slice(group * (H // G), (group + 1) * (H // G))
+        for first in range(0, H, together):
+            heads, group = slice(first, first + together), first // (H // G)
             keys, values = cached[row, :, group], v[row, :, group].float()
             for p in range(T):
                 query = q[row, p, heads]
@@ -137,6 +144,8 @@ def block_softmax(
     start: Int[Tensor, " B"],
     frequencies: Float[Tensor, " R"],
     rule: BlockRule,
+    *,
+    by_head: bool = False,
 ) -> Float[Tensor, "B T H V"]:
     """`blocks_definition` on a cache that holds the queries' tokens, as fast as can be here.
 
@@ -151,10 +160,17 @@ def block_softmax(
         start: Position of each row's first query, int64, on the processor.
         frequencies: Rotary frequencies, radians per token, float64.
         rule: What is seen.
+        by_head: See `blocks_definition`. Costs the reading of the cache for each head of a group.
 
     Raises:
         ValueError: The tensors do not fit together.
     """
+    if by_head:
+        # As many passes as a group has heads, in each of which a group has one.
+        heads = q.reshape(*q.shape[:2], keys.k.shape[1], -1, q.shape[3]).unbind(3)
+        some = keys, summaries, start, frequencies, rule
+        each = [block_softmax(x.contiguous(), *some) for x in heads]
+        return torch.stack(each, 3).flatten(2, 3)
     _check(q, keys, summaries, start, frequencies, rule)
     if keys.k_scale is None and backends.needs_gradient(q, keys.k, keys.v):
         return _BlockSoftmax.apply(rule, start, frequencies, summaries, q, keys.k, keys.v)  # type: ignore[no-any-return, no-untyped-call]
@@ -286,22 +302,55 @@ def _block_softmax(
     """The torch form: scores of everything, of which what is not chosen is masked."""
     B, T, H, _ = q.shape
     k, v = keys.exact()
-    blocks = k.shape[2] // rule.block_tokens
-    rows, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
-    slots = torch.arange(k.shape[2]).view(blocks, -1)
     step = max(1, TILE_SCORES // (B * H * k.shape[2]))
+    held = _held(k, summaries, frequencies, rule)
     outputs = []
     for begin in range(0, T, step):
         tile = q[:, begin : begin + step].float()
         positions = start[:, None] + torch.arange(begin, begin + tile.shape[1])
-        seen = _choose(tile, means, positions, frequencies, rule)
-        scores = _scores(tile, rows, positions, frequencies, rule)  # B G H/G T N M
-        past = (slots <= positions[:, :, None, None]).to(q.device)
-        scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
-        weights = scores.flatten(4).softmax(-1)
+        weights = _weights(tile, held, positions, frequencies, rule)
         out = torch.einsum("bghts,bgsv->btghv", weights, v)
         outputs.append(out.flatten(2, 3).to(q.dtype))
     return torch.cat(outputs, 1)
+
+
+def block_weights(
+    q: Float[Tensor, "B 1 H K"],
+    keys: Keys,
+    summaries: Float[Tensor, "B G Z K"],
+    start: Int[Tensor, " B"],
+    frequencies: Float[Tensor, " R"],
+    rule: BlockRule,
+) -> Float[Tensor, "B H S"]:
+    """What the softmax of `block_softmax` gives to each key, float32; arguments likewise."""
+    held = _held(keys.exact()[0], summaries, frequencies, rule)
+    weights = _weights(q.float(), held, start[:, None], frequencies, rule)
+    return weights.squeeze(3).flatten(1, 2)
+
+
+def _held(
+    k: Tensor, summaries: Tensor, frequencies: Tensor, rule: BlockRule
+) -> tuple["_Rows", "_Rows"]:
+    blocks = k.shape[2] // rule.block_tokens
+    rows, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
+    return rows, means
+
+
+def _weights(
+    q: Tensor,
+    held: tuple["_Rows", "_Rows"],
+    positions: Tensor,
+    frequencies: Tensor,
+    rule: BlockRule,
+) -> Tensor:
+    """Softmax weights (B, G, H/G, T, S) of float32 queries at ``positions`` (B, T)."""
+    rows, means = held
+    slots = torch.arange(rows.blocks * rule.block_tokens).view(rows.blocks, -1)
+    seen = _choose(q, means, positions, frequencies, rule)
+    scores = _scores(q, rows, positions, frequencies, rule)  # B G H/G T N M
+    past = (slots <= positions[:, :, None, None]).to(q.device)
+    scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
+    return scores.flatten(4).softmax(-1)
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,22 @@ from respike.ops.recurrence import (
 )
 
 
-def unit_silu(x: Float[Tensor, "*rows K"], eps: float = 1e-6) -> Float32[Tensor, "*rows K"]:
-    """SiLU scaled to length 1: ``z / sqrt(sum(z^2) + eps)`` for z = silu(x), in float32.
+def unit(z: Float[Tensor, "*rows K"], eps: float = 1e-6) -> Float32[Tensor, "*rows K"]:
+    """Scaled to length 1, ``z / sqrt(sum(z^2) + eps)``, in float32.
 
     The result stays float32: rounded, the keys would not have length 1.
 
     Args:
-        x: Queries or keys before their activation, one head a row.
+        z: Queries or keys, one head a row.
         eps: Added to the squared length, so that a row of zeros stays zero.
     """
-    z = silu(x.float())
+    z = z.float()
     return z * torch.rsqrt(z.square().sum(-1, keepdim=True) + eps)
+
+
+def unit_silu(x: Float[Tensor, "*rows K"], eps: float = 1e-6) -> Float32[Tensor, "*rows K"]:
+    """`unit` of SiLU: what the rule's keys and queries are made of."""
+    return unit(silu(x.float()), eps)
 
 
 def delta_definition(

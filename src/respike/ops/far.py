@@ -217,7 +217,7 @@ class _Far(torch.autograd.Function):
 
 def _torch_gradients(
     real: Tensor, memory: Tensor, saved: Sequence[Tensor], needed: Sequence[bool], d_joint: Tensor
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """Gradients of ``saved`` by autograd through `far_torch`: where the kernel cannot run."""
     leaves = [x.detach().requires_grad_(n) for x, n in zip(saved, needed, strict=True)]
     q, k, v, *near = leaves[:5]

@@ -199,7 +199,7 @@ class _Student:
 
     def _run(self, index: int, x: Tensor, spans: list[Span]) -> Tensor:
         layer = self.decoder.layers[index]
-        state = layer.self_attn.init_state(len(x), x)
+        state = layer.init_state(len(x), x)
         sizes = [s.num_tokens for s in spans]
         outputs = []
         for span, piece in zip(spans, torch.split(x, sizes, 1), strict=True):
@@ -249,10 +249,11 @@ def select(
     every = [
         (i, g) for i in range(config.num_hidden_layers) for g in range(config.num_key_value_heads)
     ]
-    if len(config.softmax_groups()) < len(every):
+    memories = any(getattr(part, "memory", None) for _, part in config.mixers())
+    if len(config.softmax_groups()) < len(every) or memories or config.learned_sinks:
         raise UsageError(
             f"the model has full softmax in {len(config.softmax_groups())} of its {len(every)} KV "
-            "groups only; the others would be measured as what they are not",
+            "groups, or memories or sinks beside it, and would be measured as what it is not",
             hint="run `respike select` on the original",
         )
     if not 0 < budget.softmax_groups <= len(every):

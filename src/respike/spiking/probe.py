@@ -78,7 +78,7 @@ class Probe:
         decoder = self.decoder
         span = decoder.span(decoder.init_state(), x.shape[1])
         for layer in decoder.layers[first:end]:
-            x, _ = layer(x, span, layer.self_attn.init_state(1, decoder.embedding))
+            x, _ = layer(x, span, layer.init_state(1, decoder.embedding))
         return x
 
     def _log_p(self, x: Tensor) -> Tensor:

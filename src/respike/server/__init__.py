@@ -1,0 +1,1 @@
+"""The server: OpenAI-compatible HTTP over continuous batches of states, and a page."""
