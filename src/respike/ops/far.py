@@ -208,6 +208,7 @@ class _Far(torch.autograd.Function):
         kernels = backends.choose(
             "far_gradient", q, k, v, out, d_joint, float32=(mass, memory, *weights)
         )
+        found: Sequence[Tensor | None]
         if kernels is None:
             found = _torch_gradients(real, memory, saved, needed, d_joint)
         else:
