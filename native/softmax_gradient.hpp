@@ -38,6 +38,7 @@ struct GradientRows {
   std::int64_t q_stride;  // from token to token
   const T* d_out;
   std::int64_t out_stride;
+  const float* exact;  // queries in float32, also at q_stride, instead of q; or null
   const float* mass;   // (rows): logarithm to base 2 of the denominator
   const float* delta;  // (rows): sum of d_out * out, less the mass's gradient
   float* d_q;          // (rows, 64 * value_tiles(head_dim)): added to, before `scale`
@@ -49,11 +50,13 @@ struct GradientRows {
 template <class T>
 struct GradientDesk {
   T *rows, *out_rows;                // gathered queries and d_out
+  float* exact_rows;                 // queries in float32
   float *q, *q_turned;               // panels of them, (rows, ..) and (.., rows)
   float *d_out, *d_out_turned;
   float *mass, *delta;               // (64): of each query
   float *from, *to;                  // (64, 64): the keys of the block that it sees
-  float *k, *v;                      // cells (64, query_row(..)) of keys and values
+  float *k, *v;                      // cells (64, query_row(..)) of keys and values; of exact
+                                     // queries, k is float32
   float* k_rows;                     // panel of keys (keys, ..)
   float *d_k, *d_v;                  // (value_tiles(..), 64, 64): the block's sums so far
   float *scores, *d_scores;          // (64, 64), keys first
@@ -68,6 +71,7 @@ GradientDesk<T> gradient_desk(std::int64_t head_dim, std::int64_t value_dim, Mem
   GradientDesk<T> desk{};
   desk.rows = memory.template take<T>(side * head_dim);
   desk.out_rows = memory.template take<T>(side * value_dim);
+  desk.exact_rows = memory.template take<float>(side * head_dim);
   desk.q = memory.template take<float>(value_panel(head_dim));
   desk.q_turned = memory.template take<float>(key_panel(head_dim));
   desk.d_out = memory.template take<float>(value_panel(value_dim));

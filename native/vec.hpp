@@ -159,6 +159,9 @@ RESPIKE_INLINE void put_cells(float* p, const V& v) { put(p, v); }
 // Two rows, column by column, as cells of a panel; without pairs there is but one row.
 RESPIKE_INLINE void put_rows(float* panel, const V& row, const V&) { put(panel, row); }
 
+// The level whose cells are float32 and which this one has the vectors of.
+namespace exact = portable;
+
 }  // namespace portable
 
 #if RESPIKE_X86
@@ -322,6 +325,8 @@ RESPIKE_OP void put_rows(float* panel, V row, V) { put(panel, row); }
 
 #undef RESPIKE_OP
 
+namespace exact = avx2;
+
 }  // namespace avx2
 
 // ---- AVX-512
@@ -458,6 +463,8 @@ RESPIKE_OP void put_rows(float* panel, V row, V) { put(panel, row); }
 
 #undef RESPIKE_OP
 
+namespace exact = avx512;
+
 }  // namespace avx512
 
 // ---- AVX512-BF16: float32 vectors as for AVX-512, cells of two bfloat16
@@ -493,6 +500,8 @@ RESPIKE_OP void put_rows(float* panel, V first, V second) {
 }
 
 #undef RESPIKE_OP
+
+namespace exact = avx512;
 
 }  // namespace avx512bf16
 

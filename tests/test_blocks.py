@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradients import gradients
-from kernels import at_level, each_level, native
+from kernels import at_level, at_torch, each_level, native
 from mixers import (
     CUTS,
     FREQUENCIES,
@@ -36,6 +36,7 @@ from mixers import (
     tensors_of,
     turned,
 )
+from respike.device import set_threads
 from respike.errors import UsageError
 from respike.layers.blocks import BlockSoftmax
 from respike.layers.state import MixerState
@@ -241,6 +242,16 @@ def test_a_cache_that_cannot_be_mapped_is_refused(
         in_spans(BlockSoftmax(RULE), mixer_inputs(5, 2 * G), [])
 
 
+SHAPES = {"6 heads of 10": (6, 2, 10, 10), "of 64": (3, 1, 64, 64), "odd": (5, 1, 36, 7)}
+"""H, G, K, V."""
+WIDE = {
+    "blocks of 16": BlockRule(30, 4, 16, 16, 3, 64, 90),
+    "of 6, true": BlockRule(9, 7, 6, 2, 5, 40, None),
+    "of 70": BlockRule(20, 1, 70, 35, 1, 90, 75),
+    "of 1": BlockRule(4, 2, 1, 1, 9, 30, 50),
+}
+
+
 # ---- gradients -------------------------------------------------------------------------------
 
 
@@ -278,6 +289,63 @@ def test_gradients_of_many_tiles_are_those_of_the_torch_form_at_once(
     want = gradients(lambda q, k, v: blocks_op._block_softmax(q, Keys(k, v), *rest), whole)
     for ours, wanted in zip(got, want, strict=True):
         assert_close(ours, wanted.to(dtype))
+
+
+KERNEL_CASES = [
+    *((name, "6 heads of 10", torch.float32) for name in WIDE),
+    *((name, "odd", torch.float32) for name in WIDE),
+    # As large as models have them: of few keys the rounding of outputs weighs more.
+    *((name, "of 64", torch.bfloat16) for name in ("blocks of 16", "of 70")),
+]
+
+
+@native
+@each_level
+@pytest.mark.parametrize(("name", "shape", "dtype"), KERNEL_CASES)
+def test_the_kernel_of_gradients_is_the_torch_form(
+    name: str, shape: str, dtype: torch.dtype, level: int
+) -> None:
+    leaves, rest = wide_inputs(WIDE[name], SHAPES[shape], 230, dtype)
+    with at_level(level):
+        got = gradients(lambda q, k, v: block_softmax(q, Keys(k, v), *rest), leaves)
+    with at_torch():
+        whole = [x.float() for x in leaves]
+        want = gradients(lambda q, k, v: block_softmax(q, Keys(k, v), *rest), whole)
+    for ours, wanted in zip(got, want, strict=True):
+        assert_close(ours, wanted.to(dtype))
+
+
+def wide_inputs(
+    rule: BlockRule, shape: tuple[int, int, int, int], T: int, dtype: torch.dtype
+) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """As `block_inputs`, of one row that begins at 3, whose last slots are no query's."""
+    (H, groups, K, V), size = shape, rule.block_tokens
+    S = (-(-(T + 3) // size) + 1) * size
+    q, k, v = normal(1, T, H, K), normal(1, groups, S, K, seed=1), normal(1, groups, S, V, seed=2)
+    q, k, v = (x.to(dtype) for x in (2 * q, k, v))
+    frequencies = rotary_frequencies(K, 1000.0)
+    summaries = summarise(k, rule.summary_tokens)
+    return [q, k, v], (summaries, torch.tensor([3]), frequencies, rule)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_all_written_and_threads_do_not_show(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves, rest = wide_inputs(WIDE["blocks of 16"], SHAPES["of 64"], 600, dtype)
+    empty, found, threads = Tensor.new_empty, [], torch.get_num_threads()
+    monkeypatch.setattr(Tensor, "new_empty", lambda x, *shape: empty(x, *shape).fill_(torch.nan))
+    try:
+        for count in (1, 2, 3):
+            set_threads(count)
+            found.append(gradients(lambda q, k, v: block_softmax(q, Keys(k, v), *rest), leaves))
+    finally:
+        set_threads(threads)
+    assert all(x.isfinite().all() for x in found[0])
+    assert not found[0][1][:, :, 603:].any()
+    for some in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(some, found[0], strict=True))
 
 
 def test_the_forward_pass_is_that_of_inference_and_has_one_gradient() -> None:
@@ -318,15 +386,6 @@ def test_no_gradient_flows_into_the_call_before() -> None:
 
 
 # ---- the kernels -----------------------------------------------------------------------------
-
-SHAPES = {"6 heads of 10": (6, 2, 10, 10), "of 64": (3, 1, 64, 64), "odd": (5, 1, 36, 7)}
-"""H, G, K, V."""
-WIDE = {
-    "blocks of 16": BlockRule(30, 4, 16, 16, 3, 64, 90),
-    "of 6, true": BlockRule(9, 7, 6, 2, 5, 40, None),
-    "of 70": BlockRule(20, 1, 70, 35, 1, 90, 75),
-    "of 1": BlockRule(4, 2, 1, 1, 9, 30, 50),
-}
 
 
 def cache_of(k: Tensor, v: Tensor, rule: BlockRule, frequencies: Tensor, int8: bool) -> Any:

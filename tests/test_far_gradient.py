@@ -1,11 +1,15 @@
 """Gradients of the far memory's op against autograd through its definition, token by token."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from gradients import gradients
+from kernels import at_level, at_torch, each_level, native
 from mixers import normal
+from respike.device import set_threads
 from respike.ops.far import Prototypes, far, share_denominator
 from respike.ops.gla import gla_definition
 from tolerance import assert_close
@@ -118,3 +122,78 @@ def test_a_gradient_of_the_gradient_or_of_the_memory_is_refused() -> None:
         grad.sum().backward()
     with pytest.raises(ValueError, match="is a cache"):
         far(q, k, v, rows, Prototypes(*rest), MEMORY.clone().requires_grad_(), (near, mass))
+
+
+# ---- the kernel ------------------------------------------------------------------------------
+
+
+def in_ours(rows: Tensor, memory: Tensor) -> Callable[..., Tensor]:
+    def form(q: Tensor, k: Tensor, v: Tensor, near: Tensor, mass: Tensor, *rest: Tensor) -> Tensor:
+        return far(q, k, v, rows, Prototypes(*rest), memory, (near, mass))[0]
+
+    return form
+
+
+@native
+@each_level
+@each_dtype
+@pytest.mark.parametrize(("real", "remembers"), CASES.values(), ids=CASES)
+def test_the_kernel_is_the_definition_at_every_level(
+    real: list[list[int]], remembers: bool, dtype: torch.dtype, level: int
+) -> None:
+    rows, memory = torch.tensor(real), MEMORY if remembers else torch.zeros_like(MEMORY)
+    given = leaves(21, dtype)
+    with at_level(level):
+        got = gradients(in_ours(rows, memory), given)
+    expected = gradients(
+        lambda *x: by_definition(rows, memory, list(x)), [x.float() for x in given]
+    )
+    for grad, wanted, leaf in zip(got, expected, given, strict=True):
+        assert_close(grad, wanted.to(leaf.dtype), dtype)
+
+
+def test_gradients_do_not_need_the_kernel() -> None:
+    rows, given = torch.tensor([[3, 40], [0, 31]]), leaves(40, torch.float32)
+    got = gradients(in_ours(rows, MEMORY), given)
+    with at_torch():
+        expected = gradients(in_ours(rows, MEMORY), given)
+    for grad, wanted in zip(got, expected, strict=True):
+        assert_close(grad, wanted)
+
+
+@native
+@each_level
+@each_dtype
+def test_the_kernel_writes_every_gradient_and_reads_nothing_else(
+    dtype: torch.dtype, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What never leaves the window is NaN; so is memory that nothing was written to."""
+    rows, given = torch.tensor([[5, 19], [0, 13]]), leaves(21, dtype)
+    clean = [x.clone() for x in given]
+    for x in given[1:3]:
+        x[0, :5] = x[0, 19:] = x[1, 13:] = torch.nan
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda x, *shape: empty(x, *shape).fill_(torch.nan))
+    with at_level(level):
+        got = gradients(in_ours(rows, MEMORY), given)
+        expected = gradients(in_ours(rows, MEMORY), clean)
+    for ours, wanted in zip(got, expected, strict=True):
+        assert torch.equal(ours, wanted)
+    for grad in got[1:3]:
+        assert not grad[0, :5].any()
+        assert not grad[1, 13:].any()
+
+
+@native
+@each_dtype
+def test_threads_do_not_show_in_the_bits_of_gradients(dtype: torch.dtype) -> None:
+    rows, given, found = torch.tensor([[0, 200], [9, 150]]), leaves(200, dtype), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            set_threads(count)
+            found.append(gradients(in_ours(rows, MEMORY), given))
+    finally:
+        set_threads(threads)
+    for some in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(some, found[0], strict=True))

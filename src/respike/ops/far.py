@@ -208,6 +208,7 @@ class _Far(torch.autograd.Function):
         kernels = backends.choose(
             "far_gradient", q, k, v, out, d_joint, float32=(mass, memory, *weights)
         )
+        found: Sequence[Tensor | None]
         if kernels is None:
             found = _torch_gradients(real, memory, saved, needed, d_joint)
         else:
@@ -217,7 +218,7 @@ class _Far(torch.autograd.Function):
 
 def _torch_gradients(
     real: Tensor, memory: Tensor, saved: Sequence[Tensor], needed: Sequence[bool], d_joint: Tensor
-) -> Sequence[Tensor | None]:
+) -> list[Tensor | None]:
     """Gradients of ``saved`` by autograd through `far_torch`: where the kernel cannot run."""
     leaves = [x.detach().requires_grad_(n) for x, n in zip(saved, needed, strict=True)]
     q, k, v, *near = leaves[:5]
