@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from respike.config import Frozen
 from respike.errors import RecipeError, did_you_mean
+from respike.overrides import set_value
 from respike.recipe_apply import apply_recipe
 from respike.recipe_options import (
     BesideOptions,
@@ -95,7 +96,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: expected a mapping, got a {type(raw).__name__}")
     for override in overrides:
-        _override(raw, override)
+        set_value(raw, override, RecipeError, "window_tokens=128")
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -111,26 +112,6 @@ def _read(path: Path) -> str:
         raise RecipeError(
             f"{path}: cannot be read: {error}", hint="run `respike recipes` for the built-in ones"
         ) from error
-
-
-def _override(raw: dict[Any, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override!r}: expected KEY=VALUE, such as window_tokens=128")
-    node: Any = raw
-    try:
-        new = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"--set {override!r}: {value!r} is not valid YAML") from error
-    try:
-        *parents, last = [int(p) if p.lstrip("-").isdigit() else p for p in key.split(".")]
-        for part in parents:
-            if isinstance(node, dict) and part not in node:
-                node[part] = {}
-            node = node[part]
-        node[last] = new
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise RecipeError(f"--set {override!r}: the recipe has no such place") from error
 
 
 _SHORT = Repr()

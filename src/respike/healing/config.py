@@ -2,13 +2,14 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from respike.config import Frozen
 from respike.errors import UsageError, did_you_mean
+from respike.overrides import set_value
 from respike.tasks import FAMILIES
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -161,7 +162,7 @@ def load_healing(name: str, overrides: tuple[str, ...] = ()) -> Healing:
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: expected keys and values, got a {type(raw).__name__}")
     for override in overrides:
-        _set(raw, override)
+        set_value(raw, override, UsageError, "stages.0.tokens=1000")
     try:
         return Healing.model_validate(raw)
     except ValidationError as error:
@@ -185,21 +186,4 @@ def _read(path: Path, known: list[str]) -> str:
         raise UsageError(
             f"{path}: {reason}; expected a YAML file or one of {', '.join(known)}",
             hint=did_you_mean(path.name, known),
-        ) from None
-
-
-def _set(raw: dict[str, Any], override: str) -> None:
-    """Change one value, in place."""
-    key, equals, value = override.partition("=")
-    place: Any = raw
-    *parents, last = key.split(".")
-    try:
-        if not equals:
-            raise KeyError
-        for parent in parents:
-            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError, yaml.YAMLError):
-        raise UsageError(
-            f"--set {override}: expected KEY=VALUE, such as stages.0.tokens=1000"
         ) from None
