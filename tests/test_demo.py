@@ -382,7 +382,7 @@ def test_a_memory_that_is_no_part_of_attention_has_no_share(results: dict, folde
     page = Page(report.render(results, read_committed(folder)))
     assert "a linear memory (gla) of constant size" in page.text
     assert "as they start, not fitted" in page.text
-    assert len(page.labels) == 8
+    assert len(page.labels) == 13
 
 
 def test_a_far_memory_without_calibration_is_called_shut(results: dict, folder: Path) -> None:
