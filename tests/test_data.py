@@ -271,7 +271,7 @@ def test_splits_are_disjoint_whole_and_nested(store: TokenStore) -> None:
         assert len(parts["train", frac]) + len(parts["heldout", frac]) == 200
     assert parts["heldout", 0.1] < parts["heldout", 0.3]
     assert 8 <= len(parts["heldout", 0.1]) <= 35
-    with pytest.raises(DataError, match="no document is in the split"):
+    with pytest.raises(DataError, match="no document of at least 1 tokens is in the split"):
         TextSource("t", store, split="heldout", heldout_frac=0.0)
 
 

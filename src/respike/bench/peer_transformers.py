@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def tokens_of(job: Job) -> Any:
 
 def step(model: Any, tokens: Any, cache: Any) -> tuple[Any, Any]:
     """The most likely next token (1, 1), and the cache."""
-    out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # transformers 5.24 has another word for it, and warns of the old one.
+    word = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    out = model(tokens, **{word: cache}, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
 
 
