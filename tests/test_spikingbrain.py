@@ -440,6 +440,20 @@ def test_scales_that_do_not_fit_are_refused(folder: Path, change: Any, words: st
     refused(folder, folder, "weight_quantizer.scales", words)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5, math.nan, math.inf], ids=str)
+def test_scales_that_scale_nothing_are_refused(folder: Path, scale: float) -> None:
+    for path in (*folder.glob("*.bin"), folder / "pytorch_model.bin.index.json"):
+        path.unlink()
+    weights = spikingbrain_weights()
+    quantise(weights)
+    name = "model.layers.3.attn.o_proj.weight_quantizer.scales"
+    weights[name][5, 1, 0] = scale
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="above 0") as caught:
+        load(folder)
+    one_line(caught.value, folder, name)
+
+
 # ---- .bin files --------------------------------------------------------------------------------
 
 

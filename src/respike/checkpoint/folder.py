@@ -132,7 +132,8 @@ class Folder:
         scales = name.removesuffix(".weight") + spikingbrain.SCALES
         if scales not in self._home or spikingbrain.NOT_ROUNDED in name:
             return tensor
-        return spikingbrain.rounded_weight(tensor, self._read(scales))
+        where = f"{self._home[scales]}: tensor {scales!r}"
+        return spikingbrain.rounded_weight(tensor, self._read(scales), where)
 
     def _read(self, name: str) -> Tensor:
         """One tensor by the folder's own name of it, as it is stored."""

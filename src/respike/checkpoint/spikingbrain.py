@@ -237,13 +237,19 @@ def check_scales(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
             )
 
 
-def rounded_weight(weight: Tensor, scales: Tensor) -> Tensor:
+def rounded_weight(weight: Tensor, scales: Tensor, where: str) -> Tensor:
     """What the released forward multiplies with: each group as multiples of its scale, unlimited.
 
     Args:
         weight: (O, I).
         scales: (O, groups, 1); a group is I / groups inputs in a row.
+        where: The file and the scales' name, for errors.
+
+    Raises:
+        CheckpointError: A scale is not a number above 0.
     """
+    if not (scales > 0).all() or not scales.isfinite().all():
+        raise CheckpointError(f"{where}: scales are numbers above 0, some here are not")
     groups = weight.float().view(len(weight), scales.shape[1], -1)
     scales = scales.float()
     return ((groups / scales).round() * scales).view_as(weight).to(weight.dtype)
