@@ -124,7 +124,7 @@ def recall_table(result: dict[str, Any]) -> str:
         for part, score in row["parts"].items()
     }
     for family in dict.fromkeys(key[0] for key in found):
-        weak = "" if result["evidence"].get(family, True) else " (no evidence)"
+        weak = "" if result.get("evidence", {}).get(family, True) else " (no evidence)"
         header = [f"{family}{weak}", "trials", "chance, %", "original"]
         for name in names[1:]:
             header += [name, "lost, points"]
