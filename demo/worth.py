@@ -74,11 +74,8 @@ def found_row(on: Score, cut: Score) -> Row:
 
 def memory_facts(config: ModelConfig) -> Row:
     """Which memories there are: kinds, KV groups that have one, prototypes of far ones."""
-    held = [
-        (part, part.memory)
-        for _, part in config.mixers()
-        if part.mixer != "full" and part.memory is not None
-    ]
+    mixers = ((part, getattr(part, "memory", None)) for _, part in config.mixers())
+    held = [(part, memory) for part, memory in mixers if memory is not None]
     return {
         "kinds": sorted({memory.kind for _, memory in held}),
         "groups": sum(len(part.groups) for part, _ in held),
