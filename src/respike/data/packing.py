@@ -55,8 +55,11 @@ class Batch:
         rows = len(self.tokens)
         if rows % world or not 0 <= rank < world:
             raise UsageError(f"{rows} rows cannot be shared out evenly, rank {rank} of {world}")
-        mine = slice(rank * rows // world, (rank + 1) * rows // world)
-        return Batch(**{f.name: getattr(self, f.name)[mine] for f in fields(self)})
+        return self.rows(slice(rank * rows // world, (rank + 1) * rows // world))
+
+    def rows(self, index: slice) -> "Batch":
+        """Some of its rows."""
+        return Batch(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 @dataclass

@@ -54,13 +54,19 @@ class Carried:
         return Carried(self.student.at(first), self.teacher.at(first))
 
 
+def predicting(mask: Tensor) -> Tensor:
+    """Of tokens (B, T) to be predicted, the places whose logits predict them: one before each."""
+    before = torch.roll(mask, -1, 1)
+    before[:, -1] = False
+    return before
+
+
 def choose_positions(batch: Batch, stage: Stage, seed: str) -> Tensor:
     """Which logits a step looks at, bool (B, T): all answers, and a share of the rest.
 
     Logits at t - 1 predict token t, so a chosen position is followed by a token that counts.
     """
-    counts, answers = (torch.roll(x, -1, 1) for x in (batch.loss_mask, batch.answers))
-    counts[:, -1] = answers[:, -1] = False
+    counts, answers = predicting(batch.loss_mask), predicting(batch.answers)
     draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
     some = torch.rand(counts.shape, generator=draw) < stage.sampled_frac
     return counts & (some | answers)
@@ -104,8 +110,7 @@ def finetune(pair: Pair, batch: Batch, total: int) -> float:
     """Share of the mean negative log-likelihood of ``total`` tokens that count, nats."""
     parts = segments(batch)
     hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
-    counts = torch.roll(batch.loss_mask, -1, 1)
-    counts[:, -1] = False
+    counts = predicting(batch.loss_mask)
     target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
     loss = summed_nats(pair.student.model.norm(hidden[counts]), pair.head, target) / max(total, 1)
     loss.backward()  # type: ignore[no-untyped-call]

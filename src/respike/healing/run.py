@@ -195,10 +195,9 @@ def _tokens(data: Sequence[str], tokenizer: Tokenizer, folder: Path, world: Worl
     """The tokenised data; one process writes it."""
     if not data:
         raise UsageError("no data to train on", hint="give --data PATH, such as a corpus folder")
-    if world.first:
-        prepare(data, tokenizer, folder)
+    store = prepare(data, tokenizer, folder) if world.first else None
     world.barrier()
-    return prepare(data, tokenizer, folder)
+    return store or prepare(data, tokenizer, folder)
 
 
 def _same_course(path: Path, identity: dict[str, Any], world: World) -> None:

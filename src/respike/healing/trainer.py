@@ -16,6 +16,7 @@ from respike.healing.objectives import (
     choose_positions,
     distil,
     finetune,
+    predicting,
     short_layers,
     transfer,
 )
@@ -161,15 +162,14 @@ class Trainer:
         stage, where, healing = self.stage, self.where, self.healing
         key = f"positions {healing.seed}/{where.stage}/{where.step}"
         chosen = choose_positions(batch, stage, key)
-        counted = torch.roll(batch.loss_mask, -1, 1)
-        counted[:, -1] = False
-        total = int((counted if stage.kind == "finetune" else chosen).sum())
+        counted = predicting(batch.loss_mask) if stage.kind == "finetune" else chosen
+        total = int(counted.sum())
         world = self.world
         mine = batch.shard(world.rank, world.size)
         first = world.rank * len(mine.tokens)
         loss = 0.0
         for begin in range(0, len(mine.tokens), stage.micro_rows):
-            micro = rows_of(mine, begin, begin + stage.micro_rows)
+            micro = mine.rows(slice(begin, begin + stage.micro_rows))
             number = (first + begin) // stage.micro_rows
             if stage.kind == "transfer":
                 loss += transfer(self.pair, micro, stage.micro_rows / stage.rows)
@@ -230,8 +230,3 @@ class Trainer:
                     like = torch.zeros_like(tensor.master) if stored.ndim else stored.clone()
                     self.world.put(like, stored)
                     state[name] = like
-
-
-def rows_of(batch: Batch, begin: int, end: int) -> Batch:
-    """Some rows of a batch."""
-    return Batch(**{name: getattr(batch, name)[begin:end] for name in batch.__dataclass_fields__})
