@@ -617,7 +617,7 @@ def test_what_memories_are_fitted_to_is_never_what_they_are_measured_on(
 
 @pytest.mark.parametrize(
     ("max_tokens", "trained_tokens", "shape"),
-    [(9000, 8192, (4, 2048)), (9000, 700, (12, 700)), (5, 8192, (2, 2048)), (5, 90, (2, 90))],
+    [(13000, 8192, (3, 4096)), (9000, 700, (12, 700)), (5, 8192, (2, 4096)), (5, 90, (2, 90))],
 )
 def test_calibration_contexts_fit_the_source_and_are_at_least_two(
     tokenizer: Tokenizer, max_tokens: int, trained_tokens: int, shape: tuple[int, int]

@@ -358,7 +358,7 @@ def test_a_linear_rule_without_a_memory_that_can_stand_alone_is_refused(name: st
         ("delta.negative=true", "delta.negative: unknown key", None),
         ("far.features=0", "far.features", None),
         ("far.features=1000000", "far.features", None),
-        ("far.half_life_lengths=0", "far.half_life_lengths", None),
+        ("far.half_life_tokens=0", "far.half_life_tokens", None),
         ("gla.half_life_tokens=.nan", "gla.half_life_tokens", None),
         ("gla.half_life_tokens=1e-300", "gla.half_life_tokens", None),
         ("delta.half_life_tokens=.inf", "delta.half_life_tokens", None),

@@ -85,8 +85,8 @@ class FarOptions(Frozen):
 
     features: FeatureCount = 64
     """Prototypes of each KV group."""
-    half_life_lengths: HalfLife = 4.0
-    """Tokens after which half of a memory is left, in trained lengths of the source."""
+    half_life_tokens: HalfLife = 1024.0
+    """Tokens after which half of a memory is left."""
     calibration_tokens: int = Field(default=0, ge=0, le=1 << 24)
     """Text on which prototypes and gates are fitted; 0 leaves every gate shut."""
 

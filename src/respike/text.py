@@ -25,7 +25,7 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-CALIBRATION_CONTEXT_TOKENS = 2048
+CALIBRATION_CONTEXT_TOKENS = 4096
 
 Use = Literal["measure", "calibrate"]
 

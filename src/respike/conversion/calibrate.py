@@ -4,8 +4,8 @@ Layer by layer the original runs on some text. For each KV group with a far memo
 clustered in the metric of the group's queries, ``|k - c| = sqrt(E[(q . (k - c))^2])``: two keys
 that every query scores alike are one. Far tokens stand at many distances; a query meets the
 prototypes as the mean of itself rotated by `FAR_DISTANCES`, which is folded into its weights. Then
-each head's gain and beta are searched for the least squared error of its output against the
-original's. On text that was not searched on, a head that is not better than shut is shut.
+each head's beta is searched for the least squared error of its output against the original's. On
+text that was not searched on, a head that is not better than shut is shut.
 
 Text alone would teach the gates to spoil copying, so `with_recall` adds sequences to copy.
 
@@ -23,15 +23,17 @@ from torch import Tensor
 
 from respike.config import ModelConfig, WindowMixer
 from respike.errors import UnsupportedError, UsageError
+from respike.layers.attention import Attention
 from respike.layers.far import FarSoftmax
+from respike.layers.softmax import FullSoftmax
 from respike.layers.span import Span
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder, build_mixer
+from respike.ops import backends
 from respike.ops.rotary import rotary_tables
+from respike.ops.softmax import Keys, window_softmax
 
 FAR_DISTANCES = 16
 """Number of distances, evenly from one to four windows, at which far tokens are taken to stand."""
-GAINS = (0.85, 1.0, 1.15)
-"""Factors on a head's liking for prototypes that are tried."""
 BETAS = torch.arange(-12, 12.01, 0.5)
 """Log factors on a head's memory that are tried."""
 CLUSTER_STEPS = 15
@@ -46,7 +48,6 @@ class HeadFit:
         layer: Its layer.
         head: Its number in the layer.
         beta: Log factor on the memory; -inf is shut.
-        gain: Factor on its liking for prototypes.
         error_shut: Squared error of its output without a memory, as a share of the output's
             square, on the text that was not searched on.
         error: The same with the memory.
@@ -56,7 +57,6 @@ class HeadFit:
     layer: int
     head: int
     beta: float
-    gain: float
     error_shut: float
     error: float
     share: float
@@ -148,7 +148,7 @@ def calibrate(
                 attention, normed = layer.self_attn, layer.input_layernorm(x)
                 (span,) = _spans(original, x.shape[1], x.shape[1], x.dtype)
                 qkv = attention.project(normed)
-                mixed, _ = attention.mix(normed, qkv, span, attention.init_state(1, x))
+                mixed = _mixed(attention, normed, qkv, span)
                 heads.append(_Heads(*qkv, mixed))
                 xs[n] = layer.add_mixed(x, attention.o_proj(mixed.flatten(2)))
             for j, part in far[index]:
@@ -160,6 +160,18 @@ def calibrate(
             if progress:
                 progress(index + 1, len(original.layers))
     return tensors, fits
+
+
+def _mixed(
+    attention: Attention, normed: Tensor, qkv: tuple[Tensor, Tensor, Tensor], span: Span
+) -> Tensor:
+    """What an attention makes of whole contexts: softmax over all by the kernel, if it can run."""
+    q, k, v = qkv
+    (mixer, *others) = attention.mixers
+    if others or type(mixer) is not FullSoftmax or backends.choose("softmax", q, k, v) is None:
+        return attention.mix(normed, qkv, span, attention.init_state(1, normed))[0]
+    keys = Keys(span.rotate(k).transpose(1, 2), v.transpose(1, 2))
+    return window_softmax(span.rotate(q), keys)[0]
 
 
 @dataclass(frozen=True)
@@ -208,7 +220,6 @@ class _GroupFit:
         fits = []
         for h, head in enumerate(self.heads):
             fit = _choose(curve[h], control[h], index, head)
-            self.mixer.query_weight.data[h] *= fit.gain
             self.mixer.beta.data[h] = fit.beta
             fits.append(fit)
         return self.mixer, fits
@@ -244,16 +255,15 @@ class _GroupFit:
             self.mixer.query_weight.data[mine] = _turn(prototypes, cos, -sin) * scale
 
     def _curves(self, x: _Heads) -> Tensor:
-        """Of one context: mean squared error, share and output square for every gain and beta.
+        """Of one context: mean squared error, share and output square for every beta.
 
-        (H, gains, 1 + betas, 3); the first beta is shut.
+        (H, 1 + betas, 3); the first beta is shut.
         """
         q, k, v, target = x.q, x.k, x.v, x.out
         T, H = q.shape[1:3]
         state = self.mixer.init_state(1, len(self.groups), q.shape[-1], q)
-        window, memories = state.window, [state.memory.memory] * len(GAINS)
-        total = torch.zeros(H, len(GAINS), 1 + len(BETAS), 3)
-        weight = self.mixer.query_weight.data.clone()
+        window, memory = state.window, state.memory.memory
+        total = torch.zeros(H, 1 + len(BETAS), 3)
         for span in _spans(self.original, T, PREFILL_CHUNK_TOKENS, q.dtype):
             assert span.offset is not None
             part = slice(span.offset, span.end)
@@ -263,12 +273,9 @@ class _GroupFit:
             seen, window = self.mixer.window.near(q1, k1, v1, span, window)
             near, near_mass = seen.attend_with_mass()
             miss = target[:, part] - near
-            for n, gain in enumerate(GAINS):
-                self.mixer.query_weight.data = weight * gain
-                far, mass, memories[n] = self.mixer.recall(q1, leaving, span, memories[n])
-                total[:, n, :, :2] += _sums(miss, far - near, mass - near_mass).cpu()
-        self.mixer.query_weight.data = weight
-        total[..., 2] = target.square().sum((0, 1, 3)).cpu()[:, None, None] / T
+            far, mass, memory = self.mixer.recall(q1, leaving, span, memory)
+            total[..., :2] += _sums(miss, far - near, mass - near_mass).cpu()
+        total[..., 2] = target.square().sum((0, 1, 3)).cpu()[:, None] / T
         total[..., :2] /= T
         return total
 
@@ -291,17 +298,16 @@ def _sums(miss: Tensor, step: Tensor, log_odds: Tensor) -> Tensor:
 
 
 def _choose(searched: Tensor, checked: Tensor, layer: int, head: int) -> HeadFit:
-    """The best gain and beta on the text searched, if better than shut on the other."""
-    gain, beta = divmod(int(searched[..., 0].argmin()), searched.shape[1])
-    if checked[gain, beta, 0] >= checked[gain, 0, 0]:
+    """The best beta on the text searched, if better than shut on the other."""
+    beta = int(searched[:, 0].argmin())
+    if checked[beta, 0] >= checked[0, 0]:
         beta = 0
-    error, share, power = (float(x) for x in checked[gain, beta])
+    error, share, power = (float(x) for x in checked[beta])
     return HeadFit(
         layer=layer,
         head=head,
         beta=float(BETAS[beta - 1]) if beta else -math.inf,
-        gain=GAINS[gain] if beta else 1.0,
-        error_shut=float(checked[gain, 0, 0]) / power,
+        error_shut=float(checked[0, 0]) / power,
         error=max(error, 0.0) / power,  # rounding may go below zero
         share=share,
     )

@@ -203,7 +203,7 @@ def _calibrated(
     special = set(tokenizer.special_ids)
     tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
     searched, checked = with_recall(text, tokens)
-    half_life = plan.recipe.far.half_life_lengths * plan.config.max_position_embeddings
+    half_life = plan.recipe.far.half_life_tokens
     original = load_decoder(plan.source)
     fitted, heads = calibrate(original, plan.config, searched, checked, half_life, progress)
     facts = {

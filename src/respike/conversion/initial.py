@@ -40,7 +40,7 @@ def initial_tensor(
     if name == "beta":
         return torch.full(shape, -torch.inf)
     if name == "log2_half_life":
-        tokens = recipe.far.half_life_lengths * config.max_position_embeddings
+        tokens = recipe.far.half_life_tokens
         return torch.full(shape, math.log2(tokens))
     if name.endswith("norm.weight"):
         return torch.ones(shape)
