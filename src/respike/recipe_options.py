@@ -85,7 +85,7 @@ class FarOptions(Frozen):
 
     features: FeatureCount = 64
     """Prototypes of each KV group."""
-    half_life_tokens: HalfLife = 1024.0
+    half_life_tokens: HalfLife = 8192.0
     """Tokens after which half of a memory is left."""
     calibration_tokens: int = Field(default=0, ge=0, le=1 << 24)
     """Text on which prototypes and gates are fitted; 0 leaves every gate shut."""
