@@ -121,18 +121,22 @@ def _text(report: dict[str, Any]) -> str:
         ]
     if "difference_bytes" in report:
         facts.append(("difference", human_bytes(report["difference_bytes"])))
+    verdicts = {name: v for name in ("start", "best") if (v := report.get(name)) is not None}
+    header = ["weights", "KL, nats", "nats added", "recall", "nats an answer token"]
     rows = [
-        (
+        [
             name,
             f"{v['kl_nats']:.4f}",
             f"{v['nats_added']:+.4f}",
             f"{100 * v['recall_frac']:.1f} %",
             f"{v['answer_nats']:.3f}",
-        )
-        for name in ("start", "best")
-        if (v := report.get(name)) is not None
+        ]
+        for name, v in verdicts.items()
     ]
-    header = ("weights", "KL, nats", "nats added", "recall", "nats an answer token")
+    if any(v["skipped_frac"] is not None for v in verdicts.values()):
+        header.append("skipped")
+        for row, v in zip(rows, verdicts.values(), strict=True):
+            row.append(f"{100 * v['skipped_frac']:.1f} %")
     return pairs(facts) + (f"\n\n{table(header, rows)}" if rows else "")
 
 
