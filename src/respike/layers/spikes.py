@@ -124,7 +124,7 @@ class SpikedLinear(nn.Linear):
 
     def heard(self, x: Tensor) -> Tensor:
         """What the neuron lets through."""
-        return self.neuron(x) if self.heeds_neuron else x  # type: ignore[no-any-return]
+        return self.neuron(x) if self.heeds_neuron else x
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""

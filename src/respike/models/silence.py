@@ -11,8 +11,8 @@ In a training loop, on a decoder with float weights that spikes (`install_spikes
     config = config_of(decoder, config)                # what the bands have become
 
 `respike.healing` is such a loop. Gradients reach inputs and weights straight through the neurons,
-the bands by a surrogate, see `respike.ops.spikes`. Of layers whose activations are computed twice (checkpointing), watch the
-first pass only: what is seen is added up.
+the bands by a surrogate, see `respike.ops.spikes`. Of layers whose activations are computed twice
+(checkpointing), watch the first pass only: what is seen is added up.
 """
 
 import re

@@ -310,7 +310,7 @@ BLOCK_NUMBERS = 1 << 16
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
     """A matrix in blocks of rows."""
-    return rows.split(max(1, BLOCK_NUMBERS // max(1, rows.shape[1])))
+    return torch.split(rows, max(1, BLOCK_NUMBERS // max(1, rows.shape[1])))
 
 
 def _triangle(size: Tensor, centre: Tensor, reach: Tensor) -> Tensor:
