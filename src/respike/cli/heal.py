@@ -24,7 +24,7 @@ from respike.cli.show import (
 @click.option(
     "--config",
     metavar="NAME|FILE",
-    help="Built-in course (default, quick, ...) or YAML file.",
+    help="Built-in course (default, quick, spikes, ...) or YAML file.",
 )
 @click.option(
     "--data",
@@ -60,7 +60,8 @@ from respike.cli.show import (
 def heal_command(model: str, out: str, **options: Any) -> None:
     """Train the converted MODEL to do what its original does; write the healed folder OUT.
 
-    The original is the source that MODEL was converted from. The course runs in bfloat16 on all
+    The original is the source that MODEL was converted from; of a MODEL that spikes, the same
+    without its neurons. The course runs in bfloat16 on all
     cores and can be interrupted at any moment: OUT.healing holds where it stands, and the same
     command goes on from there. `torchrun --nproc-per-node N -m respike heal ...` shares the work.
     """
