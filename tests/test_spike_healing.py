@@ -15,7 +15,7 @@ from respike.errors import UnsupportedError, UsageError
 from respike.healing import Healing, Request, apply, heal, load_healing
 from respike.healing.config import Judging, Silence
 from respike.healing.judge import Judge, Verdict, is_better
-from respike.healing.objectives import Quiet
+from respike.healing.objectives import GOAL_WIDTH, Quiet
 from respike.healing.run import converted_folder, models, trainable
 from respike.loading import fast_decoder, load, load_decoder, load_tokenizer
 from respike.models.silence import SeenFiring, watch_firing
@@ -225,7 +225,7 @@ def test_a_step_adds_up_what_its_micro_batches_touched() -> None:
 
     quiet = Quiet(silent_frac=0.5, price_nats=4.0, share=0.25)
     prices = [float(quiet.price(Seen(touched))) for touched in (0.7, 0.4)]
-    assert prices == pytest.approx([0.2, 0.0])
+    assert prices == pytest.approx([0.25 * 4 * (0.2 - GOAL_WIDTH / 2), 0.0])
     assert quiet.skipped_frac == pytest.approx(0.25 * (0.3 + 0.6))
 
 

@@ -48,7 +48,7 @@ class Silence(Frozen):
 
     The share of the weights behind neurons that is to be skipped goes from ``first_frac`` to
     ``silent_frac`` in a straight line, and stays. The loss adds ``price_nats`` for each share
-    that is touched beyond it.
+    that is touched beyond it (and less for the first two hundredths).
     """
 
     silent_frac: Frac
@@ -59,7 +59,7 @@ class Silence(Frozen):
     """Share of the stage's steps after which all of it is asked."""
     price_nats: float = Field(default=5.0, ge=0, allow_inf_nan=False)
     """For all weights, in the unit of the stage's loss; more than what silence costs in KL."""
-    band_rate: Rate | None = 3e-3
+    band_rate: Rate | None = 1e-2
     """Peak learning rate of the neurons' silent bands, which are in units of the mean magnitude.
     null: they stay as they are."""
 

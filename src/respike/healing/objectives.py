@@ -55,6 +55,11 @@ class Carried:
         return Carried(self.student.at(first), self.teacher.at(first))
 
 
+GOAL_WIDTH = 0.02
+"""Excess over the share asked, beyond which all of the price is charged: in between what is charged
+finds what silence costs in KL, so that weights are not driven harder than that."""
+
+
 @dataclass
 class Quiet:
     """What a step asks of a spiking student's neurons, and what they did in it.
@@ -77,7 +82,8 @@ class Quiet:
         self.skipped_frac += self.share * (1 - float(touched.detach()))
         if not self.price_nats:
             return torch.zeros_like(touched)
-        return silence_loss(touched, self.silent_frac) * (self.price_nats * self.share)
+        excess = silence_loss(touched, self.silent_frac, GOAL_WIDTH)
+        return excess * (self.price_nats * self.share)
 
 
 def predicting(mask: Tensor) -> Tensor:

@@ -91,14 +91,20 @@ def watch_firing(decoder: Decoder) -> Iterator[SeenFiring]:
             neuron.remember(False)
 
 
-def silence_loss(touched_frac: Tensor, silent_frac: float) -> Tensor:
+def silence_loss(touched_frac: Tensor, silent_frac: float, width: float = 0.0) -> Tensor:
     """How much more is touched than a goal allows; 0 once the goal is reached.
 
     Args:
         touched_frac: From `SeenFiring.touched_frac`.
         silent_frac: Share of weights to be skipped, 0 to 1.
+        width: Excess over which the slope rises from 0 to 1, so that what is asked finds its own
+            price between them. 0: a corner.
     """
-    return (touched_frac - (1 - silent_frac)).clamp(min=0)
+    excess = (touched_frac - (1 - silent_frac)).clamp(min=0)
+    if not width:
+        return excess
+    inside = excess.clamp(max=width)
+    return inside.square() / (2 * width) + (excess - inside)
 
 
 def trainable_bands(decoder: Decoder) -> list[nn.Parameter]:

@@ -291,9 +291,8 @@ class _SpikingSeen(torch.autograd.Function):
             if d_fired is None:
                 into.copy_(d_part)
             else:
-                into.copy_(
-                    d_part.float().addcmul_(slope, part.float().sign(), value=float(d_fired))
-                )
+                signs = part.float().sign()
+                into.copy_(torch.addcmul(d_part.float(), slope, signs, value=float(d_fired)))
             if wants:
                 assert band is not None
                 near = slope if bool((limit >= half).all()) else _triangle(size, limit, edge)
