@@ -4,7 +4,8 @@
         -o benchmarks/results/spikes_frontier_SmolLM2-135M.json
 
 Decoding of one sequence, on one thread and on two. Ours: dense with each kind of weights, and by
-events at several silences (folders of `respike spikes`, kept in --work); llama.cpp with each of its
+events at several silences (folders of `respike spikes`, kept in --work), and folders trained
+towards silence (--trained); llama.cpp with each of its
 weights. Speed and KL of a row are of the same files, each measurement in a process of its own, the
 contenders taking turns. KL is to the file as it is dequantised, in float32, on the built-in text,
 with a 95 % interval over contexts. Bytes a token are those of weights that are read: by events what
@@ -89,6 +90,9 @@ def ours(model: Path, options: argparse.Namespace) -> list[Contender]:
                 spike(model, folder, goal, measure, rasters=False)
             name = f"events {weights}, {silent:.0%} aimed at"
             found.append(one(name, "events", folder, weights, "int8"))
+    for folder in options.trained:
+        weights = read_json(folder / "config.json")["spikes"]["weights"]
+        found.append(one(f"events {weights}, {folder.name}", "events", folder, weights, "int8"))
     return found
 
 
@@ -210,6 +214,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("benchmarks/data/spikes"))
     parser.add_argument("--silent", type=float, nargs="+", default=[0.0, 0.3, 0.5, 0.7])
     parser.add_argument("--weights", nargs="+", default=["int8", "int4"])
+    parser.add_argument(
+        "--trained", type=Path, nargs="*", default=[], help="folders of `respike heal` that spike"
+    )
     parser.add_argument("--budget", default="sensitivity")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

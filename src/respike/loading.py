@@ -112,8 +112,7 @@ def fast_decoder(
 ) -> Decoder:
     """`load_decoder`, packed for the native engine where that can run it; see `load`."""
     decoder = load_decoder(source, device=device, dtype=dtype, progress=progress)
-    spikes = source.config.spikes
-    if spikes and spikes.weights == "float":
+    if emulated(source.config):
         if weights != "stored":
             raise UnsupportedError(
                 f"weights {weights!r} with a model whose spikes are emulated with float weights",
@@ -121,6 +120,11 @@ def fast_decoder(
             )
         return decoder
     return pack_or_plain(decoder, weights)
+
+
+def emulated(config: ModelConfig) -> bool:
+    """Its neurons stand before float weights, which no engine runs."""
+    return config.spikes is not None and config.spikes.weights == "float"
 
 
 def pack_or_plain(decoder: Decoder, weights: str = "stored") -> Decoder:

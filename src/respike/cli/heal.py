@@ -24,7 +24,7 @@ from respike.cli.show import (
 @click.option(
     "--config",
     metavar="NAME|FILE",
-    help="Built-in course (default, quick, ...) or YAML file.",
+    help="Built-in course (default, quick, spikes, ...) or YAML file.",
 )
 @click.option(
     "--data",
@@ -60,7 +60,8 @@ from respike.cli.show import (
 def heal_command(model: str, out: str, **options: Any) -> None:
     """Train the converted MODEL to do what its original does; write the healed folder OUT.
 
-    The original is the source that MODEL was converted from. The course runs in bfloat16 on all
+    The original is the source that MODEL was converted from; of a MODEL that spikes, the same
+    without its neurons. The course runs in bfloat16 on all
     cores and can be interrupted at any moment: OUT.healing holds where it stands, and the same
     command goes on from there. `torchrun --nproc-per-node N -m respike heal ...` shares the work.
     """
@@ -121,18 +122,22 @@ def _text(report: dict[str, Any]) -> str:
         ]
     if "difference_bytes" in report:
         facts.append(("difference", human_bytes(report["difference_bytes"])))
+    verdicts = {name: v for name in ("start", "best") if (v := report.get(name)) is not None}
+    header = ["weights", "KL, nats", "nats added", "recall", "nats an answer token"]
     rows = [
-        (
+        [
             name,
             f"{v['kl_nats']:.4f}",
             f"{v['nats_added']:+.4f}",
             f"{100 * v['recall_frac']:.1f} %",
             f"{v['answer_nats']:.3f}",
-        )
-        for name in ("start", "best")
-        if (v := report.get(name)) is not None
+        ]
+        for name, v in verdicts.items()
     ]
-    header = ("weights", "KL, nats", "nats added", "recall", "nats an answer token")
+    if any(v["skipped_frac"] is not None for v in verdicts.values()):
+        header.append("skipped")
+        for row, v in zip(rows, verdicts.values(), strict=True):
+            row.append(f"{100 * v['skipped_frac']:.1f} %")
     return pairs(facts) + (f"\n\n{table(header, rows)}" if rows else "")
 
 

@@ -51,6 +51,13 @@ from respike.cli.show import (
     type=click.Choice(["int8", "int4", "float"]),
     help="How spiking layers run: by events, or emulated.  [default: int8; teal: float]",
 )
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Inputs that share a weight scale; scales are read even where most inputs are silent.",
+)
 @data_option("Text to calibrate and measure on")
 @number_option("--context-tokens", 512, "Length of a piece of text.", least=2)
 @number_option("--calibration-tokens", 2048, "Tokens to calibrate on.")
@@ -78,6 +85,7 @@ def spikes_command(model: str, out: str, **options: Any) -> int:
         silent_frac=options["silent"],
         kl_nats=options["kl"],
         budget=options["budget"],
+        group_size=int(options["group_size"]),  # type: ignore[arg-type]
     )
     measure = Measure(
         data=options["data"],

@@ -90,10 +90,11 @@ def _spikes(report: dict[str, Any]) -> str:
     if spikes is None:
         return ""
     total, far = spikes["total"], spikes["distance"]
+    trained = "trained through them" if "healing" in report else "not healed by training"
     silent, skipped = 100 * total["silent_frac"], 100 * total["skipped_frac"]
     return f"""
 
 Before every linear layer but the output head stand {spikes["neuron"]["neuron"]} neurons (`respike
-spikes`), not healed by training; {spikes["runs"]}. On {spikes["text"]["held_out_tokens"]:,} tokens
+spikes`), {trained}; {spikes["runs"]}. On {spikes["text"]["held_out_tokens"]:,} tokens
 they were not calibrated on, {silent:.1f} % of their inputs were silent, which skips {skipped:.1f} %
 of the weights behind them, at a KL of {far["kl_nats"]:.4f} nats a token to the source."""

@@ -17,6 +17,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Frac = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(gt=0, le=1 << 44)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Norm = Literal["input_layernorm", "post_attention_layernorm"]
 StageKind = Literal["transfer", "distil", "length", "finetune"]
 
 
@@ -42,6 +43,33 @@ class WindowDropout(Frozen):
     window_tokens: int = Field(default=64, ge=1)
 
 
+class Silence(Frozen):
+    """What a stage asks of the neurons of a model that spikes.
+
+    The share of the weights behind neurons that is to be skipped goes from ``first_frac`` to
+    ``silent_frac`` in a straight line, and stays. The loss adds ``price_nats`` for each share
+    that is touched beyond it (and less for the first two hundredths).
+    """
+
+    silent_frac: Frac
+    """Share of the weights that is to be skipped in the end."""
+    first_frac: Frac = 0.0
+    """At the stage's first step; what the model skips already is a good choice."""
+    ramp_frac: Frac = 0.5
+    """Share of the stage's steps after which all of it is asked."""
+    price_nats: float = Field(default=5.0, ge=0, allow_inf_nan=False)
+    """For all weights, in the unit of the stage's loss; more than what silence costs in KL."""
+    band_rate: Rate | None = 1e-2
+    """Peak learning rate of the neurons' silent bands, which are in units of the mean magnitude.
+    null: they stay as they are."""
+
+    def asked_frac(self, step: int, steps: int) -> float:
+        """What is to be skipped at a step of a stage."""
+        ramp = self.ramp_frac * steps
+        done = 1.0 if ramp <= 0 else min(1.0, step / ramp)
+        return self.first_frac + (self.silent_frac - self.first_frac) * done
+
+
 class Stage(Frozen):
     """One stretch of training with one objective.
 
@@ -61,11 +89,14 @@ class Stage(Frozen):
     least_document_tokens: int = Field(default=1, ge=1)
     """Shorter documents are left out: what fits the window teaches a memory nothing."""
     recall: RecallOptions = RecallOptions()
-    train: dict[Projection, Literal["full"] | Annotated[int, Field(ge=1, le=1024)]] = Field(
+    train: dict[Projection | Norm, Literal["full"] | Annotated[int, Field(ge=1, le=1024)]] = Field(
         default_factory=dict
     )
     """Source weights that are trained: all of a matrix, or a product of this rank beside it. What
-    conversion added is always trained."""
+    conversion added is always trained. Norms are trained in full; where neurons follow, they give
+    each channel a band of its own."""
+    silence: Silence | None = None
+    """Of models that spike; null asks nothing of their neurons and leaves their bands."""
     rate: Rate = 1e-4
     """Peak learning rate of the source's weights."""
     memory_rate: Rate = 1e-3
@@ -88,6 +119,11 @@ class Stage(Frozen):
             raise ValueError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
         if self.kind == "transfer" and self.train:
             raise ValueError("a transfer stage trains what conversion added, nothing of the source")
+        if self.kind == "transfer" and self.silence:
+            raise ValueError("a transfer stage runs no neurons, it cannot ask for silence")
+        for name, how in self.train.items():
+            if name.endswith("norm") and how != "full":
+                raise ValueError(f"{name} is a vector: train it in full")
         return self
 
 
@@ -101,6 +137,11 @@ class Judging(Frozen):
     trials: int = Field(default=16, ge=1)
     recall_slack_frac: Frac = 0.02
     """Weights whose recall is lower than at the start by more than this are not kept."""
+    silent_frac: Frac = 0.0
+    """Of models that spike: weights that skip less than this on the first contexts are kept only
+    until others do, or skip more."""
+    silence_contexts: int = Field(default=2, ge=1)
+    """Contexts on which that is measured."""
 
 
 class Healing(Frozen):
@@ -170,7 +211,8 @@ def load_healing(name: str, overrides: tuple[str, ...] = ()) -> Healing:
         where = ".".join(map(str, first["loc"]))
         message, hint = first["msg"], None
         if first["type"] == "extra_forbidden":
-            known = [*Healing.model_fields, *Stage.model_fields, *Judging.model_fields]
+            schemas = (Healing, Stage, Silence, Judging)
+            known = [name for schema in schemas for name in schema.model_fields]
             message = "no such key"
             hint = did_you_mean(str(first["loc"][-1]), known)
         raise UsageError(f"{name}: {where}: {message}", hint=hint) from None

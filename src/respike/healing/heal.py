@@ -13,13 +13,25 @@ from respike.conversion.execute import check_out, convert
 from respike.conversion.plan import plan_as_it_is
 from respike.errors import UsageError
 from respike.healing.config import Healing
-from respike.healing.run import Course, Request, Step, begin, converted_folder, run_leg
+from respike.healing.run import (
+    Course,
+    Request,
+    Step,
+    begin,
+    converted_folder,
+    original_of,
+    run_leg,
+)
 from respike.healing.weights import (
+    fast_copy,
     load_difference,
     merge,
     save_difference,
     source_fingerprint,
+    trained_spikes,
 )
+from respike.loading import fast_decoder, load_tokenizer
+from respike.spiking import recount
 
 DIFFERENCE = "difference.safetensors"
 
@@ -144,18 +156,17 @@ def _healed_folder(
     """The converted folder with other weights, and a report that says so."""
     source = converted_folder(request.model)
     before = read_json(source.path / "report.json")
-    weights = {name: source.read(name) for name in source.stored_as}
+    weights = merge({name: source.read(name) for name in source.stored_as}, trained)
+    plan = plan_as_it_is(source, trained_spikes(source.config.spikes, trained))
 
     def finish(folder: Path) -> dict[str, Any]:
         also(folder)
         names = ("source", "source_sha256", "calibration")
         kept: dict[str, Any] = {name: before[name] for name in names if name in before}
+        if plan.config.spikes is not None:
+            original = fast_decoder(original_of(source, request.original), dtype="bf16")
+            decoder = fast_copy(plan.config, {n: t.bfloat16() for n, t in weights.items()})
+            kept["spikes"] = recount(decoder, original, load_tokenizer(source))
         return kept | {"converted_fingerprint": before["fingerprint"], "healing": facts}
 
-    convert(
-        plan_as_it_is(source),
-        request.out,
-        force=request.force,
-        healed=merge(weights, trained),
-        also=finish,
-    )
+    convert(plan, request.out, force=request.force, healed=weights, also=finish)

@@ -13,6 +13,7 @@ from respike.evaluation import Reference, recall
 from respike.healing.config import Judging
 from respike.material import Vocabulary
 from respike.models.decoder import Decoder
+from respike.models.silence import watch_firing
 from respike.tasks import parse_task
 from respike.tokenizer import Tokenizer
 
@@ -30,6 +31,7 @@ class Verdict:
         recall_frac: Mean over tasks of the share that was right.
         answer_nats: Mean over tasks of the nats an answer token.
         tasks: By task: share right, nats an answer token.
+        skipped_frac: Of a model that spikes: share of the weights behind neurons that was skipped.
     """
 
     kl_nats: float
@@ -38,6 +40,7 @@ class Verdict:
     recall_frac: float
     answer_nats: float
     tasks: dict[str, Sequence[float]]
+    skipped_frac: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the log: what it reads back as."""
@@ -97,7 +100,18 @@ class Judge:
             recall_frac=sum(right for right, _ in tasks.values()) / count,
             answer_nats=sum(nats for _, nats in tasks.values()) / count,
             tasks=tasks,
+            skipped_frac=self._skipped_frac(decoder),
         )
+
+    @torch.no_grad()
+    def _skipped_frac(self, decoder: Decoder) -> float | None:
+        """What neurons leave out on the first contexts."""
+        if decoder.config.spikes is None:
+            return None
+        with watch_firing(decoder) as seen:
+            for tokens in self.contexts[: self.judging.silence_contexts]:
+                decoder.hidden(tokens[None].to(decoder.embedding.device))
+        return 1 - float(seen.touched_frac())
 
 
 def heldout_contexts(store: TokenStore, judging: Judging, heldout_frac: float) -> Tensor:
@@ -118,8 +132,19 @@ def heldout_contexts(store: TokenStore, judging: Judging, heldout_frac: float) -
     return torch.stack(rows)
 
 
-def is_better(new: Verdict, best: Verdict | None, start: Verdict, slack_frac: float) -> bool:
-    """Whether weights are to be kept instead of the best so far."""
-    if new.recall_frac < start.recall_frac - slack_frac:
+def is_better(new: Verdict, best: Verdict | None, start: Verdict, judging: Judging) -> bool:
+    """Whether weights are to be kept instead of the best so far.
+
+    Recall may not have suffered. Among those of a spiking model that skip what is asked the nearest
+    to the original is kept. A louder one is always nearer, so as long as none skips that much, the
+    most silent one is.
+    """
+    if new.recall_frac < start.recall_frac - judging.recall_slack_frac:
         return False
-    return best is None or new.kl_nats < best.kl_nats
+    if best is None:
+        return True
+    if new.skipped_frac is not None and best.skipped_frac is not None:
+        goal = judging.silent_frac
+        if min(new.skipped_frac, best.skipped_frac) < goal:
+            return new.skipped_frac > best.skipped_frac
+    return new.kl_nats < best.kl_nats

@@ -17,6 +17,7 @@ from respike.healing.config import Healing, Stage, WindowDropout
 from respike.healing.losses import relative_error, summed_kl, summed_nats
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
 from respike.models.decoder import Decoder
+from respike.models.silence import SeenFiring, silence_loss, watch_firing
 
 
 @dataclass
@@ -54,6 +55,37 @@ class Carried:
         return Carried(self.student.at(first), self.teacher.at(first))
 
 
+GOAL_WIDTH = 0.02
+"""Excess over the share asked, beyond which all of the price is charged: in between what is charged
+finds what silence costs in KL, so that weights are not driven harder than that."""
+
+
+@dataclass
+class Quiet:
+    """What a step asks of a spiking student's neurons, and what they did in it.
+
+    Attributes:
+        silent_frac: Share of the weights behind neurons to be skipped.
+        price_nats: For all of them, if they were touched beyond that.
+        share: Of the step that a micro-batch is.
+        skipped_frac: What was skipped so far, as a share of the whole step.
+    """
+
+    silent_frac: float
+    price_nats: float
+    share: float
+    skipped_frac: float = 0.0
+
+    def price(self, seen: SeenFiring) -> Tensor:
+        """What a micro-batch adds to the loss, ()."""
+        touched = seen.touched_frac()
+        self.skipped_frac += self.share * (1 - float(touched.detach()))
+        if not self.price_nats:
+            return torch.zeros_like(touched)
+        excess = silence_loss(touched, self.silent_frac, GOAL_WIDTH)
+        return excess * (self.price_nats * self.share)
+
+
 def predicting(mask: Tensor) -> Tensor:
     """Of tokens (B, T) to be predicted, the places whose logits predict them: one before each."""
     before = torch.roll(mask, -1, 1)
@@ -79,6 +111,7 @@ def distil(
     total: int,
     short: tuple[set[int], int],
     carried: Carried | None,
+    quiet: Quiet | None = None,
 ) -> float:
     """Share of the mean KL(original || student) over ``total`` chosen positions, nats.
 
@@ -89,6 +122,7 @@ def distil(
         total: Chosen positions of the whole step, on all processes.
         short: Layers whose window is short, and how short.
         carried: States to go on with; None starts each document afresh.
+        quiet: Of a student that spikes: its price joins the gradients, not what is returned.
     """
     parts = segments(batch)
     reference = teacher_hidden(
@@ -96,24 +130,38 @@ def distil(
     )
     with ExitStack() as stack:
         stack.enter_context(short_windows(pair.student, *short))
+        seen = None if quiet is None else stack.enter_context(watch_firing(pair.student))
         lanes = None if carried is None else carried.student
         hidden = Packed(pair.student, batch.tokens, parts, lanes).hidden()
         normed = pair.student.model.norm(hidden[chosen])
         with torch.no_grad():
             wanted = pair.teacher.model.norm(reference[chosen])
         loss = summed_kl(normed, pair.head, wanted, pair.teacher_head) / max(total, 1)
-        loss.backward()  # type: ignore[no-untyped-call]
+        _backward(loss, quiet, seen)
     return float(loss.detach())
 
 
-def finetune(pair: Pair, batch: Batch, total: int) -> float:
-    """Share of the mean negative log-likelihood of ``total`` tokens that count, nats."""
-    parts = segments(batch)
-    hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
-    counts = predicting(batch.loss_mask)
-    target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
-    loss = summed_nats(pair.student.model.norm(hidden[counts]), pair.head, target) / max(total, 1)
+def _backward(loss: Tensor, quiet: Quiet | None, seen: SeenFiring | None) -> None:
+    """Gradients of a loss, and of what firing costs where neurons were watched."""
+    if quiet is not None and seen is not None:
+        loss = loss + quiet.price(seen)
     loss.backward()  # type: ignore[no-untyped-call]
+
+
+def finetune(pair: Pair, batch: Batch, total: int, quiet: Quiet | None = None) -> float:
+    """Share of the mean negative log-likelihood of ``total`` tokens that count, nats.
+
+    ``quiet`` as for `distil`.
+    """
+    parts = segments(batch)
+    with ExitStack() as stack:
+        seen = None if quiet is None else stack.enter_context(watch_firing(pair.student))
+        hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
+        counts = predicting(batch.loss_mask)
+        target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
+        normed = pair.student.model.norm(hidden[counts])
+        loss = summed_nats(normed, pair.head, target) / max(total, 1)
+        _backward(loss, quiet, seen)
     return float(loss.detach())
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from respike.healing.config import Stage
-from respike.healing.trainable import Trained
+from respike.healing.trainable import Kind, Trained
 
 BETAS = (0.9, 0.95)
 
@@ -33,9 +33,12 @@ class Optimiser:
 
     def __init__(self, trained: Sequence[Trained], stage: Stage, clip: float) -> None:
         self.trained, self.stage, self.clip = list(trained), stage, clip
+        rates: dict[Kind, float] = {"new": stage.memory_rate, "source": stage.rate}
+        if stage.silence and stage.silence.band_rate is not None:
+            rates["band"] = stage.silence.band_rate
         groups = [
-            {"params": [t.master for t in self.trained if t.new is new], "peak": peak, "lr": peak}
-            for new, peak in ((True, stage.memory_rate), (False, stage.rate))
+            {"params": [t.master for t in self.trained if t.kind == kind], "peak": peak, "lr": peak}
+            for kind, peak in rates.items()
         ]
         self.adam = torch.optim.AdamW(
             [group for group in groups if group["params"]], betas=BETAS, weight_decay=0.0

@@ -1,4 +1,7 @@
-"""A picture of a course: loss, KL on held-out text, recall, and speed against tokens."""
+"""A picture of a course: loss, KL on held-out text, recall, and speed against tokens.
+
+Of a model that spikes also the share of the weights behind neurons that is skipped.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +24,14 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """
     steps = [line for line in lines if line["kind"] == "step"]
     verdicts = [line for line in lines if line["kind"] == "verdict"]
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    spikes = any("skipped_frac" in line for line in steps)
+    columns = 5 if spikes else 4
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(3.75 * columns, 3.6), layout="constrained", squeeze=False
+    )
+    axes = axes[0]
+    if spikes:
+        _silence(axes[4], steps, verdicts)
     for stage in dict.fromkeys(line["stage"] for line in steps):
         mine = [line for line in steps if line["stage"] == stage]
         x = [line["tokens"] / 1e6 for line in mine]
@@ -49,6 +59,20 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("million tokens of training")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _silence(axis: Any, steps: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> None:
+    """What was asked, what the steps skipped, and what was measured."""
+    mine = [line for line in steps if "skipped_frac" in line]
+    x = [line["tokens"] / 1e6 for line in mine]
+    axis.plot(x, [line["asked_frac"] for line in mine], "k--", label="asked")
+    axis.plot(x, [line["skipped_frac"] for line in mine], lw=0.8, label="training")
+    measured = [v for v in verdicts if v.get("skipped_frac") is not None]
+    x = [v["tokens"] / 1e6 for v in measured]
+    axis.plot(x, [v["skipped_frac"] for v in measured], "o-", ms=3, label="held out")
+    axis.set_ylim(0, 1)
+    axis.legend(fontsize=7)
+    axis.set_title("weights skipped behind neurons, share", size=9)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from respike.checkpoint import Folder, fingerprint, open_checkpoint, read_json
-from respike.config import full_layers
+from respike.config import ModelConfig, SpikeConfig, full_layers
 from respike.data import TokenStore, prepare
 from respike.errors import UnsupportedError, UsageError
 from respike.healing.checkpoint import load_checkpoint, save_checkpoint
@@ -27,7 +27,7 @@ from respike.healing.parallel import World, join_world
 from respike.healing.trainable import prepare as prepare_student
 from respike.healing.trainable import shut_gates
 from respike.healing.trainer import CHECKPOINT_STEPS, Trainer
-from respike.healing.weights import fast_copy, merge, plain_weights
+from respike.healing.weights import fast_copy, merge, plain_weights, trained_spikes
 from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer, pack_or_plain
 from respike.tokenizer import Tokenizer
 
@@ -66,27 +66,24 @@ class Course:
     log: Log
     folder: Path
     identity: dict[str, Any]
+    spikes: SpikeConfig | None = None
+    """The model's neurons as it stores them."""
     start: Verdict | None = None
     best: Verdict | None = None
     best_tensors: dict[str, Tensor] | None = None
     judged_tokens: int = 0
 
 
-class Converted(Weights):
-    """The source that a converted folder was made from, read out of the folder.
+class Reading(Weights):
+    """A folder's tensors under another config, which names no others."""
 
-    Conversion copies every tensor of the source, so the original is the same weights with full
-    softmax everywhere.
-    """
-
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, **changes: Any) -> None:
         self._folder = folder
-        layers = full_layers(folder.config.num_hidden_layers, folder.config.num_key_value_heads)
-        self._config = folder.config.model_copy(update={"layers": layers, "spikes": None})
+        self._config = folder.config.model_copy(update=changes)
 
     @property
-    def config(self) -> Any:
-        """Shapes of the source."""
+    def config(self) -> ModelConfig:
+        """As changed."""
         return self._config
 
     @property
@@ -100,21 +97,37 @@ class Converted(Weights):
 
 
 def original_of(folder: Folder, original: str | Path | None) -> Weights:
-    """The model to learn from: the one named, or the source inside a converted folder.
+    """The model to learn from: the one named, or the one inside a folder.
+
+    Inside a spiking folder it is the same weights and mixers without neurons: what training is to
+    give back is what silence took, and nothing else. Inside a converted one it is the source: every
+    tensor of it was copied, so it is the same weights with full softmax everywhere.
 
     Raises:
-        UnsupportedError: None is named, and the folder's source cannot be told from it.
+        UnsupportedError: None is named, and what the folder was made of cannot be told from it.
     """
     if original is not None:
         return open_checkpoint(original)
     report = read_json(folder.path / "report.json")
-    changed = "healing" in report or "spikes" in report
-    if changed or report["source"]["family"] not in ("llama", "qwen2", "qwen3"):
+    spikes = folder.config.spikes is not None
+    changed = "healing" in report or (not spikes and "spikes" in report)
+    if changed or (not spikes and report["source"]["family"] not in ("llama", "qwen2", "qwen3")):
         raise UnsupportedError(
             f"{folder.path}: its weights are not its source's any more",
             hint="name the model it was made from with --original",
         )
-    return Converted(folder)
+    if spikes:
+        return Reading(folder, spikes=None)
+    layers = full_layers(folder.config.num_hidden_layers, folder.config.num_key_value_heads)
+    return Reading(folder, layers=layers)
+
+
+def trainable(folder: Folder) -> Weights:
+    """A folder to be trained: where neurons stand before integers, before floats instead."""
+    spikes = folder.config.spikes
+    if spikes is None:
+        return folder
+    return Reading(folder, spikes=spikes.model_copy(update={"weights": "float"}))
 
 
 def models(folder: Folder, original: str | Path | None, healing: Healing) -> Pair:
@@ -125,7 +138,8 @@ def models(folder: Folder, original: str | Path | None, healing: Healing) -> Pai
             f"the original has {source.config.vocab_size} tokens in its vocabulary, "
             f"{folder.path} has {folder.config.vocab_size}"
         )
-    student = load_decoder(folder, dtype=healing.compute)
+    _check_silence(folder, healing)
+    student = load_decoder(trainable(folder), dtype=healing.compute)
     prepare_student(student, healing)
     layerwise = load_decoder(source, dtype=healing.compute)
     head = layerwise.lm_head
@@ -133,6 +147,27 @@ def models(folder: Folder, original: str | Path | None, healing: Healing) -> Pai
     assert isinstance(weight, Tensor)
     teacher = pack_or_plain(load_decoder(source, dtype=healing.compute))
     return Pair(student, layerwise, teacher, weight)
+
+
+def _check_silence(folder: Folder, healing: Healing) -> None:
+    """Refuse a course that asks neurons for what they cannot do."""
+    spikes, asks = folder.config.spikes, [s.silence for s in healing.stages if s.silence]
+    if spikes is None:
+        if asks or healing.judge.silent_frac:
+            raise UsageError(
+                f"{folder.path}: nothing spikes there, and {healing.name} asks for silence",
+                hint="put neurons in first: respike spikes MODEL OUT --silent 0.5",
+            )
+        return
+    if spikes.neuron == "teal":
+        raise UnsupportedError(f"{folder.path}: teal has no neurons to train through")
+    trains = any(ask.band_rate is not None for ask in asks)
+    if trains and (spikes.neuron != "dead-zone" or spikes.by_channel):
+        what = "bands by channel" if spikes.by_channel else f"no bands ({spikes.neuron})"
+        raise UnsupportedError(
+            f"{folder.path}: its neurons have {what}, which a course cannot train",
+            hint="leave them with --set stages.0.silence.band_rate=null",
+        )
 
 
 def converted_folder(model: Path) -> Folder:
@@ -165,6 +200,11 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
     """
     folder = converted_folder(request.model)
     world = join_world()
+    if world.size > 1 and folder.config.spikes:
+        raise UnsupportedError(
+            f"{request.model}: training a model that spikes in {world.size} processes",
+            hint="run it in one, without torchrun",
+        )
     work = request.out.with_name(request.out.name + ".healing")
     tokenizer = load_tokenizer(folder)
     if progress:
@@ -181,7 +221,8 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
         progress(0, 1, "loading the models")
     trainer = Trainer(models(folder, request.original, healing), healing, store, tokenizer, world)
     judge = Judge(trainer.pair.teacher, store, tokenizer, healing.judge, healing.heldout_frac)
-    course = Course(trainer, judge, Log(work / "log.jsonl", world.first), work, identity)
+    log = Log(work / "log.jsonl", world.first)
+    course = Course(trainer, judge, log, work, identity, folder.config.spikes)
     _take_up(course)
     if course.start is None:
         if progress:
@@ -277,10 +318,11 @@ def _judge(course: Course, progress: Step | None) -> None:
     found = trainer.average.tensors() | shut_gates(student, trainer.healing)
     trained = {name: world.full(tensor) for name, tensor in found.items()}
     weights = merge(plain_weights(student, world), trained)
-    verdict = course.judge.measure(fast_copy(student, weights))
+    spikes = trained_spikes(course.spikes, trained)
+    config = student.config.model_copy(update={"spikes": spikes})
+    verdict = course.judge.measure(fast_copy(config, weights))
     assert course.start is not None
-    slack = trainer.healing.judge.recall_slack_frac
-    kept = is_better(verdict, course.best, course.start, slack)
+    kept = is_better(verdict, course.best, course.start, trainer.healing.judge)
     if kept:
         course.best = verdict
         course.best_tensors = {n: t.to(torch.bfloat16) for n, t in trained.items()}

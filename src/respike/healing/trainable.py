@@ -18,6 +18,8 @@ from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank
 from respike.models.decoder import Decoder
 
+Kind = Literal["new", "source", "band"]
+
 OPENED_BETA = -10.0
 """What a shut head's beta begins at: it adds next to nothing, and can learn."""
 
@@ -30,13 +32,13 @@ class Trained:
         name: In the decoder.
         tensor: What the model runs on.
         master: Its exact value, float32.
-        new: Conversion added it.
+        kind: Conversion added it; it is the source's; it is a neuron's silent band.
     """
 
     name: str
     tensor: nn.Parameter
     master: nn.Parameter
-    new: bool
+    kind: Kind
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -62,6 +64,7 @@ def prepare(decoder: Decoder, healing: Healing) -> None:
     for place, (projection, how) in enumerate(sorted(_choices(healing).items())):
         if how == "full":
             continue
+        assert not projection.endswith("norm")
         for index, layer in enumerate(decoder.layers):
             parent = layer.mlp if hasattr(layer.mlp, projection) else layer.self_attn
             seed = healing.seed * 100_003 + index * 64 + place
@@ -91,29 +94,37 @@ def _choices(healing: Healing) -> dict[str, Literal["full"] | int]:
 
 def all_trained(decoder: Decoder, healing: Healing) -> list[Trained]:
     """Every tensor that some stage trains, in a fixed order."""
-    names: dict[str, bool] = {}
+    names: dict[str, Kind] = {}
     for stage in healing.stages:
         names |= dict(trained_names(decoder, healing, stage))
     parameters = dict(decoder.named_parameters())
     return [
-        Trained(name, parameters[name], nn.Parameter(parameters[name].detach().float()), new)
-        for name, new in names.items()
+        Trained(name, parameters[name], nn.Parameter(_master_of(parameters[name])), kind)
+        for name, kind in names.items()
     ]
 
 
-def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[tuple[str, bool]]:
-    """Names of what a stage trains, and whether conversion added it."""
+def _master_of(parameter: Tensor) -> Tensor:
+    """A copy of its own, also of what is float32 already."""
+    return parameter.detach().to(torch.float32, copy=True)
+
+
+def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[tuple[str, Kind]]:
+    """Names of what a stage trains, and what kind each is of."""
     for name, _ in decoder.named_parameters():
         if mixer_of(decoder.config, name) is not None:
             if healing.memory == "on":
-                yield name, True
+                yield name, "new"
             continue
         *_, projection, leaf = name.split(".")
-        if leaf in ("down", "up"):
+        if leaf == "band":
+            if stage.silence and stage.silence.band_rate is not None:
+                yield name, "band"
+        elif leaf in ("down", "up"):
             if projection in stage.train:
-                yield name, False
+                yield name, "source"
         elif stage.train.get(projection) == "full":  # type: ignore[call-overload]
-            yield name, False
+            yield name, "source"
 
 
 def shut_gates(decoder: Decoder, healing: Healing) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from respike.healing.config import Healing, Stage
 from respike.healing.objectives import (
     Carried,
     Pair,
+    Quiet,
     choose_positions,
     distil,
     finetune,
@@ -75,6 +76,7 @@ class Trainer:
         self.trained = all_trained(pair.student, healing)
         self.average = Average(self.trained, healing.ema_decay)
         self.where = Where()
+        self.spikes = pair.student.config.spikes is not None
         self.begin_stage()
 
     def begin_stage(self, cursor: Mapping[str, Any] | None = None) -> None:
@@ -135,7 +137,8 @@ class Trainer:
         begun = time.perf_counter()
         where, stage = self.where, self.stage
         batch = next(self.loader)
-        loss = self._gradients(batch)
+        quiet = self._quiet()
+        loss = self._gradients(batch, quiet)
         norm = self.optimiser.step(where.step, stage.steps)
         self.average.update()
         seconds = time.perf_counter() - begun
@@ -152,12 +155,24 @@ class Trainer:
             "gradient_norm": norm,
             "tokens_per_second": tokens / seconds,
         }
+        if quiet is not None:
+            line["skipped_frac"], line["asked_frac"] = quiet.skipped_frac, quiet.silent_frac
         if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
             where.stage, where.step = where.stage + 1, 0
             self.begin_stage()
         return line
 
-    def _gradients(self, batch: Batch) -> float:
+    def _quiet(self) -> Quiet | None:
+        """What this step asks of neurons; None where there are none, or where none run."""
+        stage, ask = self.stage, self.stage.silence
+        if not self.spikes or stage.kind == "transfer":
+            return None
+        share = stage.micro_rows / stage.rows
+        if ask is None:
+            return Quiet(0.0, 0.0, share)
+        return Quiet(ask.asked_frac(self.where.step, stage.steps), ask.price_nats, share)
+
+    def _gradients(self, batch: Batch, quiet: Quiet | None) -> float:
         """The whole step's loss and gradients, micro-batch by micro-batch, over all processes."""
         stage, where, healing = self.stage, self.where, self.healing
         key = f"positions {healing.seed}/{where.stage}/{where.step}"
@@ -174,7 +189,7 @@ class Trainer:
             if stage.kind == "transfer":
                 loss += transfer(self.pair, micro, stage.micro_rows / stage.rows)
             elif stage.kind == "finetune":
-                loss += finetune(self.pair, micro, total)
+                loss += finetune(self.pair, micro, total, quiet)
             else:
                 some = chosen[first + begin : first + begin + stage.micro_rows]
                 short = short_layers(
@@ -182,7 +197,7 @@ class Trainer:
                     stage.steps, number,
                 )  # fmt: skip
                 lanes = None if self.carried is None else self.carried.at(begin)
-                loss += distil(self.pair, micro, some, total, short, lanes)
+                loss += distil(self.pair, micro, some, total, short, lanes, quiet)
             for tensor in self.optimiser.trained:
                 tensor.collect(world.size)  # FSDP averages over processes; losses are shares
         return world.total(loss)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from respike.checkpoint import Folder
 from respike.checkpoint.families import mixer_of
+from respike.config import ModelConfig, SpikeConfig
 from respike.errors import DataError
 from respike.healing.parallel import World
 from respike.layers.low_rank import merged
-from respike.loading import pack_or_plain
+from respike.loading import emulated, pack_or_plain
 from respike.models.decoder import Decoder
+from respike.models.silence import BAND, with_bands
+from respike.models.spiking import install_spikes
 
 FORMAT = "respike-difference"
 VERSION = "1"
@@ -52,16 +55,26 @@ def plain_weights(student: Decoder, world: World) -> dict[str, Tensor]:
     return {
         name.replace("_proj.base.", "_proj."): world.full(tensor.detach())
         for name, tensor in student.named_parameters()
-        if not name.endswith(FACTORS)
+        if not name.endswith(FACTORS) and not BAND.fullmatch(name)
     }
 
 
-def fast_copy(student: Decoder, weights: Mapping[str, Tensor]) -> Decoder:
-    """A decoder with other weights that runs as fast as this machine can."""
+def trained_spikes(spikes: SpikeConfig | None, trained: Mapping[str, Tensor]) -> SpikeConfig | None:
+    """A model's neurons with the bands that were trained, rounded as a difference stores them."""
+    if spikes is None:
+        return None
+    return with_bands(spikes, {name: tensor.to(torch.bfloat16) for name, tensor in trained.items()})
+
+
+def fast_copy(config: ModelConfig, weights: Mapping[str, Tensor]) -> Decoder:
+    """A decoder of some weights that runs as fast as this machine can, as a loaded folder would."""
     with torch.device("meta"):
-        decoder = Decoder(student.config)
+        decoder = Decoder(config)
     decoder.load_state_dict({n: t.clone() for n, t in weights.items()}, strict=True, assign=True)
-    return pack_or_plain(decoder.requires_grad_(False).eval())
+    if config.spikes:
+        install_spikes(decoder, config.spikes)
+    decoder.requires_grad_(False).eval()
+    return decoder if emulated(config) else pack_or_plain(decoder)
 
 
 def source_fingerprint(folder: Folder) -> str:

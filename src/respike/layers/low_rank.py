@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from respike.layers.spikes import Neuron, SpikedLinear
+
 
 class LowRank(nn.Module):
     """``base(x) + up (down x)``; ``up`` begins at zero, so it begins as ``base``.
+
+    Where ``base`` stands behind a neuron, all of it does.
 
     Args:
         base: The layer as it is; frozen.
@@ -26,9 +30,26 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(down.to(base.weight))
         self.up = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
 
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.base.out_features
+
+    @property
+    def neuron(self) -> Neuron | None:
+        """What stands in front of ``base``."""
+        return self.base.neuron if isinstance(self.base, SpikedLinear) else None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        out: Tensor = self.base(x)
+        if isinstance(self.base, SpikedLinear):
+            x = self.base.heard(x)
+        out = linear(x, self.base.weight, self.base.bias)
         return out + linear(linear(x, self.down), self.up)
 
 

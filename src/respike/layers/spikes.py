@@ -17,6 +17,7 @@ from respike.ops.spikes import (
     mean_magnitude,
     silenced,
     spiking,
+    spiking_seen,
 )
 
 Step = Literal["mean", "absmax", "none"]
@@ -40,6 +41,9 @@ class Neuron(nn.Module):
         if step == "none" and band is None:
             raise ValueError("neither threshold nor band: nothing would ever be silent")
         self.step, self.k = step, k
+        self.remembers = False
+        """While True, layers that share an input share what the neurons make of it."""
+        self._held: tuple[Tensor, Tensor, Tensor] | None = None
         self.band = None if band is None else nn.Parameter(band.detach().float())
 
     def _threshold(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -68,6 +72,8 @@ class Neuron(nn.Module):
         if self.step == "none":
             assert self.band is not None
             return silenced(x, self.band)
+        if self.remembers:
+            return self.seen(x)[0]
         return spiking(x, *self._threshold(x))
 
     def firing(self, x: Tensor) -> Tensor:
@@ -79,6 +85,25 @@ class Neuron(nn.Module):
         if self.step == "none":
             raise ValueError("TEAL keeps magnitudes, it does not fire")
         return firing(x, *self._threshold(x))
+
+    def seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the spikes stand for, as `forward`, and how many fired, (), float32; differentiable.
+
+        Raises:
+            ValueError: This is the rival, which does not fire.
+        """
+        if self.step == "none":
+            raise ValueError("TEAL keeps magnitudes, it does not fire")
+        if self._held is None or self._held[0] is not x:
+            found = spiking_seen(x, self.step, self.k, self.band)
+            if not self.remembers:
+                return found
+            self._held = (x, *found)
+        return self._held[1:]
+
+    def remember(self, whether: bool) -> None:
+        """Begin or end to share, see ``remembers``; what is held is forgotten."""
+        self.remembers, self._held = whether, None
 
     def extra_repr(self) -> str:
         """What `print` shows in the parentheses."""
@@ -97,9 +122,13 @@ class SpikedLinear(nn.Linear):
         self.heeds_neuron = True
         """False lets inputs pass as they are: what is this neuron worth?"""
 
+    def heard(self, x: Tensor) -> Tensor:
+        """What the neuron lets through."""
+        return self.neuron(x) if self.heeds_neuron else x
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        return linear(self.neuron(x) if self.heeds_neuron else x, self.weight, self.bias)
+        return linear(self.heard(x), self.weight, self.bias)
 
 
 class SpikeLinear(PackedLinear):

@@ -10,12 +10,13 @@ In a training loop, on a decoder with float weights that spikes (`install_spikes
     ...
     config = config_of(decoder, config)                # what the bands have become
 
-Gradients reach inputs and weights straight through the neurons, the bands by a surrogate, see
-`respike.ops.spikes`. Of layers whose activations are computed twice (checkpointing), watch the
-first pass only: what is seen is added up.
+`respike.healing` is such a loop. Gradients reach inputs and weights straight through the neurons,
+the bands by a surrogate, see `respike.ops.spikes`. Of layers whose activations are computed twice
+(checkpointing), watch the first pass only: what is seen is added up.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -23,8 +24,12 @@ from torch import Tensor, nn
 
 from respike.config import SpikeBands, SpikeConfig
 from respike.errors import UnsupportedError
+from respike.layers.low_rank import LowRank
 from respike.models.decoder import Decoder
-from respike.models.spiking import SITES, Site, spike_sites, watch_sites
+from respike.models.spiking import SITES, Site, SiteName, spike_sites, watch_sites
+
+BAND = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+?)(?:\.base)?\.neuron\.band")
+"""A band's name among a decoder's parameters: layer, first linear layer of its site."""
 
 
 class SeenFiring:
@@ -40,7 +45,8 @@ class SeenFiring:
         neuron = self.sites[index].neuron
         if neuron is None:
             return
-        fired = neuron.firing(x).sum()
+        known = neuron.remembers
+        fired = neuron.seen(x)[1] if known else neuron.fire(x)[0].count_nonzero().float()
         self._fired[index] = self._fired[index] + fired if index in self._fired else fired
         self._inputs[index] = self._inputs.get(index, 0) + x.numel()
 
@@ -64,20 +70,41 @@ class SeenFiring:
 
 @contextmanager
 def watch_firing(decoder: Decoder) -> Iterator[SeenFiring]:
-    """See what neurons do in the block, gradients included."""
+    """See what neurons do in the block, gradients included; none where weights are integers.
+
+    Layers behind the same neurons share what these make of an input: a training step is faster here
+    than outside.
+    """
     seen = SeenFiring(list(spike_sites(decoder)))
-    with watch_sites(decoder, seen.add):
-        yield seen
+    neurons = [
+        site.neuron
+        for site in seen.sites
+        if site.neuron is not None and isinstance(site.linears[0], nn.Linear | LowRank)
+    ]
+    try:
+        for neuron in neurons:
+            neuron.remember(True)
+        with watch_sites(decoder, seen.add):
+            yield seen
+    finally:
+        for neuron in neurons:
+            neuron.remember(False)
 
 
-def silence_loss(touched_frac: Tensor, silent_frac: float) -> Tensor:
+def silence_loss(touched_frac: Tensor, silent_frac: float, width: float = 0.0) -> Tensor:
     """How much more is touched than a goal allows; 0 once the goal is reached.
 
     Args:
         touched_frac: From `SeenFiring.touched_frac`.
         silent_frac: Share of weights to be skipped, 0 to 1.
+        width: Excess over which the slope rises from 0 to 1, so that what is asked finds its own
+            price between them. 0: a corner.
     """
-    return (touched_frac - (1 - silent_frac)).clamp(min=0)
+    excess = (touched_frac - (1 - silent_frac)).clamp(min=0)
+    if not width:
+        return excess
+    inside = excess.clamp(max=width)
+    return inside.square() / (2 * width) + (excess - inside)
 
 
 def trainable_bands(decoder: Decoder) -> list[nn.Parameter]:
@@ -91,7 +118,7 @@ def trainable_bands(decoder: Decoder) -> list[nn.Parameter]:
     for site in spike_sites(decoder):
         if site.neuron is None or site.neuron.band is None:
             continue
-        if not isinstance(site.linears[0], nn.Linear):
+        if not isinstance(site.linears[0], nn.Linear | LowRank):
             raise UnsupportedError(
                 "training behind integer weights", hint="install spikes with weights float"
             )
@@ -111,10 +138,21 @@ def config_of(decoder: Decoder, config: SpikeConfig) -> SpikeConfig:
         decoder: With neurons that `trainable_bands` takes.
         config: What they were installed from.
     """
+    return with_bands(config, {n: p for n, p in decoder.named_parameters() if BAND.fullmatch(n)})
+
+
+def with_bands(config: SpikeConfig, trained: Mapping[str, Tensor]) -> SpikeConfig:
+    """``config`` with the bands among some tensors.
+
+    Args:
+        config: Of neurons with one band a site.
+        trained: Tensors by a decoder's names; those that are no bands are left alone.
+    """
+    names: dict[str, SiteName] = {paths[0]: name for name, paths in SITES.items()}
     rows: list[dict[str, float | None]] = [layer.model_dump() for layer in config.layers]
-    for site in spike_sites(decoder):
-        if site.neuron is not None and site.neuron.band is not None:
-            (band,) = site.neuron.band.tolist()
-            rows[site.layer][site.name] = max(0.0, band)
+    for name, tensor in trained.items():
+        if (found := BAND.fullmatch(name)) is not None:
+            (band,) = tensor.float().tolist()
+            rows[int(found[1])][names[found[2]]] = max(0.0, band)
     assert all(set(row) == set(SITES) for row in rows)
     return config.model_copy(update={"layers": tuple(map(SpikeBands.model_validate, rows))})

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from respike.config import SpikeConfig
 from respike.errors import UnsupportedError
 from respike.layers.linear import PackedLinear
+from respike.layers.low_rank import LowRank
 from respike.layers.mlp import GatedMLP
 from respike.layers.spikes import Neuron, SpikedLinear, SpikeLinear, Step
 from respike.models.decoder import Decoder
@@ -40,7 +41,7 @@ class Site:
 
     layer: int
     name: SiteName
-    linears: tuple[nn.Linear | PackedLinear, ...]
+    linears: tuple[nn.Linear | PackedLinear | LowRank, ...]
 
     @property
     def in_features(self) -> int:

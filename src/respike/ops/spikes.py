@@ -245,6 +245,98 @@ def firing(
     return _Firing.apply(x, edge)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _SpikingSeen(torch.autograd.Function):
+    """`spiking` and the sum of `firing` in one pass, a block of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Step, k: float, band: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*((x,) if band is None else (x, band)))
+        ctx.step, ctx.k = step, k
+        rows, out = x.flatten(0, -2), torch.empty_like(x)
+        fired = torch.zeros((), dtype=torch.int64, device=x.device)
+        for part, into in zip(_blocks(rows), _blocks(out.view(rows.shape)), strict=True):
+            counts, threshold = fire(part, step, k, band)
+            fired += counts.count_nonzero()
+            torch.mul(counts, threshold, out=into)
+        return out, fired.float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_out: Tensor | None, d_fired: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, *bands = ctx.saved_tensors
+        band = bands[0] if bands else None
+        if d_out is None:
+            d_out = torch.zeros_like(x)
+        wants = ctx.needs_input_grad[3]
+        if d_fired is None and not wants:
+            return d_out, None, None, None
+        rows, d_x = x.flatten(0, -2), torch.empty_like(x)
+        d_rows = d_out.reshape(rows.shape)
+        d_band = torch.zeros(()) if band is None else torch.zeros_like(band)
+        parts = zip(_blocks(rows), _blocks(d_rows), _blocks(d_x.view(rows.shape)), strict=True)
+        for part, d_part, into in parts:
+            size = part.float().abs()
+            mean = size.mean(-1, keepdim=True)
+            if ctx.step == "mean":
+                half = (mean / ctx.k).clamp_(min=LEAST_ADAPTIVE_STEP).div_(2)
+            else:
+                half = size.amax(-1, keepdim=True).div_(2 * ABSMAX_COUNT)
+            limit = half if band is None else band * mean
+            edge = torch.maximum(limit, half).clamp_(min=torch.finfo(torch.float32).tiny)
+            slope = _triangle(size, edge, edge)
+            if d_fired is None:
+                into.copy_(d_part)
+            else:
+                signs = part.float().sign()
+                into.copy_(torch.addcmul(d_part.float(), slope, signs, value=float(d_fired)))
+            if wants:
+                assert band is not None
+                near = slope if bool((limit >= half).all()) else _triangle(size, limit, edge)
+                down = near.mul(d_part).mul_(part)
+                if d_fired is not None:
+                    down.add_(slope.mul_(limit > half), alpha=float(d_fired))
+                d_band -= down.mul_(mean).sum_to_size(band.shape)
+        return d_x, None, None, d_band if wants else None
+
+
+BLOCK_NUMBERS = 1 << 16
+"""Numbers worked on at a time where neurons are trained: what is between stays in the cache."""
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    """A matrix in blocks of rows."""
+    return torch.split(rows, max(1, BLOCK_NUMBERS // max(1, rows.shape[1])))
+
+
+def _triangle(size: Tensor, centre: Tensor, reach: Tensor) -> Tensor:
+    """Height at ``size`` of a triangle of area 1 around ``centre``; a new tensor."""
+    return (size - centre).abs_().div_(reach).neg_().add_(1).clamp_(min=0).div_(reach)
+
+
+def spiking_seen(
+    x: Float[Tensor, "*rows I"], step: Step, k: float, band: Float[Tensor, "*band"] | None = None
+) -> tuple[Float[Tensor, "*rows I"], Float[Tensor, ""]]:
+    """What the spikes of `fire` stand for, as `spiking`, and how many inputs fired, as `firing`.
+
+    Both with the gradients told there, from one pass: training is bound by memory here. In those
+    gradients the mean magnitude is added up in torch's order.
+
+    Args:
+        x: As for `fire`.
+        step: As there.
+        k: As there.
+        band: As there; differentiable.
+
+    Returns:
+        Values in the dtype of ``x``, and the number that fired, float32.
+    """
+    return _SpikingSeen.apply(x, step, k, band)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def silenced(x: Float[Tensor, "*rows I"], band: Float[Tensor, "*band"]) -> Float[Tensor, "*rows I"]:
     """``x`` with zeros where it is smaller than ``band``: no neuron, the rival.
 

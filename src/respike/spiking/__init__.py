@@ -2,6 +2,6 @@
 
 from respike.spiking.calibrate import Goal, calibrate
 from respike.spiking.census import Census
-from respike.spiking.execute import Measure, spike
+from respike.spiking.execute import Measure, recount, spike
 
-__all__ = ["Census", "Goal", "Measure", "calibrate", "spike"]
+__all__ = ["Census", "Goal", "Measure", "calibrate", "recount", "spike"]

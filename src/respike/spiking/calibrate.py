@@ -46,7 +46,8 @@ class Goal:
     """What is asked of `calibrate`.
 
     Attributes:
-        neuron: As `respike.config.SpikeConfig` has it; so are step, k, by_channel and weights.
+        neuron: As `respike.config.SpikeConfig` has it; so are step, k, by_channel, weights
+            and group_size.
         silent_frac: Share of the weights of spiking layers to be skipped. None: see kl_nats.
         kl_nats: KL to the original on the calibration text, at most. Both None: the neuron's own.
         budget: How silence is shared out.
@@ -60,6 +61,7 @@ class Goal:
     silent_frac: float | None = None
     kl_nats: float | None = None
     budget: Literal["uniform", "sensitivity"] = "sensitivity"
+    group_size: Literal[32, 64, 128] = 32
 
     def check(self) -> None:
         """Raises UsageError if the neuron cannot do what is asked."""
@@ -92,6 +94,7 @@ class Goal:
             k=self.k,
             by_channel=self.by_channel,
             weights=self.weights,
+            group_size=self.group_size,
             layers=tuple(SpikeBands(qkv=a, o=b, mlp=c, down=d) for a, b, c, d in rows),
         )
 

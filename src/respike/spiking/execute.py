@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from respike.checkpoint import open_checkpoint
+from respike.config import SpikeConfig
 from respike.conversion import check_out, convert
 from respike.conversion.plan import plan_as_it_is
 from respike.device import dtype_name
@@ -94,23 +95,12 @@ def spike(
     reference = Reference(decoder, held, lambda i, n: tell("original", i, n))
     config, facts = calibrate(decoder, fit, goal, lambda i, n: tell("probing sites", i, n))
     install_spikes(decoder, config)
-    census = Census(decoder)
-    with census.watching():
-        distance = reference.compare(decoder, lambda i, n: tell("spiking", i, n))
-    figures = census.figures()
-    total = figures["total"]
     found: dict[str, Any] = {
-        "neuron": config.model_dump(mode="json", exclude={"layers"}),
         "goal": {"silent_frac": goal.silent_frac, "kl_nats": goal.kl_nats, "budget": goal.budget},
-        "runs": how_it_runs(config),
         "text": _text_facts(measure, fit, held),
-        "compute_dtype": dtype_name(decoder.embedding.dtype),
-        "distance": distance.bucket(0, held.shape[1]),
-        **figures,
         "calibration": facts,
+        **_fired(decoder, config, reference, lambda i, n: tell("spiking", i, n)),
     }
-    if "weight_bytes" in total and "additions" in total:
-        found["energy"] = energy_estimate(total)
 
     def finish(folder: Path) -> dict[str, Any]:
         if rasters and goal.neuron != "teal":
@@ -118,6 +108,49 @@ def spike(
         return {"spikes": found}
 
     convert(plan_as_it_is(source, spikes=config), out, force=force, also=finish)
+    return found
+
+
+def recount(
+    decoder: Decoder, original: Decoder, tokenizer: Tokenizer, measure: Measure | None = None
+) -> dict[str, Any]:
+    """What `spike` reports of a folder, of a decoder whose weights or bands have changed since.
+
+    Args:
+        decoder: One that spikes, as its folder is loaded.
+        original: What its distance is taken to.
+        tokenizer: Of both.
+        measure: On what text; ``calibration_tokens`` are left out of it.
+    """
+    measure, config = measure or Measure(), decoder.config.spikes
+    assert config is not None
+    fit, held = _texts(measure, tokenizer)
+    return {
+        "text": _text_facts(measure, fit, held),
+        **_fired(decoder, config, Reference(original, held)),
+    }
+
+
+def _fired(
+    decoder: Decoder,
+    config: SpikeConfig,
+    reference: Reference,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Everything a decoder's neurons did on the contexts of a reference, and what it cost."""
+    census = Census(decoder)
+    with census.watching():
+        distance = reference.compare(decoder, progress)
+    figures = census.figures()
+    found: dict[str, Any] = {
+        "neuron": config.model_dump(mode="json", exclude={"layers"}),
+        "runs": how_it_runs(config),
+        "compute_dtype": dtype_name(decoder.embedding.dtype),
+        "distance": distance.bucket(0, reference.contexts.shape[1]),
+        **figures,
+    }
+    if "weight_bytes" in figures["total"] and "additions" in figures["total"]:
+        found["energy"] = energy_estimate(figures["total"])
     return found
 
 
