@@ -1,7 +1,9 @@
 """The engine's thread: takes turns between decoding, prompts and documents.
 
-Every turn is one token for all running sequences, then one chunk of a prompt or of a document. So a
-long prompt delays running streams by a chunk at a time, and never longer.
+Every turn is one token for all running sequences, then some layers of one chunk of a prompt or of a
+document: as many as take about as long as the token took. So a long prompt delays running streams
+by `READ_SECONDS` or by a token's time, whatever the machine; and as a chunk is the same chunk
+however its layers are spread over turns, it changes no bit of an answer.
 """
 
 import queue
@@ -26,7 +28,9 @@ from respike.server.prefix_cache import PrefixCache
 from respike.server.settings import Settings
 
 CHUNK_TOKENS = 256
-"""Of a prompt, between two tokens of the others. Chunks end at multiples of this."""
+"""Of a prompt. Chunks end at multiples of this."""
+READ_SECONDS = 0.05
+"""Of reading, between two tokens of those that run, if a token takes no longer itself."""
 SNAPSHOT_TOKENS = 2048
 """Prompts leave their state in the cache at multiples of this, and at their last whole chunk."""
 SPEED_SECONDS = 2.0
@@ -42,24 +46,37 @@ class Prefill:
         self.arrived = time.monotonic()
         self._done = 0
         self._state: DecoderState | None = None
+        self._turns: Iterator[tuple[torch.Tensor, DecoderState | None]] | None = None
 
     def advance(self) -> list[tuple[Sequence, DecoderState]] | None:
-        """Read a chunk. At the end: the sequences that go on, with their states; else None."""
+        """Read a layer of a chunk. At the end: the sequences that go on, with states; else None."""
+        if self._turns is None:
+            self._turns = self._begin_chunk()
+        with torch.inference_mode():
+            hidden, state = next(self._turns)
+            if state is None:
+                return None
+            self._state, self._turns = state, None
+            if self._done < len(self.job.prompt):
+                self._snapshot()
+                return None
+            logits = self._model.decoder.head(hidden[:, -1:])
+        return self._sequences(logits[0, 0].float().cpu(), state)
+
+    @property
+    def between_chunks(self) -> bool:
+        """Whether no chunk is begun."""
+        return self._turns is None
+
+    def _begin_chunk(self) -> Iterator[tuple[torch.Tensor, DecoderState | None]]:
         if self._state is None:
             self._begin()
         assert self._state is not None
         prompt, decoder = self.job.prompt, self._model.decoder
-        step = CHUNK_TOKENS - self._state.num_tokens % CHUNK_TOKENS
-        end = min(len(prompt), self._done + step)
-        last = end == len(prompt)
-        ids = torch.tensor([prompt[self._done : end]], device=decoder.embedding.device)
-        with torch.inference_mode():
-            logits, self._state = decoder(ids, self._state, logits="last" if last else "none")
-        self._done = end
-        if not last:
-            self._snapshot()
-            return None
-        return self._sequences(logits[0, 0].float().cpu(), self._state)
+        begin, step = self._done, CHUNK_TOKENS - self._state.num_tokens % CHUNK_TOKENS
+        self._done = min(len(prompt), begin + step)
+        ids = torch.tensor([prompt[begin : self._done]], device=decoder.embedding.device)
+        return decoder.turns(ids, self._state, 1)
 
     def _begin(self) -> None:
         found = self._cache.find(self.job.base, self.job.prompt)
@@ -168,8 +185,9 @@ class Scheduler(threading.Thread):
                 return
             self._expire()
             self._admit()
+            began = time.monotonic()
             self._decode()
-            self._read_some()
+            self._read_for(max(READ_SECONDS, time.monotonic() - began))
             self._tell()
 
     def _busy(self) -> bool:
@@ -233,7 +251,14 @@ class Scheduler(threading.Thread):
                 seen = state.num_tokens - row.job.start_tokens
                 self.cache.put(row.job.base, said[:seen], state)
 
+    def _read_for(self, seconds: float) -> None:
+        """Read prompts and documents for about so long."""
+        until = time.monotonic() + seconds
+        while (self._prefills or self._reading) and time.monotonic() < until:
+            self._read_some()
+
     def _read_some(self) -> None:
+        """A layer of a chunk."""
         self._turn += 1
         documents = self._turn % DOCUMENT_TURN == 0 or not self._prefills
         if self._reading and documents:
@@ -245,7 +270,8 @@ class Scheduler(threading.Thread):
     def _read_prompt(self, prefill: Prefill) -> None:
         going = prefill.advance()
         if going is None:
-            self._prefills.append(prefill)  # others have their turn
+            back = self._prefills.append if prefill.between_chunks else self._prefills.appendleft
+            back(prefill)  # others have their turn after a chunk
             return
         self.metrics.first_token.observe(time.monotonic() - prefill.arrived)
         self.metrics.prompt_tokens.inc(len(prefill.job.prompt))
