@@ -149,9 +149,7 @@ class Engine:
         with self._busy:
             return self._run(x, span, states, begin, len(self._layers) if end is None else end)
 
-    def _run(
-        self, x: Tensor, span: Span, states: LayerStates, first: int, end: int
-    ) -> LayerStates:
+    def _run(self, x: Tensor, span: Span, states: LayerStates, first: int, end: int) -> LayerStates:
         if self._changed():
             self._build()
         work = self._workspace(x)
