@@ -71,7 +71,7 @@ def choose(logits: Tensor, seen: Sequence[int], sampling: Sampling, draw: torch.
 
 
 NUCLEUS_TOKENS = 512
-"""So many are ranked first for top-p: to rank a whole vocabulary takes longer than a small model."""
+"""Ranked first for top-p: to rank a whole vocabulary takes longer than a step of a small model."""
 
 
 def _likeliest(scaled: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

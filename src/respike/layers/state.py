@@ -33,7 +33,7 @@ class MixerState(Protocol):
         ...
 
     def rows(self: S, index: slice, num_tokens: int | None = None) -> S:
-        """A copy of some sequences of the batch, with room for ``num_tokens``, or as there is."""
+        """Some sequences of the batch, with room for ``num_tokens`` at most; shares memory."""
         ...
 
     @classmethod
@@ -89,7 +89,7 @@ class KVState:
 
     def rows(self, index: slice, num_tokens: int | None = None) -> "KVState":
         """See `MixerState.rows`."""
-        return KVState(*(x[index, :, :num_tokens].clone() for x in (self.k, self.v)))
+        return KVState(self.k[index, :, :num_tokens], self.v[index, :, :num_tokens])
 
     @classmethod
     def join(cls, states: Sequence["KVState"]) -> "KVState":
@@ -196,7 +196,7 @@ class WindowState:
     def rows(self, index: slice, num_tokens: int | None = None) -> "WindowState":
         """See `MixerState.rows`; its slots are as many at any length."""
         del num_tokens
-        return WindowState(self.k[index].clone(), self.v[index].clone(), self.sink_tokens)
+        return WindowState(self.k[index], self.v[index], self.sink_tokens)
 
     @classmethod
     def join(cls, states: Sequence["WindowState"]) -> "WindowState":
@@ -240,7 +240,7 @@ class MemoryState:
     def rows(self, index: slice, num_tokens: int | None = None) -> "MemoryState":
         """See `MixerState.rows`."""
         del num_tokens
-        return MemoryState(self.memory[index].clone())
+        return MemoryState(self.memory[index])
 
     @classmethod
     def join(cls, states: Sequence["MemoryState"]) -> "MemoryState":

@@ -71,10 +71,6 @@ class Rows:
         grown[:, :, :have] = self.data
         self.data = grown
 
-    def copy(self, index: slice, slots: int | None = None) -> Tensor:
-        """A copy of some sequences of the batch, of all slots or the first, in memory."""
-        return self.data[index, :, :slots].clone()
-
     @staticmethod
     def join(parts: Sequence["Rows"]) -> Tensor:
         """One batch from several, in order."""
