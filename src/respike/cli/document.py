@@ -270,7 +270,7 @@ def ask_command(state: Path, question: str, **options: Any) -> None:
 
 
 def _least(options: dict[str, Any]) -> Any:
-    from respike.documents.asking import Least
+    from respike.documents.judging import Least
 
     given = {name: options[f"least_{name}"] for name in ("evidence", "confidence")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -24,84 +24,15 @@ from respike.server.errors import report
 from respike.server.jobs import Failure, Job, Sequence
 from respike.server.library import Document
 from respike.server.metrics import Metrics
+from respike.server.prefill import Prefill
 from respike.server.prefix_cache import PrefixCache
 from respike.server.settings import Settings
 
-CHUNK_TOKENS = 256
-"""Of a prompt. Chunks end at multiples of this."""
 READ_SECONDS = 0.05
 """Of reading, between two tokens of those that run, if a token takes no longer itself."""
-SNAPSHOT_TOKENS = 2048
-"""Prompts leave their state in the cache at multiples of this, and at their last whole chunk."""
 SPEED_SECONDS = 2.0
 DOCUMENT_TURN = 4
 """While prompts wait too, a document gets every fourth turn."""
-
-
-class Prefill:
-    """A prompt being read."""
-
-    def __init__(self, job: Job, model: Model, cache: PrefixCache) -> None:
-        self.job, self._model, self._cache = job, model, cache
-        self.arrived = time.monotonic()
-        self._done = 0
-        self._state: DecoderState | None = None
-        self._turns: Iterator[tuple[torch.Tensor, DecoderState | None]] | None = None
-
-    def advance(self) -> list[tuple[Sequence, DecoderState]] | None:
-        """Read a layer of a chunk. At the end: the sequences that go on, with states; else None."""
-        if self._turns is None:
-            self._turns = self._begin_chunk()
-        with torch.inference_mode():
-            hidden, state = next(self._turns)
-            if state is None:
-                return None
-            self._state, self._turns = state, None
-            if self._done < len(self.job.prompt):
-                self._snapshot()
-                return None
-            logits = self._model.decoder.head(hidden[:, -1:])
-        return self._sequences(logits[0, 0].float().cpu(), state)
-
-    @property
-    def between_chunks(self) -> bool:
-        """Whether no chunk is begun."""
-        return self._turns is None
-
-    def _begin_chunk(self) -> Iterator[tuple[torch.Tensor, DecoderState | None]]:
-        if self._state is None:
-            self._begin()
-        assert self._state is not None
-        prompt, decoder = self.job.prompt, self._model.decoder
-        begin, step = self._done, CHUNK_TOKENS - self._state.num_tokens % CHUNK_TOKENS
-        self._done = min(len(prompt), begin + step)
-        ids = torch.tensor([prompt[begin : self._done]], device=decoder.embedding.device)
-        return decoder.turns(ids, self._state, 1)
-
-    def _begin(self) -> None:
-        found = self._cache.find(self.job.base, self.job.prompt)
-        if found is not None:
-            self._done, self._state = found
-            self.job.cached_tokens = self._done
-        elif self.job.start is not None:
-            self._state = self.job.start()
-        else:
-            self._state = self._model.decoder.init_state()
-
-    def _snapshot(self) -> None:
-        assert self._state is not None
-        seen, left = self._state.num_tokens, len(self.job.prompt) - self._done
-        if seen % SNAPSHOT_TOKENS == 0 or left <= CHUNK_TOKENS:
-            self._cache.put(self.job.base, self.job.prompt[: self._done], self._state)
-
-    def _sequences(
-        self, logits: torch.Tensor, state: DecoderState
-    ) -> list[tuple[Sequence, DecoderState]]:
-        rows = [Sequence(self.job, index, self._model) for index in range(len(self.job.samplings))]
-        for row in rows:
-            row.take(logits)
-        going = [row for row in rows if not row.ended]
-        return [(row, state if row is going[-1] else state.clone()) for row in going]
 
 
 class Scheduler(threading.Thread):
