@@ -23,7 +23,7 @@ from records import STYLES, make_case
 from resultfile import rows_before, write
 
 from respike.bench.machine import provenance
-from respike.device import set_threads
+from respike.device import dtype_name, set_threads
 from respike.documents import Source, read
 from respike.documents.judging import JUDGED_TOKENS, LEAST, judge, without_document
 from respike.documents.passages import Attention, observing
@@ -123,7 +123,10 @@ def main() -> None:
     set_threads(options.threads)
     model = load(options.model, weights=options.weights)
     lengths = [int(n) for n in options.tokens.split(",")]
-    asked = {"fingerprint": model.fingerprint[:12], "weights": options.weights, "tokens": lengths}
+    asked = {
+        "fingerprint": model.fingerprint[:12], "weights": options.weights, "tokens": lengths,
+        "dtype": dtype_name(model.decoder.embedding.dtype),
+    }  # fmt: skip
     head = {"model": Path(options.model).name, **provenance(), "asked": asked}
     before = {(r["set"], r["number"], r["present"]): r for r in rows_before(options.out, asked)}
     rows: Rows = []

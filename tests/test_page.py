@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from chromium import PROGRAM, Page, chromium
+from respike.documents.judging import LEAST
 from respike.documents.prompt import NOT_FOUND
 from respike.loading import load
 from serving import Served, pico_model, serving
@@ -108,14 +109,14 @@ def test_what_is_not_in_the_document_is_shown_as_such(page: Page, tmp_path: Path
     last = "document.querySelector('.turn.assistant')"
     assert page.value(f"{last}.classList.contains('absent')")
     assert page.value(f"{last}.firstChild.textContent") == NOT_FOUND
-    assert "at least 1.00" in page.value(f"{last}.textContent")
+    assert f"at least {LEAST.evidence:.2f}" in page.value(f"{last}.textContent")
     assert page.value(f"{last}.querySelectorAll('li').length") == 0
     assert page.value(f"{last}.querySelector('details div').textContent.length") > 0
     assert page.value("document.documentElement.scrollWidth") <= 390
     keep(page, tmp_path, "page-phone")
 
 
-def test_it_fits_a_phone(page: Page, tmp_path: Path) -> None:
+def test_it_fits_a_phone(page: Page) -> None:
     page.size(390, 780, phone=True)
     page.wait("window.innerWidth === 390")
     assert page.value("document.documentElement.scrollWidth") <= 390

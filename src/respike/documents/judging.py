@@ -26,8 +26,8 @@ class Least:
         confidence: Mean log-probability of its beginning, in nats a token.
     """
 
-    evidence: float = 1.0
-    confidence: float = -0.5
+    evidence: float = 0.5
+    confidence: float = -0.32
 
 
 LEAST = Least()
