@@ -12,7 +12,7 @@ every kind each:
     NAME                 each converted folder, the whole document before it
 
 A document is read once, and all is asked of that state. Exact match, with 95 % Wilson intervals. An
-absent fact counts when the answer is "not found in the document" by the thresholds of `respike ask`;
+absent fact counts when the answer is "not found in the document" by the thresholds of `ask`;
 a present one that is so refused counts as wrong, and how many would have been right is told beside.
 The file is written after every document, a run that was interrupted goes on, and after `--minutes`
 no other document is begun.

@@ -229,3 +229,34 @@ def abstain_table(result: dict[str, Any]) -> str:
         *markdown(["least evidence, confidence", "cases", "present facts kept, %",
                    "absent facts refused, %"], rows),
     ])  # fmt: skip
+
+
+def reading_table(result: dict[str, Any]) -> str:
+    """A long text: what reading took, and what was then answered."""
+    found, answers = result["read"], result["answers"]
+    taken = " An interrupted reading was taken up: seconds are those of the rest." * bool(
+        result.get("taken_up")
+    )
+    guess = found["estimate"]
+    facts = [
+        ["tokens", f"{found['tokens']:,}"],
+        ["seconds (estimated before)", f"{found['seconds']:,.0f} ({guess['seconds']:,.0f})"],
+        ["peak memory, MiB (estimated)",
+         f"{found['peak_bytes'] / 2**20:,.0f} ({guess['memory_bytes'] / 2**20:,.0f})"],
+        ["peak memory over that after 32k tokens", f"{found['peak_over_settled_frac']:.3f}"],
+        ["state, MiB", f"{found['state_bytes'] / 2**20:,.1f}"],
+        ["file, MiB", f"{found['file_bytes'] / 2**20:,.1f}"],
+    ]  # fmt: skip
+    asked = [
+        [f"{a['depth_frac']:.2f}", "yes" if a["exact"] else "no",
+         "yes" if a["passage_found"] else "no", f"{a['first_token_seconds']:.2f}"]
+        for a in answers
+    ]  # fmt: skip
+    return "\n".join([
+        f"{source_line(result)} Weights {result['asked']['weights']}, {result['asked']['threads']} "
+        f"threads.{taken}",
+        "",
+        *markdown(["reading", "measured"], facts),
+        "",
+        *markdown(["depth", "answered exactly", "in a passage named", "first token, s"], asked),
+    ])  # fmt: skip
