@@ -70,7 +70,7 @@ def read(model: str, text: Path, state: Path, options: argparse.Namespace) -> di
     memory: list[int] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            memory.append(resident_bytes(process.pid))
+            memory += filter(None, [resident_bytes(process.pid)])  # it may just have ended
             time.sleep(0.2)
         assert process.stdout is not None
         facts: dict[str, Any] = json.loads(process.stdout.read())

@@ -56,8 +56,8 @@ def page(served: Served, tmp_path: Path) -> Iterator[Page]:
 
 def document(folder: Path) -> Path:
     path = folder / "agreement.txt"
-    path.write_text("".join(FILLER.format(i) for i in range(40)) + TEXT
-                    + "".join(FILLER.format(i) for i in range(40, 60)))  # fmt: skip
+    path.write_text("".join(FILLER.format(i) for i in range(12)) + TEXT
+                    + "".join(FILLER.format(i) for i in range(12, 20)))  # fmt: skip
     return path
 
 

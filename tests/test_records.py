@@ -1,12 +1,19 @@
 """Documents made up for measuring: what is asked for is in there, once and where it should be."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tiny
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import documents
+import reading
+import tables
 from records import KINDS, STYLES, make_case, make_document
 
 
@@ -70,3 +77,61 @@ def test_what_counts_as_right() -> None:
     assert asked not in absent.text
     assert absent.correct("", abstained=True)
     assert not absent.correct("7", abstained=False)
+
+
+# ---- the benchmarks, from end to end -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pico")
+    tiny.save_tiny(folder)
+    return folder
+
+
+def call(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: Any) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+def test_documents_go_on_where_they_stopped_and_make_a_table(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "documents_x.json"
+    same = [pico, f"twin={pico}", "--out", out, "--weights", "stored", "--truncate", 100]
+    call(monkeypatch, documents, *same, "--documents", "900:1", "--minutes", 0)
+    assert "4 readings were not begun" in capsys.readouterr().err
+    assert json.loads(out.read_text())["rows"] == []
+    call(monkeypatch, documents, *same, "--documents", "900:1")
+    first = json.loads(out.read_text())["rows"]
+    assert len(first) == 4 * len(KINDS)
+    call(monkeypatch, documents, *same, "--documents", "900:2")
+    result = json.loads(out.read_text())
+    assert result["rows"][: len(first)] == first
+    assert len(result["rows"]) == 2 * len(first)
+    by_name = {row["contender"]: row for row in result["rows"]}
+    assert by_name["original, last 100"]["tokens"] < by_name["BM25 + original"]["tokens"]
+    assert by_name["BM25 + original"]["tokens"] < by_name["original"]["tokens"]
+    assert by_name["twin"]["said"] == by_name["original"]["said"]
+    table = tables.documents_table(result)
+    header = "| 900 tokens, 2 documents | original | original, last 100 | BM25 + original | twin |"
+    assert header in table
+    assert all(f"| {kind} |" in table for kind in KINDS)
+
+
+def test_a_long_reading_is_taken_up_and_makes_a_table(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "reading_x.json", tmp_path / "work"
+    arguments = [pico, "--tokens", 300, "--weights", "stored", "--out", out, "--work", work]
+    call(monkeypatch, reading, *arguments, "--threads", 1)
+    whole = json.loads(out.read_text())
+    assert len(whole["answers"]) == reading.FACTS
+    out.write_text(json.dumps(whole | {"answers": whole["answers"][:4]}))
+    call(monkeypatch, reading, *arguments, "--threads", 1)
+    again = json.loads(out.read_text())
+    assert again["read"] == whole["read"], "it is not read twice"
+    assert [a["said"] for a in again["answers"]] == [a["said"] for a in whole["answers"]]
+    table = tables.reading_table(again)
+    assert f"| tokens | {whole['read']['tokens']:,} |" in table
+    assert table.count("\n| 0.") == reading.FACTS
