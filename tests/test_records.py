@@ -99,13 +99,13 @@ def test_documents_go_on_where_they_stopped_and_make_a_table(
 ) -> None:
     out = tmp_path / "documents_x.json"
     same = [pico, f"twin={pico}", "--out", out, "--weights", "stored", "--truncate", 100]
-    call(monkeypatch, documents, *same, "--documents", "900:1", "--minutes", 0)
+    call(monkeypatch, documents, *same, "--documents", "40:1", "--minutes", 0)
     assert "4 readings were not begun" in capsys.readouterr().err
     assert json.loads(out.read_text())["rows"] == []
-    call(monkeypatch, documents, *same, "--documents", "900:1")
+    call(monkeypatch, documents, *same, "--documents", "40:1")
     first = json.loads(out.read_text())["rows"]
     assert len(first) == 4 * len(KINDS)
-    call(monkeypatch, documents, *same, "--documents", "900:2")
+    call(monkeypatch, documents, *same, "--documents", "40:2")
     result = json.loads(out.read_text())
     assert result["rows"][: len(first)] == first
     assert len(result["rows"]) == 2 * len(first)
@@ -114,7 +114,7 @@ def test_documents_go_on_where_they_stopped_and_make_a_table(
     assert by_name["BM25 + original"]["tokens"] < by_name["original"]["tokens"]
     assert by_name["twin"]["said"] == by_name["original"]["said"]
     table = tables.documents_table(result)
-    header = "| 900 tokens, 2 documents | original | original, last 100 | BM25 + original | twin |"
+    header = "| 40 tokens, 2 documents | original | original, last 100 | BM25 + original | twin |"
     assert header in table
     assert all(f"| {kind} |" in table for kind in KINDS)
 

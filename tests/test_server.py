@@ -321,6 +321,8 @@ def test_what_is_not_in_a_document_is_said_not_to_be(
             assert text == (said if found else NOT_FOUND)
             assert told["withheld"] == ("" if found else told["withheld"])
             assert bool(told["withheld"]) == (not found)
+            assert (told["tokens_per_second"] > 0) == (max_tokens > 1)
+            assert told["tokens_per_second"] < 5000, "when it was made, not when it was let go"
             # The first token comes from the prompt, which is not looked at.
             assert bool(told["passages"]) == (found and max_tokens > 1)
             assert reason == ("length" if found else "stop")

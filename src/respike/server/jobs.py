@@ -1,5 +1,6 @@
 """What the engine is asked for, and what it answers: plain data, no HTTP and no threads."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -67,6 +68,27 @@ Event = Piece | End | Failure
 
 
 @dataclass
+class Pace:
+    """When tokens of the first choice were made, by `time.monotonic`; not when they were sent."""
+
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+    def mark(self) -> None:
+        """One more."""
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.tokens += 1
+
+    @property
+    def tokens_per_second(self) -> float:
+        """After the first; 0 where there are none."""
+        passed = self.last - self.first
+        return (self.tokens - 1) / passed if passed > 0 else 0.0
+
+
+@dataclass
 class Job:
     """One request to the model.
 
@@ -88,6 +110,7 @@ class Job:
         cancelled: Set it, and the job ends without another event.
         cached_tokens: Tokens of the prompt that did not have to be read.
         reserved_bytes: Of state that it may come to need.
+        pace: How fast the first choice was made.
     """
 
     prompt: list[int]
@@ -107,6 +130,7 @@ class Job:
     cancelled: bool = False
     cached_tokens: int = 0
     reserved_bytes: int = 0
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def tokens_at_most(self) -> int:
@@ -142,6 +166,8 @@ class Sequence:
     def take(self, logits: Tensor) -> None:
         """Choose the next token from logits (V,), and tell what it makes."""
         job, plain = self.job, logits
+        if self.index == 0:
+            job.pace.mark()
         if self._grammar is not None:
             logits = self._grammar.mask(logits)
         seen = job.prompt + self.tokens if self.sampling.repetition_penalty != 1 else []

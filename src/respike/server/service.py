@@ -67,7 +67,7 @@ class Service:
         job.top_logprobs = request.top_logprobs if request.logprobs else None
         job.keep = request.n == 1
         answer = Answer(self.name, True, job, self.model.tokenizer)
-        answer.extra = lambda: self.sizes(len(job.prompt))
+        answer.extra = lambda: self._figures(job)
         answer.tools = bool(request.tools) and request.tool_choice != "none"
         answer.demanded = demanded
         answer.usage_wanted = request.stream_options.include_usage
@@ -122,8 +122,12 @@ class Service:
             "passages": [vars(p) | {"source": PurePath(p.source).name} for p in found],
             "document_share": look.document_share if look else 0.0,
             "layer_shares": look.layer_shares() if look else {},
-            **self.sizes(job.start_tokens + len(job.prompt)),
+            **self._figures(job),
         }
+
+    def _figures(self, job: Job) -> dict[str, Any]:
+        sizes = self.sizes(job.start_tokens + len(job.prompt))
+        return {**sizes, "tokens_per_second": job.pace.tokens_per_second}
 
     async def complete(self, request: CompletionRequest) -> list[tuple[Answer, Mailbox]]:
         """Begin a completion for each prompt.
