@@ -459,38 +459,6 @@ def test_a_prompt_that_was_read_before_is_not_read_again(served: Served) -> None
     assert other
 
 
-def test_a_long_prompt_does_not_stall_a_running_stream(served: Served) -> None:
-    """Between the tokens of a stream no more than a chunk of another's prompt is read."""
-    scheduler = served.service.scheduler
-    turns: list[str] = []
-    decode, read_some = scheduler._decode, scheduler._read_prompt
-
-    def decoding() -> None:
-        if len(scheduler.batches):
-            turns.append("token")
-        decode()
-
-    def reading(prefill: Any) -> None:
-        turns.append("chunk")
-        read_some(prefill)
-
-    scheduler._decode, scheduler._read_prompt = decoding, reading  # type: ignore[method-assign]
-    try:
-        with served.client() as http, served.client() as other:
-            body = {"prompt": "the sea", "max_tokens": 400, "stream": True, "temperature": 0}
-            with http.stream("POST", "/v1/completions", json=body) as running:
-                lines = running.iter_lines()
-                next(lines)
-                long = {"prompt": "other rain and sea " * 200, "max_tokens": 1}
-                assert other.post("/v1/completions", json=long).status_code == 200
-                running.close()
-    finally:
-        scheduler._decode, scheduler._read_prompt = decode, read_some  # type: ignore[method-assign]
-    chunks = [i for i, turn in enumerate(turns) if turn == "chunk"][1:]
-    assert len(chunks) > 5
-    assert all(turns[i - 1] == "token" for i in chunks)
-
-
 def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
     with served.client() as http:
         body = {"prompt": "the sea", "max_tokens": 16_000, "stream": True, "temperature": 0}

@@ -1,5 +1,6 @@
 """Parts of the server without HTTP: the prefix cache, batches, calls, limits of a prompt."""
 
+import itertools
 import json
 import threading
 import time
@@ -174,6 +175,49 @@ def test_reading_gives_way_after_its_time_whatever_a_chunk_takes(
     assert scheduler._prefills[0] is prefill
     scheduler._read_for(0.0)
     assert ran == 6
+
+
+def test_a_long_prompt_does_not_stall_what_runs(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between tokens of one, another's prompt is read as long as a token takes, and a layer."""
+    monkeypatch.setattr("respike.server.scheduler.READ_SECONDS", 0.001)
+    scheduler = Scheduler(model, Settings(), Metrics())
+    turns: list[tuple[str, float, float]] = []
+
+    def timed(name: str, work: Any) -> Any:
+        def call(*arguments: Any) -> None:
+            began = time.monotonic()
+            work(*arguments)
+            if len(scheduler.batches):
+                turns.append((name, began, time.monotonic()))
+
+        return call
+
+    for method, name in (("_decode", "token"), ("_read_prompt", "layer")):
+        monkeypatch.setattr(scheduler, method, timed(name, getattr(scheduler, method)))
+    runs: list[Event] = []
+    job = make_job([5, 6, 7], 100_000, runs)
+    assert scheduler.submit(job) is None
+    read: list[Event] = []
+    assert scheduler.submit(make_job(tiny.random_tokens(6000).tolist(), 1, read)) is None
+    scheduler.start()
+    for _ in range(3000):
+        if read and isinstance(read[-1], End):
+            break
+        time.sleep(0.02)
+    job.cancelled = True
+    scheduler.stop()
+    scheduler.join(30)
+    groups = [list(g) for _, g in itertools.groupby(turns, key=lambda turn: turn[0])]
+    pauses = [
+        (layers[-1][1] - layers[0][1], tokens[-1][2] - tokens[-1][1])
+        for tokens, layers in itertools.pairwise(groups)
+        if layers[0][0] == "layer"
+    ]
+    assert len(pauses) > 5
+    late = [pause for pause, token in pauses if pause > max(0.001, token) + 0.002]
+    assert len(late) <= len(pauses) / 5, "the machine may pause us in between"
 
 
 def test_a_large_job_is_read_layer_by_layer_beside_a_document(model: Model) -> None:
