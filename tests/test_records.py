@@ -91,6 +91,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: Any) -> None:
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    monkeypatch.setattr(module, "ANSWER_TOKENS", 3)
     module.main()
 
 
