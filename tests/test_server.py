@@ -546,14 +546,14 @@ def test_health_and_metrics(served: Served) -> None:
 def test_a_failure_of_the_model_ends_its_requests_and_nothing_else(
     served: Served, model: Model, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    forward = model.decoder.forward
+    turns = model.decoder.turns
 
     def failing(tokens: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if tokens.shape[1] == 5:
             raise RuntimeError("secret words")
-        return forward(tokens, *rest, **options)
+        return turns(tokens, *rest, **options)
 
-    monkeypatch.setattr(model.decoder, "forward", failing)
+    monkeypatch.setattr(model.decoder, "turns", failing)
     with served.client() as http:
         bad = http.post("/v1/completions", json={"prompt": [7, 8, 9, 10, 11], "max_tokens": 2})
         assert bad.status_code == 500
