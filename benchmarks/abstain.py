@@ -1,28 +1,31 @@
-"""When is an answer not in the document? What tells, and how well; the threshold `ask` uses.
+"""When is an answer not in the document? What tells, and how well; the thresholds `ask` uses.
 
-python benchmarks/abstain.py MODEL [--cases 40] [--tokens 400,1000] [--out FILE]
+python benchmarks/abstain.py MODEL --out FILE [--fit 24] [--test 24] [--tokens 400,1000]
 
-Half of the cases of benchmarks/records.py have the fact that is asked for, half have not. Signals:
-evidence (nats a token by which the document makes the answer's beginning likelier), confidence
-(mean log-probability of its tokens), focus (share of the document's attention in its best passage).
-For each: the area under the ROC curve, and the threshold with the best balanced accuracy, chosen on
-even cases and measured on odd ones.
+Half of the cases of benchmarks/records.py have the fact that is asked for, half have a decoy of the
+same kind only. Signals: evidence (nats a token by which the document makes the answer's beginning
+likelier), confidence (mean log-probability of its tokens), focus (share of the document's attention
+in its best passage). For each: the area under the ROC curve. The thresholds of evidence and
+confidence with the best balanced accuracy are chosen on the `--fit` documents, and what they and
+those in use make of others is measured on the `--test` documents, of other draws; the result holds
+both. It is written after every case, and a run that was interrupted goes on.
 """
 
 import argparse
 import io
 import json
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 from records import STYLES, make_case
+from resultfile import rows_before, write
 
 from respike.bench.machine import provenance
-from respike.device import set_threads
+from respike.device import dtype_name, set_threads
 from respike.documents import Source, read
-from respike.documents.asking import JUDGED_TOKENS, LEAST, evidence
+from respike.documents.judging import JUDGED_TOKENS, LEAST, judge, without_document
 from respike.documents.passages import Attention, observing
 from respike.documents.prompt import after_document
 from respike.evaluation.stats import wilson
@@ -30,6 +33,12 @@ from respike.generation import stream
 from respike.loading import Model, load
 
 SIGNALS = ("evidence", "confidence", "focus")
+JUDGED = ("evidence", "confidence")
+"""Those with thresholds."""
+SETS = {"fit": 0, "test": 1_000_000}
+"""Where each set's draws begin."""
+
+Rows = list[dict[str, Any]]
 
 
 def measure(model: Model, tokens: int, number: int, present: bool) -> dict[str, Any]:
@@ -45,18 +54,18 @@ def measure(model: Model, tokens: int, number: int, present: bool) -> dict[str, 
     with observing(model.decoder, look):
         said = "".join(text)
     result = text.result
+    verdict = judge(LEAST, result.logprobs, without_document(model, prompt, result.tokens))
     peaks = look.peaks(1)
     return {
-        "present": present,
         "tokens": reading.num_tokens,
         "correct": present and case.correct(said, abstained=False),
-        "evidence": evidence(model, prompt, result.tokens, result.logprobs),
-        "confidence": sum(result.logprobs) / max(1, len(result.logprobs)),
+        "evidence": verdict.evidence,
+        "confidence": verdict.confidence,
         "focus": peaks[0][2] if peaks else 0.0,
     }
 
 
-def area(rows: list[dict[str, Any]], signal: str) -> float:
+def area(rows: Rows, signal: str) -> float:
     """Chance that a present fact's signal is above an absent one's; ties count half."""
     inside = [row[signal] for row in rows if row["present"]]
     outside = [row[signal] for row in rows if not row["present"]]
@@ -64,70 +73,76 @@ def area(rows: list[dict[str, Any]], signal: str) -> float:
     return wins / (len(inside) * len(outside))
 
 
-def rates(rows: list[dict[str, Any]], signal: str, threshold: float) -> tuple[float, float]:
-    """(share of present facts kept, share of absent ones refused)."""
-    inside = [row[signal] >= threshold for row in rows if row["present"]]
-    outside = [row[signal] < threshold for row in rows if not row["present"]]
-    return sum(inside) / len(inside), sum(outside) / len(outside)
-
-
-def judge(rows: list[dict[str, Any]], signal: str) -> dict[str, Any]:
-    fitted, tested = rows[0::4] + rows[1::4], rows[2::4] + rows[3::4]
-    values = sorted({row[signal] for row in fitted})
-    middles = [(a + b) / 2 for a, b in pairwise(values)]
-    best = max(middles, key=lambda t: (sum(rates(fitted, signal, t)), -t))
-    kept, refused = rates(tested, signal, best)
-    return {
-        "area": area(rows, signal), "threshold": best,
-        "kept_present_frac": kept, "refused_absent_frac": refused, "tested": len(tested),
-    }  # fmt: skip
-
-
-def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the thresholds of `respike ask` make of all cases; they were chosen on such cases."""
-    least = vars(LEAST)
-    passed = [all(row[name] >= value for name, value in least.items()) for row in rows]
-    found: dict[str, Any] = {"least": least}
+def rates(rows: Rows, least: dict[str, float]) -> dict[str, Any]:
+    """Shares of present facts kept and of absent ones refused, with their intervals."""
+    found: dict[str, Any] = {}
     for name, present in (("kept_present", True), ("refused_absent", False)):
-        good = [
-            p == present for p, row in zip(passed, rows, strict=True) if row["present"] == present
-        ]
-        found |= {f"{name}_frac": sum(good) / len(good), f"{name}_95": wilson(sum(good), len(good))}
+        some = [row for row in rows if row["present"] == present]
+        good = sum(all(row[n] >= v for n, v in least.items()) == present for row in some)
+        found |= {f"{name}_frac": good / len(some), f"{name}_95": wilson(good, len(some))}
     return found
+
+
+def best_thresholds(rows: Rows) -> dict[str, float]:
+    """Of `JUDGED`, by balanced accuracy; of equals the lowest, which refuse least."""
+    choices = []
+    for signal in JUDGED:
+        values = sorted({row[signal] for row in rows})
+        choices.append([values[0], *((a + b) / 2 for a, b in pairwise(values))])
+
+    def goodness(pair: tuple[float, ...]) -> tuple[float, ...]:
+        found = rates(rows, dict(zip(JUDGED, pair, strict=True)))
+        return (found["kept_present_frac"] + found["refused_absent_frac"], *(-t for t in pair))
+
+    return dict(zip(JUDGED, max(product(*choices), key=goodness), strict=True))
+
+
+def summary(rows: Rows) -> dict[str, Any]:
+    """What the file says above its rows."""
+    sets = {name: [row for row in rows if row["set"] == name] for name in SETS}
+    chosen, test = best_thresholds(sets["fit"]), sets["test"]
+    present = [row for row in test if row["present"]]
+    return {
+        "area": {signal: area(test, signal) for signal in SIGNALS},
+        "answered_right_frac": sum(row["correct"] for row in present) / len(present),
+        "chosen": {"least": chosen, "fit": rates(sets["fit"], chosen), "test": rates(test, chosen)},
+        "in_use": {"least": vars(LEAST), "test": rates(test, vars(LEAST))},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--fit", type=int, default=24, help="documents with the fact")
+    parser.add_argument("--test", type=int, default=24, help="likewise")
     parser.add_argument("--tokens", default="400,1000")
     parser.add_argument("--weights", default="int8")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     set_threads(options.threads)
     model = load(options.model, weights=options.weights)
-    rows = []
-    for number in range(options.cases):
-        lengths = [int(n) for n in options.tokens.split(",")]
-        for present in (True, False):
-            rows.append(measure(model, lengths[number // 2 % len(lengths)], number, present))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    present = [row for row in rows if row["present"]]
-    result = {
-        "model": Path(options.model).name, "fingerprint": model.fingerprint[:12],
-        "weights": options.weights, **provenance(), "cases": len(rows), "tokens": options.tokens,
-        "correct_frac": sum(row["correct"] for row in present) / len(present),
-        "signals": {signal: judge(rows, signal) for signal in SIGNALS},
-        "together": together(rows), "rows": rows,
+    lengths = [int(n) for n in options.tokens.split(",")]
+    asked = {
+        "fingerprint": model.fingerprint[:12], "weights": options.weights, "tokens": lengths,
+        "dtype": dtype_name(model.decoder.embedding.dtype),
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(
-        json.dumps([result["signals"], result["together"]], indent=1),
-        f"\ncorrect {result['correct_frac']:.2f}",
-    )
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    head = {"model": Path(options.model).name, **provenance(), "asked": asked}
+    before = {(r["set"], r["number"], r["present"]): r for r in rows_before(options.out, asked)}
+    rows: Rows = []
+    for name, first in SETS.items():
+        for number in range(first, first + getattr(options, name)):
+            for present in (True, False):
+                row = before.get((name, number, present))
+                if row is None:
+                    row = {"set": name, "number": number, "present": present}
+                    row |= measure(model, lengths[number // 2 % len(lengths)], number, present)
+                    print(json.dumps(row), file=sys.stderr, flush=True)
+                rows.append(row)
+                write(options.out, head | {"rows": rows})
+    told = summary(rows)
+    write(options.out, head | told | {"rows": rows})
+    print(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

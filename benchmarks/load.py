@@ -3,7 +3,8 @@
 python benchmarks/load.py MODEL [--seconds 300] [--streams 32] [--abuse] [--out FILE]
 
 Starts `respike serve MODEL`, keeps so many streams of mixed length running, and tells what was
-lost, the longest gap between two tokens, and memory over time. `--abuse` adds clients that go away,
+lost, the longest gap between two tokens, and memory over time: all of it, and without the states of
+prompts read before, which grow up to `--prefix-mib`. `--abuse` adds clients that go away,
 and requests that are malformed, too large or not UTF-8. Then: 32 requests at once against one after
 another, and the time to the first token of a prompt that shares 8k tokens with one read before.
 """
@@ -13,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +32,7 @@ WORDS = [
     "silver",
 ]  # fmt: skip
 SHARED_WORDS, BATCH_TOKENS = 7600, 48
+PREFIX_BYTES = r"^respike_prefix_bytes ([-+.e\d]+)$"
 BAD: list[tuple[bytes, str]] = [
     (b"{", "application/json"),
     (b'{"prompt": "\xff"}', "application/json"),
@@ -118,12 +121,15 @@ async def load(address: str, pid: int, streams: int, seconds: float, bad: bool) 
 
         async def watch() -> None:
             while time.monotonic() < until:
-                memory.append(resident_bytes(pid))
+                told = (await client.get("/metrics")).text
+                known = float(next(re.finditer(PREFIX_BYTES, told, re.MULTILINE))[1])
+                memory.append((resident_bytes(pid), int(known)))
                 await asyncio.sleep(max(0.5, seconds / 60))
 
         rngs = [random.Random(i) for i in range(streams)]
         await asyncio.gather(watch(), *(keep_running(client, tally, until, r, bad) for r in rngs))
-    half = memory[len(memory) // 2 :]
+    half, (first, last) = memory[len(memory) // 2 :], (memory[0], memory[-1])
+    beside = [held - known for held, known in half]
     passed = time.monotonic() - began
     return {
         "seconds": passed, "streams": streams, "abuse": bad, "answers": tally.done,
@@ -131,7 +137,10 @@ async def load(address: str, pid: int, streams: int, seconds: float, bad: bool) 
         "server_errors": tally.server_errors, "tokens_per_second": tally.tokens / passed,
         "longest_gap_seconds": tally.longest_gap,
         "first_token_seconds": {"median": median(tally.first), "worst": max(tally.first)},
-        "resident_bytes": {"begin": memory[0], "middle": half[0], "end": half[-1]},
+        "resident_bytes": {"begin": first[0], "middle": half[0][0], "end": last[0],
+                           "most": max(held for held, _ in memory)},
+        "known_prompts_bytes": {"begin": first[1], "middle": half[0][1], "end": last[1]},
+        "rest_over_second_half_frac": max(beside) / min(beside) - 1,
     }  # fmt: skip
 
 
@@ -177,6 +186,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--abuse", action="store_true")
+    parser.add_argument("--prefix-mib", type=int, default=256)
     parser.add_argument("--weights", default="int8")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path)
@@ -184,7 +194,7 @@ def main() -> None:
     command = [
         sys.executable, "-m", "respike", "serve", options.model, "--port", "0",
         "--weights", options.weights, "--threads", str(options.threads),
-        "--max-streams", str(options.streams),
+        "--max-streams", str(options.streams), "--prefix-mib", str(options.prefix_mib),
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None

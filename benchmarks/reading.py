@@ -1,9 +1,11 @@
 """A long text read once, then asked about: time against the estimate, memory, state, answers.
 
-python benchmarks/reading.py MODEL [--tokens 1000000] [--out FILE] [--weights int8]
+python benchmarks/reading.py MODEL --out FILE [--tokens 1000000] [--weights int8] [--work FOLDER]
 
 Ten facts stand at even depths in filler of benchmarks/records.py. `respike read` is a process of
-its own, whose memory is sampled; then each fact is asked for.
+its own, whose memory is sampled; then each fact is asked for. The file is written after the reading
+and after each answer. With `--work` the text and the state stay there: an interrupted reading is
+taken up (its time is then that of the rest, and said to be), a finished one is asked the rest.
 """
 
 import argparse
@@ -17,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from records import FILLER, MATTERS, THINGS
+from resultfile import write
 
 from respike.bench.machine import provenance
-from respike.device import set_threads
-from respike.documents import load_model_of, load_reading
+from respike.device import dtype_name, set_threads
+from respike.documents import Reading, load_model_of, load_reading
 from respike.documents.asking import ask
+from respike.loading import Model
 
 FACTS = 10
+ANSWER_TOKENS = 24
 SETTLED_TOKENS = 32_768
 """Memory is compared with what it was after so many."""
 
@@ -65,7 +70,7 @@ def read(model: str, text: Path, state: Path, options: argparse.Namespace) -> di
     memory: list[int] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
-            memory.append(resident_bytes(process.pid))
+            memory += filter(None, [resident_bytes(process.pid)])  # it may just have ended
             time.sleep(0.2)
         assert process.stdout is not None
         facts: dict[str, Any] = json.loads(process.stdout.read())
@@ -80,40 +85,60 @@ def read(model: str, text: Path, state: Path, options: argparse.Namespace) -> di
     }
 
 
+def answered(model: Model, reading: Reading, fact: dict[str, Any]) -> dict[str, Any]:
+    began, first = time.perf_counter(), 0.0
+    asking = ask(model, reading, fact["question"], max_tokens=ANSWER_TOKENS, least=None)
+    for _ in asking:
+        first = first or time.perf_counter() - began
+    said = asking.answer.text
+    return {
+        "depth_frac": fact["depth_frac"], "exact": fact["answer"] in said.replace(",", ""),
+        "first_token_seconds": first, "said": said,
+        "passage_found": any(fact["answer"] in p.text for p in asking.answer.passages),
+    }  # fmt: skip
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    text, state = folder / "long.txt", folder / "long.state"
+    # SmolLM2 has about 6.1 characters of this text in a token; the estimate says it exactly.
+    facts = write_text(text, options.tokens, lambda line: len(line) / 6.1)
+    asked = {"model": Path(options.model).name, "tokens": options.tokens,
+             "weights": options.weights, "threads": options.threads}  # fmt: skip
+    before = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
+    same = before.get("asked", {}) | {"dtype": None} == asked | {"dtype": None} and state.exists()
+    result = before if same else {"model": asked["model"], **provenance(), "asked": asked}
+    if not same:
+        result["taken_up"] = state.with_name(f"{state.name}.partial").exists()
+        state.unlink(missing_ok=True)
+        result |= {"read": read(options.model, text, state, options), "answers": []}
+        write(options.out, result)
+    began = time.perf_counter()
+    model = load_model_of(state, options.model)
+    reading = load_reading(state, model)
+    result["load_seconds"] = time.perf_counter() - began
+    result["asked"]["dtype"] = dtype_name(model.decoder.embedding.dtype)
+    for fact in facts[len(result["answers"]) :]:
+        result["answers"].append(answered(model, reading, fact))
+        write(options.out, result)
+    print(json.dumps(result, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--weights", default="int8")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.threads = set_threads(options.threads)
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+        measure(options, options.work)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        text, state = Path(folder) / "long.txt", Path(folder) / "long.state"
-        # SmolLM2 has about 6.1 characters of this text in a token; the estimate says it exactly.
-        facts = write_text(text, options.tokens, lambda line: len(line) / 6.1)
-        result: dict[str, Any] = {"model": Path(options.model).name} | provenance()
-        result["read"] = read(options.model, text, state, options)
-        began = time.perf_counter()
-        model = load_model_of(state, options.model)
-        reading = load_reading(state, model)
-        result["load_seconds"] = time.perf_counter() - began
-        result["answers"] = []
-        for fact in facts:
-            began, first = time.perf_counter(), 0.0
-            asking = ask(model, reading, fact["question"], max_tokens=24, least=None)
-            for _ in asking:
-                first = first or time.perf_counter() - began
-            said = asking.answer.text
-            result["answers"].append({
-                "depth_frac": fact["depth_frac"], "exact": fact["answer"] in said.replace(",", ""),
-                "first_token_seconds": first, "said": said,
-                "passage_found": any(fact["answer"] in p.text for p in asking.answer.passages),
-            })  # fmt: skip
-    print(json.dumps(result, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        measure(options, Path(folder))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ THINGS = {
         "lipase level",
     ),
 }  # fmt: skip
+ROLES = {
+    "contract": ("harbour master", "dock surveyor"),
+    "record": ("responsible physician", "head nurse"),
+}
 UNITS = {"contract": "crowns", "record": "units"}
 FILLER = {
     "contract": (
@@ -127,36 +131,104 @@ def make_case(
         count: How many tokens a text has.
     """
     rng = random.Random(f"{kind}/{style}/{tokens}/{depth_frac}/{seed}")
-    facts, question, answers, wrong = _facts(kind, style, rng)
-    filler, have = [], sum(map(count, facts))
-    while have < tokens or len(filler) < len(facts) + 2:
+    facts, question, answers, wrong = _facts(kind, style, _drawn(style, rng))
+    text = _document(style, [(facts, depth_frac)], tokens, rng, count)
+    return Case(kind, style, depth_frac, text, question, answers, wrong, tuple(facts))
+
+
+def make_document(style: str, tokens: int, seed: int, count: Callable[[str], int]) -> list[Case]:
+    """One document with a case of every kind, none of which shares a name, figure or thing.
+
+    Args:
+        style: One of `STYLES`.
+        tokens: Length of the document, about.
+        seed: Of the draw; equal settings give equal documents.
+        count: How many tokens a text has.
+
+    Returns:
+        A case of each of `KINDS`, at depths of their own, all with the same text.
+    """
+    rng = random.Random(f"all/{style}/{tokens}/{seed}")
+    things = rng.sample(THINGS[style], 8)
+    numbers = [str(n) for n in rng.sample(range(1001, 9999), 3 * len(KINDS))]
+    names = _names(rng, 3 + 2 + 2)
+    need = {"multi": names[:3], "hops2": names[3:5], "hops3": names[5:]}
+    pairs = {"single": things[:2], "amendment": things[2:4], "contradiction": things[4:6],
+             "absent": things[6:]}  # fmt: skip
+    made = []
+    for index, kind in enumerate(KINDS):
+        drawn = _Drawn(
+            pairs.get(kind, things[:2]), numbers[3 * index : 3 * index + 3],
+            need.get(kind, names), rng.choice(TOWNS), ROLES[style][kind == "hops3"],
+        )  # fmt: skip
+        depth = (index + rng.random()) / len(KINDS)
+        made.append((kind, depth, _facts(kind, style, drawn)))
+    placed = [(facts, depth) for _, depth, (facts, *_) in made]
+    text = _document(style, placed, tokens, rng, count)
+    return [
+        Case(kind, style, depth, text, question, answers, wrong, tuple(facts))
+        for kind, depth, (facts, question, answers, wrong) in made
+    ]
+
+
+def _document(
+    style: str,
+    placed: list[tuple[list[str], float]],
+    tokens: int,
+    rng: random.Random,
+    count: Callable[[str], int],
+) -> str:
+    """Filler with facts in it: the first of each list at its depth, the others in the rest."""
+    filler, have = [], sum(count(fact) for facts, _ in placed for fact in facts)
+    least = sum(len(facts) for facts, _ in placed) + 2
+    while have < tokens or len(filler) < least:
         lines = rng.sample(FILLER[style], 3)
         matters = rng.sample(MATTERS[style], 3)
         paragraph = " ".join(line.format(a=a) for line, a in zip(lines, matters, strict=True))
         filler.append(paragraph)
         have += count(paragraph) + 6
-    at = [depth_frac + (1 - depth_frac) * i / len(facts) for i in range(len(facts))]
-    places = [round(depth * (len(filler) - 1)) for depth in at]
+    places = [
+        (round((depth + (1 - depth) * i / len(facts)) * (len(filler) - 1)), fact)
+        for facts, depth in placed
+        for i, fact in enumerate(facts)
+    ]
     paragraphs = list(filler)
-    for place, fact in reversed(list(zip(places, facts, strict=True))):
+    for place, fact in reversed(sorted(places, key=lambda pair: pair[0])):
         paragraphs.insert(place, fact)
     head = "SERVICE AGREEMENT" if style == "contract" else "PATIENT RECORD"
     unit = "Clause" if style == "contract" else "Entry"
     body = [f"{unit} {i}. {text}" for i, text in enumerate(paragraphs, start=1)]
-    text = "\n\n".join([head, *body]) + "\n"
-    return Case(kind, style, depth_frac, text, question, answers, wrong, tuple(facts))
+    return "\n\n".join([head, *body]) + "\n"
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What facts are made of: two things, three figures, up to four names, a town, a role."""
+
+    things: list[str]
+    numbers: list[str]
+    names: list[str]
+    town: str
+    role: str
+
+
+def _drawn(style: str, rng: random.Random) -> _Drawn:
+    things = rng.sample(THINGS[style], 2)
+    numbers = [str(n) for n in rng.sample(range(1001, 9999), 3)]
+    return _Drawn(things, numbers, _names(rng, 4), rng.choice(TOWNS), ROLES[style][0])
+
+
+def _names(rng: random.Random, count: int) -> list[str]:
+    pairs = zip(rng.sample(FIRST, count), rng.sample(LAST, count), strict=True)
+    return [f"{first} {last}" for first, last in pairs]
 
 
 def _facts(
-    kind: str, style: str, rng: random.Random
+    kind: str, style: str, drawn: _Drawn
 ) -> tuple[list[str], str, tuple[str, ...], tuple[str, ...]]:
     """Sentences in their order, the question, what must and what must not be answered."""
-    thing, other = rng.sample(THINGS[style], 2)
-    unit = UNITS[style]
-    numbers = [str(n) for n in rng.sample(range(1001, 9999), 3)]
-    names = [f"{first} {last}" for first, last in
-             zip(rng.sample(FIRST, 4), rng.sample(LAST, 4), strict=True)]  # fmt: skip
-    town = rng.choice(TOWNS)
+    (thing, other), numbers, names = drawn.things, drawn.numbers, drawn.names
+    town, role, unit = drawn.town, drawn.role, UNITS[style]
     value = f"What is the {thing}?"
     if kind == "single":
         return [f"The {thing} is {numbers[0]} {unit}."], value, (numbers[0],), ()
@@ -177,10 +249,9 @@ def _facts(
             numbers[0], numbers[1],
         ), ()  # fmt: skip
     if kind == "multi":
-        role = "witness" if style == "contract" else "carer"
-        facts = [f"A {role} named in this document is {name}." for name in names[:3]]
-        return facts, f"Name every {role}.", tuple(names[:3]), ()
-    role = "harbour master" if style == "contract" else "responsible physician"
+        many = "witness" if style == "contract" else "carer"
+        facts = [f"A {many} named in this document is {name}." for name in names[:3]]
+        return facts, f"Name every {many}.", tuple(names[:3]), ()
     facts = [f"The {role} is {names[0]}.", f"{names[0]} is represented by {names[1]}."]
     if kind == "hops2":
         return facts, f"Who represents the {role}?", (names[1],), ()

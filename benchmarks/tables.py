@@ -173,3 +173,90 @@ def harness_table(result: dict[str, Any]) -> str:
             )
         rows.append(cells)
     return "\n".join([*lines, *markdown(header, rows)])
+
+
+def documents_table(result: dict[str, Any]) -> str:
+    """One table a length: kinds down, contenders across."""
+    asked = result["asked"]
+    lines = [
+        f"{source_line(result)} Weights {asked['weights']}. Right answers, % (95 % interval), and "
+        "[what would have been right had nothing been refused]. The original was trained for "
+        f"{result['trained_tokens']:,} tokens and is not asked beyond.",
+        "",
+    ]
+    found = result["summary"]
+    for length in sorted({row["length"] for row in found}):
+        some = [row for row in found if row["length"] == length]
+        names = list(dict.fromkeys(row["contender"] for row in some))
+        cells = {(row["kind"], row["contender"]): row for row in some}
+        most = max(row["n"] for row in some)
+        rows = [
+            [kind, *(_answers(cells.get((kind, name)), most) for name in names)]
+            for kind in dict.fromkeys(row["kind"] for row in some)
+        ]
+        lines += [*markdown([f"{length:,} tokens, {most} documents", *names], rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _answers(row: dict[str, Any] | None, most: int) -> str:
+    if row is None:
+        return "-"
+    text = with_interval(row, "exact_frac", 0, 100.0)
+    if row["kind"] != "absent":
+        text += f" [{100 * row['unrefused_exact_frac']:.0f}]"
+    return text if row["n"] == most else f"{text}, n = {row['n']}"
+
+
+def abstain_table(result: dict[str, Any]) -> str:
+    """What thresholds make of documents that they were not chosen on."""
+    rows = []
+    for name in ("chosen", "in_use"):
+        found = result[name]
+        least = found["least"]
+        for part in ("fit", "test"):
+            if part in found:
+                rows.append([
+                    f"{name.replace('_', ' ')}: {least['evidence']:.2f}, {least['confidence']:.2f}",
+                    "chosen on these" if part == "fit" else "others",
+                    with_interval(found[part], "kept_present_frac", 0, 100.0),
+                    with_interval(found[part], "refused_absent_frac", 0, 100.0),
+                ])  # fmt: skip
+    many = {part: sum(row["set"] == part for row in result["rows"]) for part in ("fit", "test")}
+    return "\n".join([
+        f"{source_line(result)} {many['fit']} cases to choose on, {many['test']} others, half of "
+        "each with the fact; 95 % intervals.",
+        "",
+        *markdown(["least evidence, confidence", "cases", "present facts kept, %",
+                   "absent facts refused, %"], rows),
+    ])  # fmt: skip
+
+
+def reading_table(result: dict[str, Any]) -> str:
+    """A long text: what reading took, and what was then answered."""
+    found, answers = result["read"], result["answers"]
+    taken = " An interrupted reading was taken up: seconds are those of the rest." * bool(
+        result.get("taken_up")
+    )
+    guess = found["estimate"]
+    facts = [
+        ["tokens", f"{found['tokens']:,}"],
+        ["seconds (estimated before)", f"{found['seconds']:,.0f} ({guess['seconds']:,.0f})"],
+        ["peak memory, MiB (estimated)",
+         f"{found['peak_bytes'] / 2**20:,.0f} ({guess['memory_bytes'] / 2**20:,.0f})"],
+        ["peak memory over that after 32k tokens", f"{found['peak_over_settled_frac']:.3f}"],
+        ["state, MiB", f"{found['state_bytes'] / 2**20:,.1f}"],
+        ["file, MiB", f"{found['file_bytes'] / 2**20:,.1f}"],
+    ]  # fmt: skip
+    asked = [
+        [f"{a['depth_frac']:.2f}", "yes" if a["exact"] else "no",
+         "yes" if a["passage_found"] else "no", f"{a['first_token_seconds']:.2f}"]
+        for a in answers
+    ]  # fmt: skip
+    return "\n".join([
+        f"{source_line(result)} Weights {result['asked']['weights']}, {result['asked']['threads']} "
+        f"threads.{taken}",
+        "",
+        *markdown(["reading", "measured"], facts),
+        "",
+        *markdown(["depth", "answered exactly", "in a passage named", "first token, s"], asked),
+    ])  # fmt: skip

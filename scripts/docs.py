@@ -198,6 +198,8 @@ def generated() -> dict[Path, str]:
         "bench": bench_table, "corpus": corpus_table,
         "healing": judged(printed.healing_table), "harness": judged(printed.harness_table),
         "recall_length": judged(printed.recall_table),
+        "documents": judged(printed.documents_table), "abstain": judged(printed.abstain_table),
+        "reading": judged(printed.reading_table),
     }  # fmt: skip
     tables = {
         path.stem: make(path)

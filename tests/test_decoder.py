@@ -91,6 +91,39 @@ def continued(decoder: Decoder, tokens: Tensor, state: DecoderState) -> Tensor:
         return decoder(tokens, state)[0]
 
 
+def allocated(state: DecoderState) -> int:
+    """Bytes of all tensors of a state, whatever is in them."""
+    found: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, list | tuple):
+            list(map(look, value))
+        elif isinstance(value, dict):
+            list(map(look, value.values()))
+        elif type(value).__module__.startswith("respike."):
+            look(vars(value))
+
+    look(state.layers)
+    return sum(found.values())
+
+
+def test_a_compact_copy_takes_what_is_counted(mixed: Decoder) -> None:
+    """A row of a batch has room for the longest of it; what is kept of it has not."""
+    states = [ran(mixed, random_tokens(1, n)) for n in (9, 700)]
+    batch = DecoderState.join(states)
+    for index, alone in enumerate(states):
+        for copy in (batch.row(index), alone.compact()):
+            assert copy.nbytes() <= allocated(copy) <= copy.nbytes() + 90 * tiny.K * 4 * G * 2 * 4
+            more = random_tokens(1, 6, seed=3)
+            assert torch.equal(continued(mixed, more, copy), continued(mixed, more, alone.clone()))
+    grows = allocated(states[1]) > 2 * allocated(states[0])
+    short = DecoderState.join(batch.keep([True, False]))
+    assert not grows or allocated(short) < allocated(batch) / 4, "room of one that has left"
+
+
 # ---- splits ----------------------------------------------------------------------------------
 
 
@@ -106,6 +139,22 @@ def test_any_split_of_a_prompt_gives_the_logits_of_one_pass(
 ) -> None:
     ids = random_tokens(batch, tokens)
     assert_close(run(mixed, ids, cuts, chunk_tokens=chunk), run(mixed, ids, []))
+
+
+@pytest.mark.parametrize("layers", [1, 3, 99])
+def test_pauses_between_layers_change_no_bit(mixed: Decoder, layers: int) -> None:
+    first, then = random_tokens(2, 11), random_tokens(2, 23, seed=1)
+    whole = ran(mixed, first)
+    with torch.no_grad():
+        expected, whole = mixed(then, whole)
+        turns = list(mixed.turns(then, ran(mixed, first), layers))
+    assert len(turns) == -(-len(mixed.layers) // layers)
+    assert [state is None for _, state in turns] == [True] * (len(turns) - 1) + [False]
+    hidden, state = turns[-1]
+    assert state is not None
+    assert torch.equal(mixed.head(hidden), expected)
+    again = random_tokens(2, 5, seed=2)
+    assert torch.equal(continued(mixed, again, state), continued(mixed, again, whole))
 
 
 @given(

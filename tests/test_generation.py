@@ -13,7 +13,15 @@ from torch import Tensor
 
 from respike.cli.main import program
 from respike.errors import UsageError
-from respike.generation import Generation, Sampling, choose, generate, stream
+from respike.generation import (
+    NUCLEUS_TOKENS,
+    Generation,
+    Sampling,
+    _likeliest,
+    choose,
+    generate,
+    stream,
+)
 from respike.loading import Model
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
@@ -181,6 +189,32 @@ def test_tokens_are_drawn_as_often_as_an_independent_computation_says(
     assert set(np.flatnonzero(counts)) <= set(np.flatnonzero(expected))
     spread = np.sqrt(expected * (1 - expected) / draws)
     assert (np.abs(counts / draws - expected) <= 4.5 * spread + 1e-9).all()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7, top_p=0.2),
+        Sampling(temperature=1.0, top_p=0.999),
+        Sampling(temperature=1.0, top_k=700),
+        Sampling(temperature=1.0, top_k=10**6, top_p=0.9),
+    ],
+    ids=["nucleus", "flat", "top-k", "top-k of all"],
+)
+def test_only_those_that_can_be_kept_are_ranked_and_as_all_would_be(sampling: Sampling) -> None:
+    logits = torch.randn(3001, generator=torch.Generator().manual_seed(3)).bfloat16()
+    assert len(logits.unique()) < len(logits) / 2, "equal ones are what can go wrong"
+    scaled = logits.double()
+    values, order = _likeliest(scaled, sampling)
+    assert order is not None
+    every, ranked = scaled.sort(descending=True, stable=True)
+    assert torch.equal(order, ranked[: len(order)])
+    assert torch.equal(values, every[: len(order)])
+    if sampling.top_k:
+        assert len(order) == min(sampling.top_k, len(scaled))
+    else:
+        assert every[: len(order)].exp().sum() / scaled.exp().sum() >= sampling.top_p
+        assert len(order) == (len(scaled) if sampling.top_p > 0.9 else NUCLEUS_TOKENS)
 
 
 def test_the_repetition_penalty_also_bends_greedy_choices() -> None:

@@ -4,12 +4,15 @@ RESPIKE_PAGE_MODEL names a model to take the pictures with; a pico model answers
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from chromium import PROGRAM, Page, chromium
+from respike.documents.judging import LEAST
+from respike.documents.prompt import NOT_FOUND
 from respike.loading import load
 from serving import Served, pico_model, serving
 
@@ -35,7 +38,7 @@ FILLER = (
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model = load(REAL, weights="int8") if REAL else pico_model(tmp_path_factory.mktemp("pico"))
-    name = "smollm2-135m-retrieval" if REAL else "pico"
+    name = "smollm2-135m-healed" if REAL else "pico"
     with serving(model, name, hosts=("127.0.0.1",)) as running:
         yield running
 
@@ -53,24 +56,39 @@ def page(served: Served, tmp_path: Path) -> Iterator[Page]:
 
 def document(folder: Path) -> Path:
     path = folder / "agreement.txt"
-    path.write_text("".join(FILLER.format(i) for i in range(40)) + TEXT
-                    + "".join(FILLER.format(i) for i in range(40, 60)))  # fmt: skip
+    path.write_text("".join(FILLER.format(i) for i in range(12)) + TEXT
+                    + "".join(FILLER.format(i) for i in range(12, 20)))  # fmt: skip
     return path
 
 
-def test_chat_with_a_document_by_keyboard_alone(page: Page, served: Served, tmp_path: Path) -> None:
-    page.choose_file("#file", document(tmp_path))
+def read_document(page: Page, folder: Path) -> None:
+    page.choose_file("#file", document(folder))
     page.wait("document.querySelector('#documents input:checked')?.id.startsWith('ddoc-')")
     page.wait("document.activeElement.id === 'text'")
-    page.type("What is the mooring fee?")
+
+
+def ask(page: Page, question: str) -> None:
+    page.type(question)
     page.press("Enter")
-    page.wait("!!document.querySelector('.turn.assistant details')")
+    page.wait("document.getElementById('send').textContent === 'Send' && "
+              "!!document.querySelector('.turn.assistant:last-child details')")  # fmt: skip
+
+
+def test_chat_with_a_document_by_keyboard_alone(page: Page, served: Served, tmp_path: Path) -> None:
+    read_document(page, tmp_path)
+    if not REAL:  # it answers nonsense, which would not be found
+        page.value("document.getElementById('abstain').focus()")
+        page.press("Space")
+        assert not page.value("document.getElementById('abstain').checked")
+        page.value("document.getElementById('text').focus()")
+    ask(page, "What is the mooring fee?")
     page.press("Tab")  # to the button, and on
     assert page.value("document.activeElement.id") == "send"
     assert page.value("document.querySelectorAll('.turn').length") == 2
     page.value("document.querySelector('.turn details').open = true")
     assert page.value("document.querySelectorAll('.turn li').length") > 0
-    assert "agreement.txt" in page.value("document.querySelector('.where').textContent")
+    where = page.value("document.querySelector('.where').textContent")
+    assert re.fullmatch(r"\d+ % agreement\.txt, line \d+ \(byte \d+\)", where)
     layers = served.service.model.config.num_hidden_layers
     assert page.value("document.querySelectorAll('#layers rect').length") == layers
     page.wait("document.getElementById('speed').textContent.includes('tokens/s')")
@@ -79,10 +97,26 @@ def test_chat_with_a_document_by_keyboard_alone(page: Page, served: Served, tmp_
     )
     assert held != "-" != whole
     assert "share" in page.value("document.getElementById('legend').textContent").lower()
+    if REAL:
+        assert "4350" in page.value("document.querySelector('.turn.assistant span').textContent")
     keep(page, tmp_path, "page")
 
 
-def test_it_fits_a_phone(page: Page, tmp_path: Path) -> None:
+def test_what_is_not_in_the_document_is_shown_as_such(page: Page, tmp_path: Path) -> None:
+    page.size(390, 780, phone=True)
+    read_document(page, tmp_path)
+    ask(page, "What is the name of the captain's dog?" if REAL else "Which dog?")
+    last = "document.querySelector('.turn.assistant')"
+    assert page.value(f"{last}.classList.contains('absent')")
+    assert page.value(f"{last}.firstChild.textContent") == NOT_FOUND
+    assert f"at least {LEAST.evidence:.2f}" in page.value(f"{last}.textContent")
+    assert page.value(f"{last}.querySelectorAll('li').length") == 0
+    assert page.value(f"{last}.querySelector('details div').textContent.length") > 0
+    assert page.value("document.documentElement.scrollWidth") <= 390
+    keep(page, tmp_path, "page-phone")
+
+
+def test_it_fits_a_phone(page: Page) -> None:
     page.size(390, 780, phone=True)
     page.wait("window.innerWidth === 390")
     assert page.value("document.documentElement.scrollWidth") <= 390
@@ -94,7 +128,6 @@ def test_it_fits_a_phone(page: Page, tmp_path: Path) -> None:
     assert size >= 16
     box = "document.getElementById('ask').getBoundingClientRect()"
     assert page.value(f"{box}.bottom <= window.innerHeight && {box}.top >= 0")
-    keep(page, tmp_path, "page-phone")
 
 
 def test_escape_stops_an_answer_and_frees_its_place(page: Page, served: Served) -> None:

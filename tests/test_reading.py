@@ -17,7 +17,8 @@ import tiny
 from refusal import one_line
 from respike.cli.main import program
 from respike.documents import Keeper, Source, load_reading, open_sources, read, read_facts
-from respike.documents.asking import NOT_FOUND, Least, ask, score
+from respike.documents.asking import NOT_FOUND, ask
+from respike.documents.judging import Least, score
 from respike.documents.passages import Attention, observing
 from respike.documents.prompt import HOLE, after_document, before_document
 from respike.documents.reading import Reading

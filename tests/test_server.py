@@ -1,5 +1,6 @@
 """The server, asked by the official client and by raw HTTP."""
 
+import io
 import json
 import threading
 import time
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from respike.documents import Source, read
-from respike.documents.asking import ask
+from respike.documents.asking import NOT_FOUND, ask
+from respike.documents.judging import Least
 from respike.generation import Sampling, stream
 from respike.loading import Model
 from serving import Served, pico_model, serving
@@ -252,8 +254,6 @@ def upload(http: httpx.Client, text: str | bytes, **params: str) -> dict[str, An
 def test_a_chat_about_a_document_is_what_ask_answers(
     served: Served, client: openai.OpenAI, model: Model
 ) -> None:
-    import io
-
     reading = read(model, [Source("x", stream=io.BytesIO(TEXT.encode()))])
     asking = ask(model, reading, "Which stone?", max_tokens=15, least=None)
     wanted = "".join(asking)
@@ -264,7 +264,7 @@ def test_a_chat_about_a_document_is_what_ask_answers(
         found = client.chat.completions.create(
             model="pico", temperature=0, max_tokens=15,
             messages=[{"role": "user", "content": "Which stone?"}],
-            extra_body={"document": document["id"]},
+            extra_body={"document": document["id"], "abstain": False},
         )  # fmt: skip
         assert found.choices[0].message.content == wanted
         told = found.model_extra or {}
@@ -279,6 +279,124 @@ def test_a_chat_about_a_document_is_what_ask_answers(
         client.chat.completions.create(
             model="pico", messages=MESSAGES, extra_body={"document": document["id"]}
         )
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("max_tokens", [30, 9, 1])
+def test_what_is_not_in_a_document_is_said_not_to_be(
+    model: Model, stream: bool, max_tokens: int
+) -> None:
+    """As `ask` does: the same verdict, for answers longer and shorter than what is judged."""
+    reading = read(model, [Source("x", stream=io.BytesIO(TEXT.encode()))])
+    question = "Which stone?"
+    free = ask(model, reading, question, max_tokens=max_tokens, least=Least(-99.0, -99.0))
+    said = "".join(free)
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0, "max_tokens": max_tokens, "stream": stream,
+    }  # fmt: skip
+
+    def answer(http: httpx.Client, body: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+        found = http.post("/v1/chat/completions", json=body)
+        assert found.status_code == 200, found.text
+        if not stream:
+            choice = found.json()["choices"][0]
+            return choice["message"]["content"], choice["finish_reason"], found.json()["respike"]
+        parts = [json.loads(line[6:]) for line in found.text.split("\n\n") if line[6:7] == "{"]
+        text = "".join(p["choices"][0]["delta"].get("content") or "" for p in parts)
+        return text, parts[-1]["choices"][0]["finish_reason"], parts[-1]["respike"]
+
+    evidence, confidence = free.answer.evidence, free.answer.confidence
+    for least, found in (
+        (Least(evidence - 1e-2, confidence - 1e-2), True),
+        (Least(evidence + 1e-2, confidence - 1e-2), False),
+        (Least(evidence - 1e-2, confidence + 1e-2), False),
+    ):
+        with serving(model, hosts=("127.0.0.1",), least=least) as running, running.client() as http:
+            id = upload(http, TEXT)["id"]
+            text, reason, told = answer(http, body | {"document": id})
+            assert told["found"] is found
+            assert told["evidence"] == pytest.approx(evidence, abs=1e-3)
+            assert told["confidence"] == pytest.approx(confidence, abs=1e-3)
+            assert text == (said if found else NOT_FOUND)
+            assert told["withheld"] == ("" if found else told["withheld"])
+            assert bool(told["withheld"]) == (not found)
+            assert (told["tokens_per_second"] > 0) == (max_tokens > 1)
+            assert told["tokens_per_second"] < 5000, "when it was made, not when it was let go"
+            # The first token comes from the prompt, which is not looked at.
+            assert bool(told["passages"]) == (found and max_tokens > 1)
+            assert reason == ("length" if found else "stop")
+            text, _, told = answer(http, body | {"document": id, "abstain": False})
+            assert (text, told["found"]) == (said, None)
+            assert running.idle()
+
+
+def test_who_asks_for_abstention_where_there_is_none_is_told(served: Served) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "abstain": True, "max_tokens": 1}
+    with served.client() as http:
+        id = upload(http, TEXT)["id"]
+        for more in (
+            {},
+            {"document": id, "n": 2},
+            {"document": id, "response_format": {"type": "json_object"}},
+        ):
+            found = http.post("/v1/chat/completions", json=body | more)
+            assert found.status_code == 400
+            assert "abstain" in found.json()["error"]["message"]
+        http.delete(f"/v1/documents/{id}")
+
+
+def test_documents_come_as_they_are_or_in_a_form(served: Served) -> None:
+    with served.client() as http:
+        for text in (TEXT, "a\r\n--b\r\n\r\n", " \r\rx\n"):
+            plain = upload(http, text, name="rain.txt")
+            files = {"file": ("../../etc/ra\u00edn.txt", text.encode(), "text/plain")}
+            sent = http.post("/v1/documents", files=files, data={"purpose": "assistants"})
+            assert sent.status_code == 201, sent.text
+            form = sent.json()
+            assert form["name"] == ".._.._etc_ra\u00edn.txt"
+            assert (form["bytes"], form["tokens"]) == (plain["bytes"], plain["tokens"])
+            for document in (plain, form):
+                http.delete(f"/v1/documents/{document['id']}")
+        page = {"file": ("page.html", b"<p>rain</p><script>x</script>", "application/octet-stream")}
+        found = http.post("/v1/documents", files=page, params={"name": "other.html"}).json()
+        assert found["name"] == "other.html"
+        assert found["tokens"] < 8, "the script is not text"
+        http.delete(f"/v1/documents/{found['id']}")
+        described = http.get("/openapi.json").json()["paths"]["/v1/documents"]["post"]
+        assert "multipart/form-data" in described["requestBody"]["content"]
+
+
+HEAD = b'--q\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        (HEAD + b"x\r\n--q--", "multipart/form-data", "boundary is missing"),
+        (HEAD + b"x\r\n--q--", "multipart/form-data; boundary=" + "q" * 71, "boundary is missing"),
+        (b"", "multipart/form-data; boundary=q", "does not stand in it"),
+        (HEAD + b"x", "multipart/form-data; boundary=q", "end is missing"),
+        (HEAD + b"x\r\n" + HEAD + b"y\r\n--q--", "multipart/form-data; boundary=q", "2 files"),
+        (HEAD.replace(b"file", b"x") + b"x\r\n--q--", "multipart/form-data; boundary=q", "0 files"),
+        (b"--q\r\nx\r\n--q--", "multipart/form-data; boundary=q", "no header"),
+        (b"--q\r\nA: b\r\n\r\nx\r\n--q--", "multipart/form-data; boundary=q", "form-data"),
+        (b"--q" + b"\r\n--q" * 40 + b"--", "multipart/form-data; boundary=q", "more than 32"),
+        (HEAD + b"\r\n--q--", "multipart/form-data; boundary=q", "no text"),
+        (HEAD + b"caf\xe9\r\n--q--", "multipart/form-data; boundary=q", "not UTF-8"),
+    ],
+)  # fmt: skip
+def test_forms_that_are_none_are_refused_in_one_line(
+    served: Served, body: bytes, kind: str, words: str
+) -> None:
+    with served.client() as http:
+        found = http.post("/v1/documents", content=body, headers={"content-type": kind})
+        assert found.status_code == 400
+        error = found.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert words in error["message"]
+        assert "\n" not in error["message"]
+        assert http.get("/v1/documents").json()["data"] == []
 
 
 def test_documents_that_are_none_are_refused(served: Served) -> None:
@@ -341,38 +459,6 @@ def test_a_prompt_that_was_read_before_is_not_read_again(served: Served) -> None
     assert other
 
 
-def test_a_long_prompt_does_not_stall_a_running_stream(served: Served) -> None:
-    """Between the tokens of a stream no more than a chunk of another's prompt is read."""
-    scheduler = served.service.scheduler
-    turns: list[str] = []
-    decode, read_some = scheduler._decode, scheduler._read_prompt
-
-    def decoding() -> None:
-        if len(scheduler.batches):
-            turns.append("token")
-        decode()
-
-    def reading(prefill: Any) -> None:
-        turns.append("chunk")
-        read_some(prefill)
-
-    scheduler._decode, scheduler._read_prompt = decoding, reading  # type: ignore[method-assign]
-    try:
-        with served.client() as http, served.client() as other:
-            body = {"prompt": "the sea", "max_tokens": 400, "stream": True, "temperature": 0}
-            with http.stream("POST", "/v1/completions", json=body) as running:
-                lines = running.iter_lines()
-                next(lines)
-                long = {"prompt": "other rain and sea " * 200, "max_tokens": 1}
-                assert other.post("/v1/completions", json=long).status_code == 200
-                running.close()
-    finally:
-        scheduler._decode, scheduler._read_prompt = decode, read_some  # type: ignore[method-assign]
-    chunks = [i for i, turn in enumerate(turns) if turn == "chunk"][1:]
-    assert len(chunks) > 5
-    assert all(turns[i - 1] == "token" for i in chunks)
-
-
 def test_a_client_that_goes_away_frees_its_place(served: Served) -> None:
     with served.client() as http:
         body = {"prompt": "the sea", "max_tokens": 16_000, "stream": True, "temperature": 0}
@@ -420,6 +506,9 @@ def test_limits_are_kept(model: Model, capfd: pytest.CaptureFixture[str]) -> Non
         kind = {"content-type": "application/json"}
         assert http.post("/v1/completions", content=parts(), headers=kind).status_code == 413
         assert http.post("/v1/documents", content=b"x" * 9001).status_code == 413
+        large = http.post("/v1/documents", files={"file": ("a.txt", b"x" * 9001)})
+        assert large.status_code == 413
+        assert set(large.json()["error"]) == {"message", "type", "param", "code"}
         full = http.post("/v1/documents", content=b"secret words")
         assert full.json()["error"]["code"] == "documents_full"
         long = http.post("/v1/completions", json={"prompt": "x" * 600})
@@ -457,14 +546,14 @@ def test_health_and_metrics(served: Served) -> None:
 def test_a_failure_of_the_model_ends_its_requests_and_nothing_else(
     served: Served, model: Model, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    forward = model.decoder.forward
+    turns = model.decoder.turns
 
     def failing(tokens: torch.Tensor, *rest: Any, **options: Any) -> Any:
         if tokens.shape[1] == 5:
             raise RuntimeError("secret words")
-        return forward(tokens, *rest, **options)
+        return turns(tokens, *rest, **options)
 
-    monkeypatch.setattr(model.decoder, "forward", failing)
+    monkeypatch.setattr(model.decoder, "turns", failing)
     with served.client() as http:
         bad = http.post("/v1/completions", json={"prompt": [7, 8, 9, 10, 11], "max_tokens": 2})
         assert bad.status_code == 500

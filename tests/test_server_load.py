@@ -18,13 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import load
 
 STREAMS = 32
+PREFIX_MIB = 16
+"""Full within seconds, so that what grows afterwards is something else."""
 
 
 def run_load(folder: Path, seconds: float) -> dict[str, Any]:
     pico_model(folder)
     command = [
         sys.executable, "-m", "respike", "serve", str(folder), "--port", "0", "--threads", "1",
-        "--max-streams", str(STREAMS),
+        "--max-streams", str(STREAMS), "--prefix-mib", str(PREFIX_MIB),
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
@@ -43,6 +45,7 @@ def check(found: dict[str, Any]) -> None:
     assert found["answers"] >= STREAMS // 2
     assert found["lost"] == 0
     assert found["server_errors"] == 0
+    assert found["known_prompts_bytes"]["end"] <= PREFIX_MIB << 20
 
 
 def test_a_few_seconds_of_load(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Parts of the server without HTTP: the prefix cache, batches, calls, limits of a prompt."""
 
+import itertools
 import json
 import threading
 import time
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 import tiny
+from respike.documents.sources import TokenizedSource, UploadedSource
 from respike.errors import UsageError
 from respike.generation import Sampling, stream
 from respike.loading import Model
 from respike.models.state import DecoderState
 from respike.server.batch import Batches
 from respike.server.grammar import Grammars
+from respike.server.heap import return_freed_memory
 from respike.server.jobs import End, Event, Job, Piece
+from respike.server.library import Document
 from respike.server.metrics import Metrics
 from respike.server.prefix_cache import PrefixCache
 from respike.server.run import check_host, is_loopback
@@ -82,6 +86,12 @@ def test_what_was_not_used_for_longest_leaves_first(model: Model) -> None:
     assert len(small) == 0
 
 
+def test_the_heap_gives_back_where_glibc_is() -> None:
+    import platform
+
+    assert return_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
 # ---- batches -----------------------------------------------------------------------------------
 
 
@@ -138,6 +148,93 @@ def test_a_cancelled_sequence_leaves_without_a_word(model: Model) -> None:
     refused = scheduler.submit(job)
     assert refused is not None
     assert refused.status == 503
+
+
+def test_reading_gives_way_after_its_time_whatever_a_chunk_takes(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer at a time, and not one more when its time is over: a prompt cannot stall streams."""
+    scheduler = Scheduler(model, Settings(), Metrics())
+    clock = 0.0
+    monkeypatch.setattr("respike.server.scheduler.time.monotonic", lambda: clock)
+    prefill = Prefill(make_job([5] * 5000, 3, []), model, scheduler.cache)
+    scheduler._prefills.append(prefill)
+    layers, ran = len(model.decoder.layers), 0
+    advance = prefill.advance
+
+    def slow() -> Any:
+        nonlocal clock, ran
+        clock, ran = clock + 0.03, ran + 1
+        return advance()
+
+    monkeypatch.setattr(prefill, "advance", slow)
+    for count in (2, 4, 6):  # of layers of 0.03 s in 0.05 s
+        scheduler._read_for(0.05)
+        assert ran == count
+    assert prefill.between_chunks == (ran % layers == 0)
+    assert scheduler._prefills[0] is prefill
+    scheduler._read_for(0.0)
+    assert ran == 6
+
+
+def test_a_long_prompt_does_not_stall_what_runs(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between tokens of one, another's prompt is read as long as a token takes, and a layer."""
+    monkeypatch.setattr("respike.server.scheduler.READ_SECONDS", 0.001)
+    scheduler = Scheduler(model, Settings(), Metrics())
+    turns: list[tuple[str, float, float]] = []
+
+    def timed(name: str, work: Any) -> Any:
+        def call(*arguments: Any) -> None:
+            began = time.monotonic()
+            work(*arguments)
+            if len(scheduler.batches):
+                turns.append((name, began, time.monotonic()))
+
+        return call
+
+    for method, name in (("_decode", "token"), ("_read_prompt", "layer")):
+        monkeypatch.setattr(scheduler, method, timed(name, getattr(scheduler, method)))
+    runs: list[Event] = []
+    job = make_job([5, 6, 7], 100_000, runs)
+    assert scheduler.submit(job) is None
+    read: list[Event] = []
+    assert scheduler.submit(make_job(tiny.random_tokens(6000).tolist(), 1, read)) is None
+    scheduler.start()
+    for _ in range(3000):
+        if read and isinstance(read[-1], End):
+            break
+        time.sleep(0.02)
+    job.cancelled = True
+    scheduler.stop()
+    scheduler.join(30)
+    groups = [list(g) for _, g in itertools.groupby(turns, key=lambda turn: turn[0])]
+    pauses = [
+        (layers[-1][1] - layers[0][1], tokens[-1][2] - tokens[-1][1])
+        for tokens, layers in itertools.pairwise(groups)
+        if layers[0][0] == "layer"
+    ]
+    assert len(pauses) > 5
+    late = [pause for pause, token in pauses if pause > max(0.001, token) + 0.002]
+    assert len(late) <= len(pauses) / 5, "the machine may pause us in between"
+
+
+def test_a_large_job_is_read_layer_by_layer_beside_a_document(model: Model) -> None:
+    """What a chunk's pauses leave half done is nobody's state."""
+    prompt = tiny.random_tokens(700, seed=3).tolist()
+    events: list[Event] = []
+    scheduler = Scheduler(model, Settings(), Metrics())
+    document = Document("a", 3)
+    text = "rain on the stone bridge " * 90
+    scheduler.read(
+        document, TokenizedSource(UploadedSource("a", text.encode(), "text"), model.tokenizer)
+    )
+    assert scheduler.submit(make_job(prompt, 5, events)) is None
+    scheduler.start()
+    scheduler.stop()
+    scheduler.join(60)
+    assert text_of(events) == alone(model, prompt, 5)
 
 
 def test_what_runs_is_finished_before_the_scheduler_stops(model: Model) -> None:

@@ -60,15 +60,42 @@ def choose(logits: Tensor, seen: Sequence[int], sampling: Sampling, draw: torch.
         return int(logits.argmax())
     # From the largest down and in float64: no temperature, however small, overflows.
     scaled = (logits - logits.max()).double() / sampling.temperature
-    values, order = scaled.sort(descending=True, stable=True)
-    keep = torch.ones_like(values, dtype=torch.bool)
-    if sampling.top_k:
-        keep[sampling.top_k :] = False
-    probs = values.masked_fill(~keep, -torch.inf).softmax(-1)
-    keep &= probs.cumsum(-1) - probs < sampling.top_p
-    keep &= probs >= sampling.min_p * probs[0]
-    probs = probs.where(keep, 0)
-    return int(order[torch.multinomial(probs, 1, generator=draw)])
+    values, order = _likeliest(scaled, sampling)
+    probs = values.softmax(-1) if sampling.top_k else values.exp() / scaled.exp().sum()
+    if sampling.top_p < 1:
+        probs = probs.where(probs.cumsum(-1) - probs < sampling.top_p, 0)
+    if sampling.min_p:
+        probs = probs.where(probs >= sampling.min_p * probs.max(), 0)
+    at = _drawn(probs, draw)
+    return at if order is None else int(order[at])
+
+
+NUCLEUS_TOKENS = 512
+"""Ranked first for top-p: to rank a whole vocabulary takes longer than a step of a small model."""
+
+
+def _likeliest(scaled: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Those of logits (V,) that may be kept, likeliest first, and their ids; or all as they are."""
+    count = min(sampling.top_k, len(scaled))
+    if not count:
+        if sampling.top_p == 1:
+            return scaled, None
+        weights = scaled.exp()
+        count = min(NUCLEUS_TOKENS, len(scaled))
+        if float(weights.topk(count).values.sum() / weights.sum()) < sampling.top_p:
+            count = len(scaled)
+    # Equal ones in the order of their ids, which topk alone does not promise.
+    index = torch.nonzero(scaled >= scaled.topk(count).values[-1])[:, 0]
+    values, rank = scaled[index].sort(descending=True, stable=True)
+    return values[:count], index[rank[:count]]
+
+
+def _drawn(weights: Tensor, draw: torch.Generator) -> int:
+    """An index by its weight, float64 (N,), from one random number."""
+    reached = weights.cumsum(-1)
+    wanted = torch.rand(1, dtype=torch.float64, generator=draw) * reached[-1]
+    at = int(torch.searchsorted(reached, wanted, right=True))
+    return at if at < len(weights) else int(torch.nonzero(weights)[-1])  # rounded up to the sum
 
 
 @dataclass

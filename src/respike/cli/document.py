@@ -210,22 +210,30 @@ def _reading_progress(total: int | None) -> Iterator[Callable[[int, int], None]]
         yield tell
 
 
+def least_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--least-evidence and --least-confidence, for `given_least`."""
+    for name, what in (
+        ("confidence", "Mean log-probability of a token an answer must have, likewise."),
+        ("evidence", "How much likelier a token the document must make an answer, else it was not "
+                     "found."),
+    ):  # fmt: skip
+        command = click.option(f"--least-{name}", type=float, metavar="NATS", help=what)(command)
+    return command
+
+
+def given_least(options: dict[str, Any]) -> Any:
+    """What `least_options` say."""
+    from respike.documents.judging import Least
+
+    given = {name: options[f"least_{name}"] for name in ("evidence", "confidence")}
+    return Least(**{name: value for name, value in given.items() if value is not None})
+
+
 @click.command("ask")
 @click.argument("state", type=click.Path(path_type=Path))
 @click.argument("question")
 @click.option("--model", metavar="MODEL", help="Where the model is, if it moved.")
-@click.option(
-    "--least-evidence",
-    type=float,
-    metavar="NATS",
-    help="How much likelier a token the document must make an answer, else it was not found.",
-)
-@click.option(
-    "--least-confidence",
-    type=float,
-    metavar="NATS",
-    help="Mean log-probability of a token an answer must have, likewise.",
-)
+@least_options
 @click.option("--always-answer", is_flag=True, help="Never say that it was not found.")
 @number_option("--passages", 3, "Passages to name that the answer leaned on.", least=0)
 @sampling_options
@@ -270,14 +278,11 @@ def ask_command(state: Path, question: str, **options: Any) -> None:
 
 
 def _least(options: dict[str, Any]) -> Any:
-    from respike.documents.asking import Least
-
-    given = {name: options[f"least_{name}"] for name in ("evidence", "confidence")}
-    given = {name: value for name, value in given.items() if value is not None}
     if not options["always_answer"]:
-        return Least(**given)
-    if given:
-        raise UsageError(f"--least-{min(given)} means nothing with --always-answer")
+        return given_least(options)
+    for name in ("confidence", "evidence"):
+        if options[f"least_{name}"] is not None:
+            raise UsageError(f"--least-{name} means nothing with --always-answer")
     return None
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from respike.cli.document import given_least, least_options
 from respike.cli.show import human_bytes, load_options, number_option, progress, run_options
 
 MIB = 1 << 20
@@ -36,6 +37,7 @@ MIB = 1 << 20
 @number_option("--max-document-mib", 64, "Size of an uploaded document.")
 @number_option("--max-documents-mib", 4096, "State of all documents.")
 @number_option("--prefix-mib", 1024, "State of prompts read before, kept for the next.", least=0)
+@least_options
 @number_option("--timeout", 600, "Seconds a request may take.")
 @run_options
 def serve_command(model: str, **options: Any) -> None:
@@ -68,6 +70,7 @@ def serve_command(model: str, **options: Any) -> None:
         max_documents_bytes=options["max_documents_mib"] * MIB,
         prefix_bytes=options["prefix_mib"] * MIB,
         timeout_seconds=options["timeout"],
+        least=given_least(options),
     )
     set_threads(options["threads"])
     with progress(f"loading {model}") as step:

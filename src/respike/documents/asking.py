@@ -1,17 +1,14 @@
 """Asking: an answer from a reading, where it comes from, and whether it is in there at all.
 
-An answer is held back until `JUDGED_TOKENS` of it are there. By then two things are known: its
-evidence, how much likelier the model finds these words with the documents before them than without,
-and its confidence, how likely it finds them at all. Where either is too low the answer is not the
-documents', and what is said is that it was not found in them.
+An answer is held back until `JUDGED_TOKENS` of it are there and were judged, see
+`respike.documents.judging`.
 """
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
+from respike.documents.judging import JUDGED_TOKENS, LEAST, Least, judge, without_document
 from respike.documents.passages import (
     OBSERVED_STEPS,
     Attention,
@@ -19,31 +16,13 @@ from respike.documents.passages import (
     observing,
     passages,
 )
-from respike.documents.prompt import NOT_FOUND, Messages, after_document, before_document
+from respike.documents.prompt import NOT_FOUND, Messages, after_document
 from respike.documents.reading import Reading, keeps_all
 from respike.errors import UsageError
 from respike.generation import Sampling, TextStream, stream
 from respike.loading import Model
-from respike.models.state import DecoderState
 
 GREEDY = Sampling()
-JUDGED_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Least:
-    """What an answer must reach to count; the defaults were measured by benchmarks/abstain.py.
-
-    Attributes:
-        evidence: Nats a token by which the documents make its beginning likelier.
-        confidence: Mean log-probability of its beginning, in nats a token.
-    """
-
-    evidence: float = 1.0
-    confidence: float = -0.5
-
-
-LEAST = Least()
 
 
 @dataclass
@@ -53,8 +32,8 @@ class Answer:
     Attributes:
         text: The answer, or `NOT_FOUND`.
         found: Whether it reaches ``least``.
-        evidence: See `Least`.
-        confidence: See `Least`.
+        evidence: See `respike.documents.judging.Least`.
+        confidence: See `respike.documents.judging.Least`.
         least: What it must reach; None: it was not judged.
         withheld: What the model would have said, if it was not found.
         passages: Where it looked, see `respike.documents.passages`.
@@ -193,47 +172,8 @@ def _pieces(
 
 
 def _judge(model: Model, prompt: list[int], text: TextStream, answer: Answer) -> None:
-    least, result = answer.least, text.result
-    assert least is not None
-    logprobs = result.logprobs[:JUDGED_TOKENS]
-    answer.evidence = evidence(model, prompt, result.tokens, result.logprobs)
-    answer.confidence = sum(logprobs) / max(1, len(logprobs))
-    answer.found = answer.evidence >= least.evidence and answer.confidence >= least.confidence
-
-
-def evidence(model: Model, prompt: list[int], tokens: list[int], logprobs: list[float]) -> float:
-    """Nats a token by which the documents make the beginning of an answer likelier.
-
-    Args:
-        model: The one that answered.
-        prompt: What followed the documents.
-        tokens: Of the answer.
-        logprobs: Of these, with the documents.
-
-    Returns:
-        0 for no tokens.
-    """
-    tokens, logprobs = tokens[:JUDGED_TOKENS], logprobs[:JUDGED_TOKENS]
-    if not tokens:
-        return 0.0
-    without = score(model, before_document(model.tokenizer) + prompt, tokens)
-    return (sum(logprobs) - sum(without)) / len(tokens)
-
-
-def score(
-    model: Model, prompt: list[int], tokens: list[int], state: DecoderState | None = None
-) -> list[float]:
-    """Log-probabilities of ``tokens`` after ``prompt``.
-
-    Args:
-        model: The model.
-        prompt: At least one token.
-        tokens: At least one.
-        state: What came before the prompt; consumed.
-    """
-    decoder = model.decoder
-    ids = torch.tensor([prompt + tokens[:-1]], device=decoder.embedding.device)
-    with torch.inference_mode():
-        hidden, _ = decoder.hidden(ids, state)
-        logits = decoder.head(hidden[:, len(prompt) - 1 :]).float().log_softmax(-1)[0]
-    return logits[torch.arange(len(tokens)), torch.tensor(tokens)].tolist()
+    assert answer.least is not None
+    tokens, logprobs = text.result.tokens, text.result.logprobs
+    verdict = judge(answer.least, logprobs, without_document(model, prompt, tokens))
+    answer.found = verdict.found
+    answer.evidence, answer.confidence = verdict.evidence, verdict.confidence

@@ -60,7 +60,10 @@ def read(
 
 
 def reading_steps(work: "_Work", sources: Sequence[Source]) -> Iterator[bool]:
-    """Read chunk by chunk: yields after each, whether the model worked or it was known already."""
+    """Read chunk by chunk: yields True when there is more to keep, after a chunk's last layer.
+
+    False: the chunk was known already, or these were some of its layers.
+    """
     tokenizer = work.model.tokenizer
     yield from work.run_whole_chunks()
     for number, source in enumerate(sources, start=len(work.reading.sources)):
@@ -83,16 +86,19 @@ def reading_steps(work: "_Work", sources: Sequence[Source]) -> Iterator[bool]:
     yield from work.run_rest()
 
 
-def start_reading(model: Model) -> "_Work":
-    """For `reading_steps`, from the beginning."""
-    return _Work(model, None, None)
+def start_reading(model: Model, layers: int) -> "_Work":
+    """For `reading_steps`, from the beginning, with a pause after so many layers of a chunk."""
+    return _Work(model, None, None, layers)
 
 
 class _Work:
     """Tokens on their way into the state."""
 
-    def __init__(self, model: Model, base: Reading | None, kept: Reading | None) -> None:
+    def __init__(
+        self, model: Model, base: Reading | None, kept: Reading | None, layers: int | None = None
+    ) -> None:
         self.model, self.kept = model, kept
+        self.layers = layers or len(model.decoder.layers)
         self.digest = hashlib.sha256()
         self.waiting: list[int] = []
         self.seen = 0
@@ -118,20 +124,20 @@ class _Work:
             room := PREFILL_CHUNK_TOKENS - self.seen % PREFILL_CHUNK_TOKENS
         ):
             chunk, self.waiting = self.waiting[:room], self.waiting[room:]
-            yield self._run(chunk)
+            yield from self._run(chunk)
 
     def run_rest(self) -> Iterator[bool]:
         """Work on what is left."""
         if self.waiting:
             chunk, self.waiting = self.waiting, []
-            yield self._run(chunk)
+            yield from self._run(chunk)
         if self.kept is not None:
             raise DataError(
                 f"an interrupted reading of {self.kept.num_tokens} tokens is longer than these "
                 f"sources of {self.seen}", hint=OTHER_SOURCES,
             )  # fmt: skip
 
-    def _run(self, chunk: list[int]) -> bool:
+    def _run(self, chunk: list[int]) -> Iterator[bool]:
         ids = torch.tensor([chunk], dtype=torch.int64)
         self.digest.update(ids.to(torch.int32).numpy().tobytes())
         if self.reading.tokens is not None:
@@ -139,12 +145,16 @@ class _Work:
         self.seen += len(chunk)
         if self.kept is not None:
             self._skip(self.kept)
-            return False
+            yield False
+            return
         decoder = self.model.decoder
-        with torch.inference_mode():
-            tokens = ids.to(decoder.embedding.device)
-            self.reading.state = decoder(tokens, self.reading.state, logits="none")[1]
-        return True
+        tokens = ids.to(decoder.embedding.device)
+        turns, after = decoder.turns(tokens, self.reading.state, self.layers), None
+        while after is None:
+            with torch.inference_mode():
+                _, after = next(turns)
+            self.reading.state = after or self.reading.state
+            yield after is not None
 
     def _skip(self, kept: Reading) -> None:
         """These tokens were read before the interruption."""

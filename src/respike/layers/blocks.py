@@ -161,13 +161,18 @@ class BlockState:
         return groups * (held + summaries * width * self.summaries.data.element_size())
 
     def clone(self) -> "BlockState":
-        """See `MixerState.clone`."""
-        return self.rows(slice(None))
+        """See `MixerState.clone`; copies are in memory."""
+        parts = {name: rows.data.clone() for name, rows in self.parts.items()}
+        return BlockState(parts, self.summaries.data.clone(), self.rule)
 
-    def rows(self, index: slice) -> "BlockState":
-        """See `MixerState.rows`."""
-        parts = {name: rows.copy(index) for name, rows in self.parts.items()}
-        return BlockState(parts, self.summaries.copy(index), self.rule)
+    def rows(self, index: slice, num_tokens: int | None = None) -> "BlockState":
+        """See `MixerState.rows`; room is in whole blocks."""
+        size, slots, summaries = self.rule.block_tokens, None, None
+        if num_tokens is not None:
+            slots = -(-num_tokens // size) * size
+            summaries = slots // self.rule.summary_tokens
+        parts = {name: rows.data[index, :, :slots] for name, rows in self.parts.items()}
+        return BlockState(parts, self.summaries.data[index, :, :summaries], self.rule)
 
     @classmethod
     def join(cls, states: Sequence["BlockState"]) -> "BlockState":

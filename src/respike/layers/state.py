@@ -32,8 +32,8 @@ class MixerState(Protocol):
         """An independent copy."""
         ...
 
-    def rows(self: S, index: slice) -> S:
-        """A copy of some sequences of the batch."""
+    def rows(self: S, index: slice, num_tokens: int | None = None) -> S:
+        """Some sequences of the batch, with room for ``num_tokens`` at most; shares memory."""
         ...
 
     @classmethod
@@ -87,9 +87,9 @@ class KVState:
         """See `MixerState.clone`."""
         return KVState(self.k.clone(), self.v.clone())
 
-    def rows(self, index: slice) -> "KVState":
+    def rows(self, index: slice, num_tokens: int | None = None) -> "KVState":
         """See `MixerState.rows`."""
-        return KVState(self.k[index].clone(), self.v[index].clone())
+        return KVState(self.k[index, :, :num_tokens], self.v[index, :, :num_tokens])
 
     @classmethod
     def join(cls, states: Sequence["KVState"]) -> "KVState":
@@ -193,9 +193,10 @@ class WindowState:
         """See `MixerState.clone`."""
         return WindowState(self.k.clone(), self.v.clone(), self.sink_tokens)
 
-    def rows(self, index: slice) -> "WindowState":
-        """See `MixerState.rows`."""
-        return WindowState(self.k[index].clone(), self.v[index].clone(), self.sink_tokens)
+    def rows(self, index: slice, num_tokens: int | None = None) -> "WindowState":
+        """See `MixerState.rows`; its slots are as many at any length."""
+        del num_tokens
+        return WindowState(self.k[index], self.v[index], self.sink_tokens)
 
     @classmethod
     def join(cls, states: Sequence["WindowState"]) -> "WindowState":
@@ -236,9 +237,10 @@ class MemoryState:
         """See `MixerState.clone`."""
         return MemoryState(self.memory.clone())
 
-    def rows(self, index: slice) -> "MemoryState":
+    def rows(self, index: slice, num_tokens: int | None = None) -> "MemoryState":
         """See `MixerState.rows`."""
-        return MemoryState(self.memory[index].clone())
+        del num_tokens
+        return MemoryState(self.memory[index])
 
     @classmethod
     def join(cls, states: Sequence["MemoryState"]) -> "MemoryState":
@@ -270,9 +272,9 @@ class PairState:
         """See `MixerState.clone`."""
         return PairState(self.window.clone(), self.memory.clone())
 
-    def rows(self, index: slice) -> "PairState":
+    def rows(self, index: slice, num_tokens: int | None = None) -> "PairState":
         """See `MixerState.rows`."""
-        return PairState(self.window.rows(index), self.memory.rows(index))
+        return PairState(self.window.rows(index, num_tokens), self.memory.rows(index))
 
     @classmethod
     def join(cls, states: Sequence["PairState"]) -> "PairState":

@@ -71,10 +71,6 @@ class Rows:
         grown[:, :, :have] = self.data
         self.data = grown
 
-    def copy(self, index: slice) -> Tensor:
-        """A copy of some sequences of the batch, in memory."""
-        return self.data[index].clone()
-
     @staticmethod
     def join(parts: Sequence["Rows"]) -> Tensor:
         """One batch from several, in order."""

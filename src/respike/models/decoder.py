@@ -328,24 +328,59 @@ class Decoder(nn.Module):
             valid = torch.full_like(state.tokens_seen, end - begin)
             if lengths is not None:
                 valid = (lengths - begin).clamp(0, end - begin)
-            x = self.model.embed_tokens(tokens[:, begin:end])
-            sinks = self.config.learned_sinks if not state.tokens_seen.any() else 0
-            if sinks:
-                x = torch.cat((self.model.learned_sinks.expand(len(x), -1, -1), x), 1)
-            span = self.span(state, sinks + end - begin, sinks + valid)
-            if self.engine is not None and not torch.is_grad_enabled():
-                layers = self.engine.run(x, span, state.layers)
-            else:
-                x, layers = self._through_layers(x, span, state.layers)
-            state = DecoderState(layers, state.tokens_seen + sinks + valid)
-            yield begin, x[:, sinks:], valid, state
+            for x, after in self.turns(tokens[:, begin:end], state, len(self.layers), valid):
+                if after is not None:
+                    yield begin, x, valid, (state := after)
             begin = end
 
+    def turns(
+        self, tokens: Tensor, state: DecoderState, layers: int, valid: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, DecoderState | None]]:
+        """Continue by ``tokens`` as one chunk, ``layers`` at a time: the same bits, with pauses.
+
+        For callers that have other things to do meanwhile. They enter `torch.inference_mode` for
+        each turn, as a pause must not leave it switched on.
+
+        Args:
+            tokens: Token ids (B, T), no more than a chunk of `forward`.
+            state: What came before; consumed.
+            layers: How many a turn, at least one.
+            valid: Real tokens in each row (B,). None means all T.
+
+        Yields:
+            What comes out of the layers (B, T, D), for `head` after the last; and the next state,
+            None before the last turn.
+        """
+        valid = torch.full_like(state.tokens_seen, tokens.shape[1]) if valid is None else valid
+        x = self.model.embed_tokens(tokens)
+        sinks = self.config.learned_sinks if not state.tokens_seen.any() else 0
+        if sinks:
+            x = torch.cat((self.model.learned_sinks.expand(len(x), -1, -1), x), 1)
+        span = self.span(state, sinks + tokens.shape[1], sinks + valid)
+        native = self.engine is not None and not torch.is_grad_enabled()
+        done: tuple[tuple[MixerState, ...], ...] = ()
+        while len(done) < len(self.layers):
+            part = len(done), min(len(self.layers), len(done) + layers)
+            if native:
+                assert self.engine is not None
+                done += self.engine.run(x, span, state.layers, *part)
+            else:
+                x, after = self._through_layers(x, span, state.layers, *part)
+                done += after
+            last = len(done) == len(self.layers)
+            seen = state.tokens_seen + sinks + valid
+            yield x[:, sinks:], DecoderState(done, seen) if last else None
+
     def _through_layers(
-        self, x: Tensor, span: Span, states: tuple[tuple[MixerState, ...], ...]
+        self,
+        x: Tensor,
+        span: Span,
+        states: tuple[tuple[MixerState, ...], ...],
+        begin: int = 0,
+        end: int | None = None,
     ) -> tuple[Tensor, tuple[tuple[MixerState, ...], ...]]:
-        layers = []
-        for layer, before in zip(self.layers, states, strict=True):
+        layers, some = [], slice(begin, end)
+        for layer, before in zip(self.layers[some], states[some], strict=True):
             x, after = layer(x, span, before)
             layers.append(after)
         return x, tuple(layers)

@@ -131,21 +131,25 @@ class Engine:
             tuple(self._layer(self._layers[i], self._native[i]) for i in self._known),
         )
 
-    def run(self, x: Tensor, span: Span, states: LayerStates) -> LayerStates:
-        """Take the residual stream ``x`` (B, T, D) through all layers, in place.
+    def run(
+        self, x: Tensor, span: Span, states: LayerStates, begin: int = 0, end: int | None = None
+    ) -> LayerStates:
+        """Take the residual stream ``x`` (B, T, D) through layers, in place.
 
         Args:
-            x: Embeddings, contiguous.
+            x: What the layer ``begin`` takes in, contiguous; embeddings for the first.
             span: Where the tokens stand.
-            states: Before the span; consumed.
+            states: Of all layers, before the span; those of these layers are consumed.
+            begin: The first of these layers.
+            end: One after the last; None: all that follow.
 
         Returns:
-            The states after it.
+            The states of these layers after the span.
         """
         with self._busy:
-            return self._run(x, span, states)
+            return self._run(x, span, states, begin, len(self._layers) if end is None else end)
 
-    def _run(self, x: Tensor, span: Span, states: LayerStates) -> LayerStates:
+    def _run(self, x: Tensor, span: Span, states: LayerStates, first: int, end: int) -> LayerStates:
         if self._changed():
             self._build()
         work = self._workspace(x)
@@ -159,8 +163,7 @@ class Engine:
             pointers,
         )
         after: list[tuple[MixerState, ...]] = []
-        first = 0
-        while first < len(self._layers):
+        while first < end:
             if first not in self._known:
                 out, state = self._layers[first](x, span, states[first])
                 x.copy_(out)
@@ -173,7 +176,7 @@ class Engine:
                 continue
             last = first + 1
             observed = self._observed(first)
-            while last < len(self._layers) and self._native[last] and not observed:
+            while last < end and self._native[last] and not observed:
                 if last not in self._known or self._observed(last):
                     break
                 last += 1

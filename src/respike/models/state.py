@@ -58,27 +58,37 @@ class DecoderState:
         layers = tuple(tuple(part.clone() for part in layer) for layer in self.layers)
         return DecoderState(layers, self.tokens_seen.clone())
 
+    def compact(self) -> "DecoderState":
+        """An independent copy that takes the memory its tokens need: no room for more."""
+        return self._rows(slice(None), self.num_tokens).clone()
+
     def split(self) -> list["DecoderState"]:
         """One independent state for each sequence of the batch."""
-        return [self._rows(slice(row, row + 1)) for row in range(len(self))]
+        return [self._rows(slice(row, row + 1)).clone() for row in range(len(self))]
 
     def row(self, index: int) -> "DecoderState":
-        """An independent state of one sequence."""
-        return self._rows(slice(index, index + 1))
+        """An independent state of one sequence, `compact`."""
+        return self._rows(slice(index, index + 1), int(self.tokens_seen[index])).clone()
 
     def keep(self, rows: Sequence[bool]) -> list["DecoderState"]:
-        """Independent states of the sequences marked in ``rows``, in order, runs of them joined."""
+        """States of the sequences marked in ``rows``, in order, runs of them as one, to be joined.
+
+        They share memory with this state, which what `join` makes does not. They have room for as
+        many tokens again as the longest of them has seen, at most: what a longer one needed that
+        has left is given back.
+        """
+        longest = max((int(n) for n, k in zip(self.tokens_seen, rows, strict=True) if k), default=0)
         found, begin = [], 0
         for kept, run in groupby(rows):
             end = begin + len(list(run))
             if kept:
-                found.append(self._rows(slice(begin, end)))
+                found.append(self._rows(slice(begin, end), 2 * longest))
             begin = end
         return found
 
-    def _rows(self, index: slice) -> "DecoderState":
-        layers = tuple(tuple(part.rows(index) for part in layer) for layer in self.layers)
-        return DecoderState(layers, self.tokens_seen[index].clone())
+    def _rows(self, index: slice, room: int | None = None) -> "DecoderState":
+        layers = tuple(tuple(part.rows(index, room) for part in layer) for layer in self.layers)
+        return DecoderState(layers, self.tokens_seen[index])
 
     @staticmethod
     def join(states: Sequence["DecoderState"]) -> "DecoderState":

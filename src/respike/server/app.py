@@ -15,9 +15,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from respike import __version__
 from respike.errors import RespikeError
 from respike.server.errors import ApiError, validation_error
+from respike.server.form import FORM, file_of, is_form
 from respike.server.limits import Limits
 from respike.server.schema import ChatRequest, CompletionRequest
-from respike.server.service import Service, told
+from respike.server.service import KINDS, Service, told
 
 PAGE_HEADERS = {
     "Content-Security-Policy": (
@@ -28,6 +29,23 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+DOCUMENT_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The document: as it is, with its media type, or as the file of a form.",
+        "content": {
+            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in KINDS},
+            FORM: {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                }
+            },
+        },
+    }
+}
+"""For the OpenAPI document; the route takes the body itself."""
 SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -140,13 +158,16 @@ def _joined(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _add_documents(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/documents", status_code=201)
+    @app.post("/v1/documents", status_code=201, openapi_extra=DOCUMENT_BODY)
     async def add(
-        request: Request, name: str = Query(default="document.txt", max_length=200)
+        request: Request, name: str | None = Query(default=None, max_length=200)
     ) -> dict[str, Any]:
         content = await request.body()
         kind = request.headers.get("content-type", "text/plain")
-        clean = re.sub(r"[^\w .,()+-]", "_", name).strip() or "document"
+        if is_form(kind):
+            part = await run_in_threadpool(file_of, kind, content)
+            name, content, kind = name or part.filename, part.content, part.kind
+        clean = re.sub(r"[^\w .,()+-]", "_", (name or "document.txt")[:200]).strip() or "document"
         document = await service.add_document(clean, content, kind)
         return document.facts()
 

@@ -57,8 +57,8 @@ class Document:
         }
 
     def read(self, model: Model, source: TokenizedSource) -> Iterator[None]:
-        """Read it chunk by chunk; its facts follow."""
-        work = start_reading(model)
+        """Read it a layer of a chunk at a time; its facts follow."""
+        work = start_reading(model, layers=1)
         for _ in reading_steps(work, [source]):
             self.tokens_read = min(self.tokens, work.seen)
             self.state_bytes = work.reading.state.nbytes()

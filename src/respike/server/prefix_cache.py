@@ -73,7 +73,7 @@ class PrefixCache:
         while self._states and self.held_bytes + size > self.limit_bytes:
             _, old = self._states.popitem(last=False)
             self.held_bytes -= old.nbytes()
-        self._states[key] = state.clone()
+        self._states[key] = state.compact()  # so that what is counted is what is held
         self.held_bytes += size
 
     def forget(self, base: str) -> None:

@@ -77,8 +77,10 @@ def serve(
 
     from respike.documents.reading import load_reading
     from respike.server.app import make_app
+    from respike.server.heap import return_freed_memory
     from respike.server.service import Service
 
+    return_freed_memory()
     service = Service(model, model.path.stem if model.path.is_file() else model.path.name, settings)
     documents = [service.add_reading(path.name, load_reading(path, model)) for path in states]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

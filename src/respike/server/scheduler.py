@@ -1,7 +1,9 @@
 """The engine's thread: takes turns between decoding, prompts and documents.
 
-Every turn is one token for all running sequences, then one chunk of a prompt or of a document. So a
-long prompt delays running streams by a chunk at a time, and never longer.
+Every turn is one token for all running sequences, then some layers of one chunk of a prompt or of a
+document: as many as take about as long as the token took. So a long prompt delays running streams
+by `READ_SECONDS` or by a token's time, whatever the machine; and as a chunk is the same chunk
+however its layers are spread over turns, it changes no bit of an answer.
 """
 
 import queue
@@ -22,69 +24,15 @@ from respike.server.errors import report
 from respike.server.jobs import Failure, Job, Sequence
 from respike.server.library import Document
 from respike.server.metrics import Metrics
+from respike.server.prefill import Prefill
 from respike.server.prefix_cache import PrefixCache
 from respike.server.settings import Settings
 
-CHUNK_TOKENS = 256
-"""Of a prompt, between two tokens of the others. Chunks end at multiples of this."""
-SNAPSHOT_TOKENS = 2048
-"""Prompts leave their state in the cache at multiples of this, and at their last whole chunk."""
+READ_SECONDS = 0.05
+"""Of reading, between two tokens of those that run, if a token takes no longer itself."""
 SPEED_SECONDS = 2.0
 DOCUMENT_TURN = 4
 """While prompts wait too, a document gets every fourth turn."""
-
-
-class Prefill:
-    """A prompt being read."""
-
-    def __init__(self, job: Job, model: Model, cache: PrefixCache) -> None:
-        self.job, self._model, self._cache = job, model, cache
-        self.arrived = time.monotonic()
-        self._done = 0
-        self._state: DecoderState | None = None
-
-    def advance(self) -> list[tuple[Sequence, DecoderState]] | None:
-        """Read a chunk. At the end: the sequences that go on, with their states; else None."""
-        if self._state is None:
-            self._begin()
-        assert self._state is not None
-        prompt, decoder = self.job.prompt, self._model.decoder
-        step = CHUNK_TOKENS - self._state.num_tokens % CHUNK_TOKENS
-        end = min(len(prompt), self._done + step)
-        last = end == len(prompt)
-        ids = torch.tensor([prompt[self._done : end]], device=decoder.embedding.device)
-        with torch.inference_mode():
-            logits, self._state = decoder(ids, self._state, logits="last" if last else "none")
-        self._done = end
-        if not last:
-            self._snapshot()
-            return None
-        return self._sequences(logits[0, 0].float().cpu(), self._state)
-
-    def _begin(self) -> None:
-        found = self._cache.find(self.job.base, self.job.prompt)
-        if found is not None:
-            self._done, self._state = found
-            self.job.cached_tokens = self._done
-        elif self.job.start is not None:
-            self._state = self.job.start()
-        else:
-            self._state = self._model.decoder.init_state()
-
-    def _snapshot(self) -> None:
-        assert self._state is not None
-        seen, left = self._state.num_tokens, len(self.job.prompt) - self._done
-        if seen % SNAPSHOT_TOKENS == 0 or left <= CHUNK_TOKENS:
-            self._cache.put(self.job.base, self.job.prompt[: self._done], self._state)
-
-    def _sequences(
-        self, logits: torch.Tensor, state: DecoderState
-    ) -> list[tuple[Sequence, DecoderState]]:
-        rows = [Sequence(self.job, index, self._model) for index in range(len(self.job.samplings))]
-        for row in rows:
-            row.take(logits)
-        going = [row for row in rows if not row.ended]
-        return [(row, state if row is going[-1] else state.clone()) for row in going]
 
 
 class Scheduler(threading.Thread):
@@ -168,8 +116,9 @@ class Scheduler(threading.Thread):
                 return
             self._expire()
             self._admit()
+            began = time.monotonic()
             self._decode()
-            self._read_some()
+            self._read_for(max(READ_SECONDS, time.monotonic() - began))
             self._tell()
 
     def _busy(self) -> bool:
@@ -233,7 +182,14 @@ class Scheduler(threading.Thread):
                 seen = state.num_tokens - row.job.start_tokens
                 self.cache.put(row.job.base, said[:seen], state)
 
+    def _read_for(self, seconds: float) -> None:
+        """Read prompts and documents for about so long."""
+        until = time.monotonic() + seconds
+        while (self._prefills or self._reading) and time.monotonic() < until:
+            self._read_some()
+
     def _read_some(self) -> None:
+        """A layer of a chunk."""
         self._turn += 1
         documents = self._turn % DOCUMENT_TURN == 0 or not self._prefills
         if self._reading and documents:
@@ -245,7 +201,8 @@ class Scheduler(threading.Thread):
     def _read_prompt(self, prefill: Prefill) -> None:
         going = prefill.advance()
         if going is None:
-            self._prefills.append(prefill)  # others have their turn
+            back = self._prefills.append if prefill.between_chunks else self._prefills.appendleft
+            back(prefill)  # others have their turn after a chunk
             return
         self.metrics.first_token.observe(time.monotonic() - prefill.arrived)
         self.metrics.prompt_tokens.inc(len(prefill.job.prompt))

@@ -171,7 +171,7 @@ class ResponseFormat(_Request):
 
 
 class ChatRequest(_Sampled):
-    """``/v1/chat/completions``; ``document`` is ours."""
+    """``/v1/chat/completions``; ``document`` and ``abstain`` are ours."""
 
     messages: list[Message] = Field(min_length=1, max_length=10_000)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -183,6 +183,18 @@ class ChatRequest(_Sampled):
     response_format: ResponseFormat = ResponseFormat()
     modalities: list[Literal["text"]] = Field(default_factory=list)
     document: str | None = Field(default=None, max_length=200)
+    abstain: bool | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether an answer may be any words: one choice, no tools, no format."""
+        return self.n == 1 and not self.tools and self.response_format.type == "text"
+
+    @model_validator(mode="after")
+    def _check_abstain(self) -> "ChatRequest":
+        if self.abstain and not (self.document is not None and self.free):
+            raise ValueError("abstain: needs a document, n 1, and neither tools nor a format")
+        return self
 
 
 class CompletionRequest(_Sampled):

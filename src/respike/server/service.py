@@ -6,8 +6,8 @@ from pathlib import PurePath
 from typing import Any
 
 from respike.account import state_bytes, state_parts
-from respike.documents.passages import Attention, passages
-from respike.documents.prompt import after_document
+from respike.documents.passages import Attention, Passage, passages
+from respike.documents.prompt import after_document, before_document
 from respike.documents.reading import Reading, keeps_all
 from respike.documents.sources import TokenizedSource, UploadedSource
 from respike.errors import RespikeError
@@ -16,6 +16,7 @@ from respike.server.answers import Answer, Mailbox
 from respike.server.errors import ApiError
 from respike.server.grammar import Grammar, Grammars
 from respike.server.jobs import Job
+from respike.server.judged import Judged
 from respike.server.library import Document
 from respike.server.metrics import Metrics
 from respike.server.scheduler import Scheduler
@@ -66,11 +67,14 @@ class Service:
         job.top_logprobs = request.top_logprobs if request.logprobs else None
         job.keep = request.n == 1
         answer = Answer(self.name, True, job, self.model.tokenizer)
-        answer.extra = lambda: self.sizes(len(job.prompt))
+        answer.extra = lambda: self._figures(job)
         answer.tools = bool(request.tools) and request.tool_choice != "none"
         answer.demanded = demanded
         answer.usage_wanted = request.stream_options.include_usage
         if document is not None:
+            if request.free and request.abstain is not False:
+                without = before_document(self.model.tokenizer) + prompt
+                job.judged = Judged(self.settings.least, without)
             self._read_from(job, answer, document)
         self._submit(job)
         return answer, mailbox
@@ -107,15 +111,23 @@ class Service:
         answer.extra = lambda: self._leaned(reading, job)
 
     def _leaned(self, reading: Reading, job: Job) -> dict[str, Any]:
-        look = job.look
-        found = passages(reading, look, self.model.tokenizer, PASSAGES) if look else []
+        look, judged = job.look, job.judged
+        refused = judged is not None and judged.verdict is not None and not judged.verdict.found
+        found: list[Passage] = []
+        if look is not None and not refused:
+            found = passages(reading, look, self.model.tokenizer, PASSAGES)
         return {
+            **(judged.facts() if judged else {"found": None}),
             "retrieval": look is not None,
             "passages": [vars(p) | {"source": PurePath(p.source).name} for p in found],
             "document_share": look.document_share if look else 0.0,
             "layer_shares": look.layer_shares() if look else {},
-            **self.sizes(job.start_tokens + len(job.prompt)),
+            **self._figures(job),
         }
+
+    def _figures(self, job: Job) -> dict[str, Any]:
+        sizes = self.sizes(job.start_tokens + len(job.prompt))
+        return {**sizes, "tokens_per_second": job.pace.tokens_per_second}
 
     async def complete(self, request: CompletionRequest) -> list[tuple[Answer, Mailbox]]:
         """Begin a completion for each prompt.

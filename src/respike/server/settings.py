@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from respike.documents.judging import LEAST, Least
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -22,6 +24,7 @@ class Settings:
         prefix_bytes: States of prompts read before.
         timeout_seconds: For a request, from its arrival to its end.
         grace_seconds: For running requests when the server is asked to stop.
+        least: What an answer about a document must reach, else it counts as not found.
     """
 
     api_key: str | None = None
@@ -37,3 +40,4 @@ class Settings:
     prefix_bytes: int = 1 << 30
     timeout_seconds: float = 600.0
     grace_seconds: float = 20.0
+    least: Least = LEAST
