@@ -5,6 +5,7 @@ share. Letters: B rows, T tokens, N = B * T, D model width, H query heads, K hea
 """
 
 import random
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -16,7 +17,7 @@ from respike.data import Batch
 from respike.healing.config import Healing, Stage, WindowDropout
 from respike.healing.losses import relative_error, summed_kl, summed_nats
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
-from respike.models.decoder import Decoder
+from respike.models.decoder import Decoder, DecoderLayer, Mix
 
 
 @dataclass
@@ -54,6 +55,11 @@ class Carried:
         return Carried(self.student.at(first), self.teacher.at(first))
 
 
+Qkv = tuple[Tensor, Tensor, Tensor]
+Penalty = Callable[[], Tensor]
+"""What joins a micro-batch's share of the loss: its share of the balance loss, weighted."""
+
+
 def predicting(mask: Tensor) -> Tensor:
     """Of tokens (B, T) to be predicted, the places whose logits predict them: one before each."""
     before = torch.roll(mask, -1, 1)
@@ -79,6 +85,7 @@ def distil(
     total: int,
     short: tuple[set[int], int],
     carried: Carried | None,
+    penalty: Penalty,
 ) -> float:
     """Share of the mean KL(original || student) over ``total`` chosen positions, nats.
 
@@ -89,6 +96,7 @@ def distil(
         total: Chosen positions of the whole step, on all processes.
         short: Layers whose window is short, and how short.
         carried: States to go on with; None starts each document afresh.
+        penalty: What is added to the loss, and not to the share.
     """
     parts = segments(batch)
     reference = teacher_hidden(
@@ -102,31 +110,33 @@ def distil(
         with torch.no_grad():
             wanted = pair.teacher.model.norm(reference[chosen])
         loss = summed_kl(normed, pair.head, wanted, pair.teacher_head) / max(total, 1)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss + penalty()).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 
-def finetune(pair: Pair, batch: Batch, total: int) -> float:
+def finetune(pair: Pair, batch: Batch, total: int, penalty: Penalty) -> float:
     """Share of the mean negative log-likelihood of ``total`` tokens that count, nats."""
     parts = segments(batch)
     hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
     counts = predicting(batch.loss_mask)
     target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
     loss = summed_nats(pair.student.model.norm(hidden[counts]), pair.head, target) / max(total, 1)
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss + penalty()).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 
-def transfer(pair: Pair, batch: Batch, share: float) -> float:
-    """Share of the mean over layers of the heads' relative error on the original's own inputs.
+def transfer(pair: Pair, batch: Batch, share: float, *, whole: bool) -> float:
+    """Share of the mean over layers of the attention's relative error on the original's own inputs.
 
-    Only tokens behind their document's window count: before, both see the same. The backward pass
-    goes through one layer at a time, so memory is one layer's.
+    The backward pass goes through one layer at a time, so memory is one layer's.
 
     Args:
         pair: The models.
         batch: A micro-batch.
         share: Of the step that it is.
+        whole: Compare what joins the residual, at every token, of layers in which anything is
+            trained; else the heads that conversion changed, behind their document's window:
+            before, both see the same.
     """
     original, student = pair.original, pair.student
     parts = segments(batch)
@@ -141,17 +151,42 @@ def transfer(pair: Pair, batch: Batch, share: float) -> float:
             normed = layer.input_layernorm(x)
             qkv = layer.self_attn.project(normed)
             mixed = layer.mix_with(normed, qkv, theirs.mix(index))
-        heads = _far_heads(student, index)
-        if heads:
-            far = (batch.positions >= _window(student, index)) & (batch.documents > 0)
-            out = student.layers[index].mix_with(normed, qkv, mine.mix(index))
-            rows = far.flatten().to(out.device)
-            loss = relative_error(out[0, rows][:, heads], mixed[0, rows][:, heads]) * share
-            loss.backward()  # type: ignore[no-untyped-call]
-            total, count = total + float(loss.detach()), count + 1
+            attended = layer.self_attn.o_proj(mixed.flatten(2))
+        if whole:
+            loss = _whole_error(student.layers[index], normed, attended, batch, mine.mix(index))
+        else:
+            loss = _head_error(student, index, (normed, qkv, mixed), batch, mine.mix(index))
+        if loss is not None:
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total, count = total + float(loss.detach()) * share, count + 1
         with torch.no_grad():
-            x = layer.add_mixed(x, layer.self_attn.o_proj(mixed.flatten(2)))
+            x = layer.add_mixed(x, attended)
     return total / max(count, 1)
+
+
+def _whole_error(
+    layer: DecoderLayer, normed: Tensor, attended: Tensor, batch: Batch, mix: Mix
+) -> Tensor | None:
+    """Relative error of what a layer's attention adds to the residual; None if none is trained."""
+    attentions = [part for part in (layer.self_attn, layer.beside) if part is not None]
+    if not any(p.requires_grad for part in attentions for p in part.parameters()):
+        return None
+    rows = (batch.documents > 0).flatten().to(normed.device)
+    out = layer.attended_with(normed, mix)[0, rows]
+    return relative_error(out[:, None], attended[0, rows][:, None])
+
+
+def _head_error(
+    student: Decoder, index: int, theirs: tuple[Tensor, Qkv, Tensor], batch: Batch, mix: Mix
+) -> Tensor | None:
+    """Relative error of a layer's changed heads behind their window; None if there are none."""
+    heads, (normed, qkv, mixed) = _far_heads(student, index), theirs
+    if not heads:
+        return None
+    far = (batch.positions >= _window(student, index)) & (batch.documents > 0)
+    out = student.layers[index].mix_with(normed, qkv, mix)
+    rows = far.flatten().to(out.device)
+    return relative_error(out[0, rows][:, heads], mixed[0, rows][:, heads])
 
 
 def _far_heads(decoder: Decoder, index: int) -> list[int]:

@@ -82,7 +82,8 @@ class Converted(Weights):
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         layers = full_layers(folder.config.num_hidden_layers, folder.config.num_key_value_heads)
-        self._config = folder.config.model_copy(update={"layers": layers, "spikes": None})
+        changes = {"layers": layers, "spikes": None, "learned_sinks": 0}
+        self._config = folder.config.model_copy(update=changes)
 
     @property
     def config(self) -> Any:
@@ -112,6 +113,11 @@ def original_of(folder: Folder, original: str | Path | None) -> Weights:
     if changed or report["source"]["family"] not in ("llama", "qwen2", "qwen3"):
         raise UnsupportedError(
             f"{folder.path}: its weights are not its source's any more",
+            hint="name the model it was made from with --original",
+        )
+    if any(layer.moe for layer in folder.config.layers):
+        raise UnsupportedError(
+            f"{folder.path}: its MLPs have become experts, scaled",
             hint="name the model it was made from with --original",
         )
     return Converted(folder)

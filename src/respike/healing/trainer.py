@@ -1,7 +1,8 @@
 """The loop: steps of a course of healing, from where a checkpoint left it to the next one."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from respike.healing.config import Healing, Stage
 from respike.healing.objectives import (
     Carried,
     Pair,
+    Penalty,
     choose_positions,
     distil,
     finetune,
@@ -24,6 +26,7 @@ from respike.healing.optimiser import Average, Optimiser
 from respike.healing.packed import Lanes
 from respike.healing.parallel import World
 from respike.healing.trainable import all_trained, trained_names
+from respike.models.balance import watch_balance
 from respike.tokenizer import Tokenizer
 
 CHECKPOINT_STEPS = 16
@@ -152,6 +155,8 @@ class Trainer:
             "gradient_norm": norm,
             "tokens_per_second": tokens / seconds,
         }
+        if self.balance:
+            line["balance"] = self.world.total(self.balance)
         if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
             where.stage, where.step = where.stage + 1, 0
             self.begin_stage()
@@ -168,24 +173,46 @@ class Trainer:
         mine = batch.shard(world.rank, world.size)
         first = world.rank * len(mine.tokens)
         loss = 0.0
+        self.balance = 0.0
         for begin in range(0, len(mine.tokens), stage.micro_rows):
             micro = mine.rows(slice(begin, begin + stage.micro_rows))
             number = (first + begin) // stage.micro_rows
+            share = stage.micro_rows / stage.rows
             if stage.kind == "transfer":
-                loss += transfer(self.pair, micro, stage.micro_rows / stage.rows)
-            elif stage.kind == "finetune":
-                loss += finetune(self.pair, micro, total)
+                loss += transfer(self.pair, micro, share, whole=bool(stage.train))
             else:
-                some = chosen[first + begin : first + begin + stage.micro_rows]
-                short = short_layers(
-                    self.pair.student, healing, stage.window_dropout, where.step,
-                    stage.steps, number,
-                )  # fmt: skip
-                lanes = None if self.carried is None else self.carried.at(begin)
-                loss += distil(self.pair, micro, some, total, short, lanes)
+                with self._penalty(share) as penalty:
+                    if stage.kind == "finetune":
+                        loss += finetune(self.pair, micro, total, penalty)
+                    else:
+                        some = chosen[first + begin : first + begin + stage.micro_rows]
+                        loss += self._distil(micro, some, total, number, begin, penalty)
             for tensor in self.optimiser.trained:
                 tensor.collect(world.size)  # FSDP averages over processes; losses are shares
         return world.total(loss)
+
+    def _distil(
+        self, micro: Batch, chosen: Tensor, total: int, number: int, begin: int, penalty: Penalty
+    ) -> float:
+        """`distil` on the micro-batch ``number`` of the step, whose first row is ``begin``."""
+        stage, student = self.stage, self.pair.student
+        short = short_layers(
+            student, self.healing, stage.window_dropout, self.where.step, stage.steps, number
+        )
+        lanes = None if self.carried is None else self.carried.at(begin)
+        return distil(self.pair, micro, chosen, total, short, lanes, penalty)
+
+    @contextmanager
+    def _penalty(self, share: float) -> Iterator[Penalty]:
+        """While the block runs: a micro-batch's share of the balance loss, which is logged too."""
+        with watch_balance(self.pair.student) as balance:
+
+            def penalty() -> Tensor:
+                found = balance() * share
+                self.balance += float(found.detach())
+                return found * self.stage.balance
+
+            yield penalty
 
     def renew_lanes(self) -> None:
         """Forget carried states: to be called at every place where a run may stop."""
