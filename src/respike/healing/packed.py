@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from respike.data import Batch
-from respike.errors import UnsupportedError
 from respike.layers.attention import Attention
 from respike.layers.softmax import WindowSoftmax
 from respike.layers.span import Span
@@ -99,7 +98,6 @@ class Packed:
     def __init__(
         self, decoder: Decoder, tokens: Tensor, parts: Sequence[Segment], lanes: Lanes | None
     ) -> None:
-        _refuse(decoder, lanes)
         self.decoder, self.tokens, self.parts, self.lanes = decoder, tokens, parts, lanes
         self.states: list[DecoderState] | None = None
         if lanes is not None:
@@ -181,17 +179,6 @@ class Packed:
             return torch.cat(pieces, 1)
 
         return run
-
-
-def _refuse(decoder: Decoder, lanes: Lanes | None) -> None:
-    """Say what packed rows cannot do yet, before they do it wrong."""
-    config = decoder.config
-    if lanes is not None and (config.learned_sinks or any(layer.beside for layer in config.layers)):
-        raise UnsupportedError(
-            "training that goes on from states (kind: length), of a model with learned sinks or an "
-            "attention beside another",
-            hint="leave that stage out",
-        )
 
 
 @torch.no_grad()

@@ -58,14 +58,9 @@ def prepare(decoder: Decoder, healing: Healing) -> None:
 
     Raises:
         UsageError: Stages disagree on how a matrix is trained.
-        UnsupportedError: The control is asked for, and there is no memory that can be shut.
+        UnsupportedError: A stage cannot be done with this model.
     """
-    has_far = any(isinstance(module, FarSoftmax) for module in decoder.modules())
-    if healing.memory == "off" and not has_far:
-        raise UnsupportedError(
-            "a control without memories, of a model that has no far memory to shut",
-            hint="leave out memory=off",
-        )
+    _refuse(decoder, healing)
     for place, (projection, how) in enumerate(sorted(_choices(healing).items())):
         if how == "full":
             continue
@@ -82,6 +77,28 @@ def prepare(decoder: Decoder, healing: Healing) -> None:
             else:
                 module.beta.data.masked_fill_(shut, OPENED_BETA)
     decoder.requires_grad_(False)
+
+
+def _refuse(decoder: Decoder, healing: Healing) -> None:
+    """Say what a course cannot do with a model, before it does it wrong."""
+    sunk, kinds = decoder.config.learned_sinks, {stage.kind for stage in healing.stages}
+    merged = any(layer.beside for layer in decoder.config.layers)
+    has_far = any(isinstance(module, FarSoftmax) for module in decoder.modules())
+    hint = "leave that stage out"
+    if healing.memory == "off" and not has_far:
+        raise UnsupportedError(
+            "a control without memories, of a model that has no far memory to shut",
+            hint="leave out memory=off",
+        )
+    if sunk and "transfer" in kinds:
+        raise UnsupportedError(
+            "kind transfer with learned sinks: the original has nothing in their place", hint=hint
+        )
+    if (sunk or merged) and "length" in kinds:
+        raise UnsupportedError(
+            "kind length (states that go on) with learned sinks or attention beside attention",
+            hint=hint,
+        )
 
 
 def _homes(layer: nn.Module, projection: str) -> list[nn.Module]:
