@@ -134,8 +134,8 @@ def transfer(pair: Pair, batch: Batch, share: float, *, whole: bool) -> float:
         pair: The models.
         batch: A micro-batch.
         share: Of the step that it is.
-        whole: Compare what joins the residual, at every token, of layers in which anything is
-            trained; else the heads that conversion changed, behind their document's window:
+        whole: Compare what joins the residual, at every token, of layers to which conversion added
+            something; else the heads that conversion changed, behind their document's window:
             before, both see the same.
     """
     original, student = pair.original, pair.student
@@ -167,9 +167,11 @@ def transfer(pair: Pair, batch: Batch, share: float, *, whole: bool) -> float:
 def _whole_error(
     layer: DecoderLayer, normed: Tensor, attended: Tensor, batch: Batch, mix: Mix
 ) -> Tensor | None:
-    """Relative error of what a layer's attention adds to the residual; None if none is trained."""
-    attentions = [part for part in (layer.self_attn, layer.beside) if part is not None]
-    if not any(p.requires_grad for part in attentions for p in part.parameters()):
+    """Relative error of what a layer's attention adds to the residual; None if it is the source's.
+
+    A layer to which conversion added nothing would train on rounding alone.
+    """
+    if layer.beside is None and not list(layer.self_attn.mixers.parameters()):
         return None
     rows = (batch.documents > 0).flatten().to(normed.device)
     out = layer.attended_with(normed, mix)[0, rows]
