@@ -1,12 +1,14 @@
 """Small twins of SpikingBrain's models: converted, run, trained a little, saved, loaded, timed.
 
-    python benchmarks/brains.py twins MODEL --work DIR --steps 200 --distance -o brains.json
-    python benchmarks/brains.py context MODEL --work DIR --lengths 1k,4k,16k,64k,128k -o brains.png
+    python benchmarks/brains.py twins MODEL --work DIR --steps 200 --distance -o brains_X.json
+    python benchmarks/brains.py context MODEL --work DIR --lengths 1k,4k,16k,64k,128k -o context.png
 
-`twins` writes DIR/<recipe> and says of each: KL from the original as converted, the loss of every
-training step (all weights, Adam, cross entropy, the balance loss), and whether a trained model that
-was saved and loaded gives the same logits. Training is for showing that it goes down, not for
-quality. `context` runs `respike bench` on the folders and draws all of them with the original.
+A second call measures only what is not there yet: twins in the result file, points in DIR. `twins`
+writes DIR/<recipe> and says of each: KL from the original as converted, the loss of every training
+step (all weights, Adam, cross entropy, the balance loss), and whether a trained model that was
+saved and loaded gives the same logits. Training is for showing that it goes down, not for quality;
+it takes 16 bytes a parameter, 2 to 7 GB here. `context` runs `respike bench` on the folders (after
+`twins --steps 0`) and draws all of them with the original.
 """
 
 import argparse
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resultfile import rows_before, write
 from safetensors.torch import save_file
+from tables import brains_table
 from torch.nn.functional import cross_entropy
 
 from respike import generate, load
@@ -36,7 +40,7 @@ from respike.text import contexts
 
 TWINS: dict[str, tuple[str, ...]] = {
     "spikingbrain-7b": (),
-    "spikingbrain-76b": ("moe.experts=4",),
+    "spikingbrain-76b": ("moe.experts=4", "learned_sinks.count=4"),
     "spikingbrain-2-5b": (),
 }
 BALANCE = 0.001
@@ -87,20 +91,23 @@ def trained(folder: Path, tokens: torch.Tensor, steps: int, rate: float) -> dict
     }
 
 
-def twins(args: argparse.Namespace) -> dict[str, Any]:
+def twins(args: argparse.Namespace) -> None:
     original = load(args.model)
+    asked = {"steps": args.steps, "rate": args.rate, "context_tokens": args.context_tokens}
+    asked |= {"original": original.fingerprint, "dtype": "f32", "distance": args.distance}
+    rows = {row["name"]: row for row in rows_before(Path(args.output), asked)}
     size = {"context_tokens": args.context_tokens, "max_tokens": args.context_tokens * 16}
     text = contexts([], original.tokenizer, **size)
     reference = Reference(original.decoder, text[-2:]) if args.distance else None
-    rows = {}
     for name, overrides in TWINS.items():
-        if args.only and name not in args.only:
+        if name in rows or (args.only and name not in args.only):
             continue
         folder = args.work / name
         if not folder.exists():
             convert(plan(args.model, load_recipe(name, overrides)), folder)
         model = load(folder)
         row: dict[str, Any] = {
+            "name": name,
             "overrides": overrides,
             "fingerprint": model.fingerprint,
             "parameters": num_parameters(model.config),
@@ -115,7 +122,10 @@ def twins(args: argparse.Namespace) -> dict[str, Any]:
         rows[name] = row
         shown = {key: value for key, value in row.items() if key != "losses_nats"}
         sys.stderr.write(f"{name}: {json.dumps(shown)}\n")
-    return {"model": Path(args.model).name, **provenance(), "rows": rows}
+        report = {"benchmark": "brains", "model": Path(args.model).name, "asked": asked}
+        done = [rows[twin] for twin in TWINS if twin in rows]
+        write(Path(args.output), report | provenance() | {"rows": done})
+    print(brains_table(json.loads(Path(args.output).read_text(encoding="utf-8"))))
 
 
 def context(args: argparse.Namespace) -> None:
@@ -125,6 +135,10 @@ def context(args: argparse.Namespace) -> None:
     for number, name in enumerate(TWINS):
         command = [sys.executable, "-m", "respike", "bench", str(args.work / name), "--json"]
         command += ["--lengths", args.lengths, "--repeats", "1", "--original", args.model]
+        command += ["-o", str(args.work / f"context-{name}.json"), "--no-quality"]
+        command += ["--time-limit", str(args.time_limit)]
+        if args.threads:
+            command += ["--threads", str(args.threads)]
         command += ["--vs", "original"] * (number == 0)
         ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(ran.stdout)
@@ -149,13 +163,14 @@ def main() -> None:
     parser.add_argument("--context-tokens", type=int, default=256)
     parser.add_argument("--distance", action="store_true", help="KL from the original too.")
     parser.add_argument("--lengths", default="1k,2k,4k,8k,16k,32k,64k,128k")
+    parser.add_argument("--time-limit", type=float, default=20.0, help="minutes, of a point")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     set_threads(args.threads)
     if args.what == "context":
         context(args)
         return
-    Path(args.output).write_text(json.dumps(twins(args), indent=1) + "\n", encoding="utf-8")
+    twins(args)
 
 
 if __name__ == "__main__":

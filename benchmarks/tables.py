@@ -28,6 +28,24 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
+def brains_table(result: dict[str, Any]) -> str:
+    """One row a twin: its size, its distance untrained, and how its loss went down."""
+    asked = result["asked"]
+    header = ["twin", "parameters, active", "KL untrained, nats", "loss, first and last tenth"]
+    rows = []
+    for row in result["rows"]:
+        sizes = f"{row['parameters'] / 1e6:.1f}M, {row['active_parameters'] / 1e6:.1f}M"
+        kl = f"{row['kl_nats']:.3f}" if "kl_nats" in row else "-"
+        loss = loaded = "-"
+        if asked["steps"]:
+            loss = f"{row['first_tenth_nats']:.3f} to {row['last_tenth_nats']:.3f}"
+            loaded = "yes" if row["same_logits_when_loaded"] else "NO"
+        rows.append([row["name"], sizes, kl, loss, loaded])
+    lines = markdown([*header, "same logits when loaded"], rows)
+    how = f"{asked['steps']} steps of {asked['context_tokens']} tokens, all weights, Adam"
+    return "\n".join([f"{source_line(result)} Trained {how} {asked['rate']:g}.", "", *lines])
+
+
 def healing_table(result: dict[str, Any]) -> str:
     """One table a length of text, one of what is written, one of paired differences."""
     lines = [

@@ -222,7 +222,7 @@ def test_balance_is_summed_over_layers_and_only_while_watched() -> None:
     grads = {n: p.grad for n, p in decoder.named_parameters() if n.endswith("mlp.gate.weight")}
     assert len(grads) == 2
     assert all(g is not None and g.abs().max() > 0 for g in grads.values())
-    assert not any(getattr(m, "watch", False) for m in decoder.modules())
+    assert not any(getattr(m, "balances", None) for m in decoder.modules())
 
 
 # ---- learned sinks ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from respike.recipe_options import (
     Evenly,
     FarOptions,
     GlaOptions,
+    LinearOptions,
     MoeOptions,
     Place,
     Recipe,
@@ -190,6 +191,7 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
         "source": SourceShape, "far": FarOptions, "gla": GlaOptions, "delta": DeltaOptions,
         "blocks": BlockOptions, "sse": SseOptions, "beside": BesideOptions, "moe": MoeOptions,
         "learned_sinks": SinkOptions,
+        "linear": LinearOptions,
     }  # fmt: skip
     if loc[0] in parts and len(loc) > 1:
         return list(parts[loc[0]].model_fields)

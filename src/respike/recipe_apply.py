@@ -128,9 +128,12 @@ def _moe(recipe: Recipe, index: int, depth: int) -> MoeConfig | None:
 def _near(recipe: Recipe, rule: Rule, source: ModelConfig) -> dict[str, Any]:
     """What window and blocks mixers have in common: window, sinks, and how sinks are seen."""
     reach = recipe.sink_reach_tokens
+    sinks = recipe.sink_tokens if rule.sink_tokens is None else rule.sink_tokens
+    if sinks == "learned":
+        sinks = recipe.learned_sinks.count
     return {
         "window_tokens": rule.window_tokens or recipe.window_tokens,
-        "sink_tokens": recipe.sink_tokens if rule.sink_tokens is None else rule.sink_tokens,
+        "sink_tokens": sinks,
         "sink_reach_tokens": source.max_position_embeddings if reach == "trained" else reach,
     }
 

@@ -66,8 +66,8 @@ class Rule(Frozen):
     """A memory beside the softmax, with projections of its own or not: see `BesideOptions`."""
     window_tokens: WindowTokens | None = None
     """Of a window or blocks rule. None: the recipe's."""
-    sink_tokens: SinkTokens | None = None
-    """None: the recipe's."""
+    sink_tokens: SinkTokens | Literal["learned"] | None = None
+    """learned: as many as there are learned sinks. None: the recipe's."""
 
     @model_validator(mode="after")
     def _memory_has_a_home(self) -> "Rule":
@@ -148,6 +148,15 @@ class SseOptions(Frozen):
     """released: a token's share in a partition cancels, its router learns from balance alone."""
     half_life_tokens: HalfLife = 4096.0
     """Of all memories before any training."""
+
+
+class LinearOptions(Frozen):
+    """How a memory stands alone, without softmax."""
+
+    start: Literal["ones", "measured"] = "ones"
+    """Unit of the next; measured: the size of the source's heads on text, layer by layer."""
+    scale: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    """Weight of its norm before any training."""
 
 
 class BesideOptions(Frozen):
@@ -238,6 +247,7 @@ class Recipe(Frozen):
     gla: GlaOptions = GlaOptions()
     delta: DeltaOptions = DeltaOptions()
     sse: SseOptions = SseOptions()
+    linear: LinearOptions = LinearOptions()
     beside: BesideOptions = BesideOptions()
     moe: MoeOptions | None = None
     """None: MLPs stay as they are."""

@@ -285,6 +285,20 @@ def mixer_of(config: ModelConfig, name: str) -> tuple[str, Mixer] | None:
     return (rest, mixers[j]) if j < len(mixers) else None
 
 
+NEW_SUFFIXES = ("beside.softmax_norm.weight", "beside.memory_norm.weight", "mlp.gate.weight")
+"""Merges' norms, and routers of experts."""
+
+
+def is_new(config: ModelConfig, name: str) -> bool:
+    """Whether conversion made the tensor, and not from one of the source's: gates, norms, sinks.
+
+    The projections beside a layer's and experts are copies, and so not new.
+    """
+    if name == LEARNED_SINKS or name.endswith(NEW_SUFFIXES):
+        return True
+    return mixer_of(config, name) is not None
+
+
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Tensors old exporters wrote although they follow from the config."""
 

@@ -178,9 +178,10 @@ def _measured(
         length = min(MEASURED_TOKENS, plan.source.config.max_position_embeddings)
         tokenizer = load_tokenizer(plan.source)
         text = contexts(data, tokenizer, context_tokens=length, max_tokens=length, use="calibrate")
-        sizes = attention_sizes(plan.source, text[0])
-        made |= measured_norms(plan.recipe, plan.config, sizes)
-        facts |= {"attention_sizes": {"text_tokens": length, "rms": sizes}}
+        sizes, heads = attention_sizes(plan.source, text[0])
+        made |= measured_norms(plan.recipe, plan.config, sizes, heads)
+        found = {"text_tokens": length, "rms": sizes, "heads_rms": heads}
+        facts |= {"attention_sizes": found}
     return made, facts
 
 

@@ -1,5 +1,6 @@
 """What a conversion would do, as data: nothing is read but headers, nothing is written."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +15,9 @@ from respike.conversion.derive import Origin, origin
 from respike.device import dtype_name, get_dtype
 from respike.models.engine import engine_layers
 from respike.recipe import Recipe, apply_recipe, load_recipe
+
+ALONE_NORM = re.compile(r"self_attn\.mixers\.\d+\.norm\.weight$")
+"""Of a memory without softmax."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,13 @@ class Plan:
 
     @property
     def measures(self) -> bool:
-        """Norms of merges are to begin as large as the source's attention outputs are on text."""
+        """Norms of memories are to begin as large as the source's attention is on text."""
         merged = any(name.endswith("beside.softmax_norm.weight") for name in self.new)
-        return merged and self.recipe.beside.start == "measured"
+        alone = any(ALONE_NORM.search(name) for name in self.new)
+        recipe = self.recipe
+        return (merged and recipe.beside.start == "measured") or (
+            alone and recipe.linear.start == "measured"
+        )
 
     def summary(self) -> dict[str, Any]:
         """The figures, for the report and for ``--json``."""

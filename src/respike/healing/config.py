@@ -18,6 +18,7 @@ Frac = Annotated[float, Field(ge=0, le=1)]
 Tokens = Annotated[int, Field(gt=0, le=1 << 44)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Norm = Literal["input_layernorm", "post_attention_layernorm"]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 StageKind = Literal["transfer", "distil", "length", "finetune"]
 
 
@@ -34,7 +35,10 @@ class RecallOptions(Frozen):
 
 
 class WindowDropout(Frozen):
-    """In some layers of some batches the window is short, so that the memory must work."""
+    """In some layers of some batches the window is short, so that the memory must work.
+
+    Beside a memory that has projections of its own the softmax is left out altogether.
+    """
 
     first_frac: Frac = 0.25
     """Share of (layer, micro-batch) pairs at the stage's beginning."""
@@ -73,7 +77,8 @@ class Silence(Frozen):
 class Stage(Frozen):
     """One stretch of training with one objective.
 
-    transfer   Each layer's mixer, on the original's own inputs, gives the original's output.
+    transfer   Each layer's attention, on the original's own inputs, gives the original's output:
+               without ``train`` head by head behind the window, else as it joins the residual.
     distil     The whole model gives the original's next-token distribution.
     length     As distil, with states carried from row to row of a long document.
     finetune   The data's own next token (of conversations: what the assistant says).
@@ -106,6 +111,9 @@ class Stage(Frozen):
     """Of the peak rates, at the end of a cosine."""
     sampled_frac: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of positions whose logits are compared; answers of recall tasks always are."""
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Weight of the balance loss, summed over layers, of models whose tokens choose experts or
+    partitions: see `respike.models.balance`. SpikingBrain2.0's."""
     window_dropout: WindowDropout = WindowDropout(first_frac=0, last_frac=0)
 
     @property
@@ -117,8 +125,8 @@ class Stage(Frozen):
     def _consistent(self) -> "Stage":
         if self.rows % self.micro_rows:
             raise ValueError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
-        if self.kind == "transfer" and self.train:
-            raise ValueError("a transfer stage trains what conversion added, nothing of the source")
+        if self.kind == "transfer" and any(name not in ATTENTION for name in self.train):
+            raise ValueError("a transfer stage trains attention and nothing else of the source")
         if self.kind == "transfer" and self.silence:
             raise ValueError("a transfer stage runs no neurons, it cannot ask for silence")
         for name, how in self.train.items():

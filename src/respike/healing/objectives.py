@@ -16,8 +16,8 @@ from respike.data import Batch
 from respike.healing.config import Healing, Stage, WindowDropout
 from respike.healing.losses import relative_error, summed_kl, summed_nats
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
-from respike.models.decoder import Decoder
-from respike.models.silence import SeenFiring, silence_loss, watch_firing
+from respike.healing.penalties import Penalty
+from respike.models.decoder import Decoder, DecoderLayer, Mix
 
 
 @dataclass
@@ -55,35 +55,7 @@ class Carried:
         return Carried(self.student.at(first), self.teacher.at(first))
 
 
-GOAL_WIDTH = 0.02
-"""Excess over the share asked, beyond which all of the price is charged: in between what is charged
-finds what silence costs in KL, so that weights are not driven harder than that."""
-
-
-@dataclass
-class Quiet:
-    """What a step asks of a spiking student's neurons, and what they did in it.
-
-    Attributes:
-        silent_frac: Share of the weights behind neurons to be skipped.
-        price_nats: For all of them, if they were touched beyond that.
-        share: Of the step that a micro-batch is.
-        skipped_frac: What was skipped so far, as a share of the whole step.
-    """
-
-    silent_frac: float
-    price_nats: float
-    share: float
-    skipped_frac: float = 0.0
-
-    def price(self, seen: SeenFiring) -> Tensor:
-        """What a micro-batch adds to the loss, ()."""
-        touched = seen.touched_frac()
-        self.skipped_frac += self.share * (1 - float(touched.detach()))
-        if not self.price_nats:
-            return torch.zeros_like(touched)
-        excess = silence_loss(touched, self.silent_frac, GOAL_WIDTH)
-        return excess * (self.price_nats * self.share)
+Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 def predicting(mask: Tensor) -> Tensor:
@@ -111,7 +83,7 @@ def distil(
     total: int,
     short: tuple[set[int], int],
     carried: Carried | None,
-    quiet: Quiet | None = None,
+    penalty: Penalty,
 ) -> float:
     """Share of the mean KL(original || student) over ``total`` chosen positions, nats.
 
@@ -122,7 +94,7 @@ def distil(
         total: Chosen positions of the whole step, on all processes.
         short: Layers whose window is short, and how short.
         carried: States to go on with; None starts each document afresh.
-        quiet: Of a student that spikes: its price joins the gradients, not what is returned.
+        penalty: What is added to the loss, and not to the share.
     """
     parts = segments(batch)
     reference = teacher_hidden(
@@ -130,51 +102,39 @@ def distil(
     )
     with ExitStack() as stack:
         stack.enter_context(short_windows(pair.student, *short))
-        seen = None if quiet is None else stack.enter_context(watch_firing(pair.student))
         lanes = None if carried is None else carried.student
         hidden = Packed(pair.student, batch.tokens, parts, lanes).hidden()
         normed = pair.student.model.norm(hidden[chosen])
         with torch.no_grad():
             wanted = pair.teacher.model.norm(reference[chosen])
         loss = summed_kl(normed, pair.head, wanted, pair.teacher_head) / max(total, 1)
-        _backward(loss, quiet, seen)
+        (loss + penalty()).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 
-def _backward(loss: Tensor, quiet: Quiet | None, seen: SeenFiring | None) -> None:
-    """Gradients of a loss, and of what firing costs where neurons were watched."""
-    if quiet is not None and seen is not None:
-        loss = loss + quiet.price(seen)
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
-def finetune(pair: Pair, batch: Batch, total: int, quiet: Quiet | None = None) -> float:
-    """Share of the mean negative log-likelihood of ``total`` tokens that count, nats.
-
-    ``quiet`` as for `distil`.
-    """
+def finetune(pair: Pair, batch: Batch, total: int, penalty: Penalty) -> float:
+    """Share of the mean negative log-likelihood of ``total`` tokens that count, nats."""
     parts = segments(batch)
-    with ExitStack() as stack:
-        seen = None if quiet is None else stack.enter_context(watch_firing(pair.student))
-        hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
-        counts = predicting(batch.loss_mask)
-        target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
-        normed = pair.student.model.norm(hidden[counts])
-        loss = summed_nats(normed, pair.head, target) / max(total, 1)
-        _backward(loss, quiet, seen)
+    hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
+    counts = predicting(batch.loss_mask)
+    target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
+    loss = summed_nats(pair.student.model.norm(hidden[counts]), pair.head, target) / max(total, 1)
+    (loss + penalty()).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 
-def transfer(pair: Pair, batch: Batch, share: float) -> float:
-    """Share of the mean over layers of the heads' relative error on the original's own inputs.
+def transfer(pair: Pair, batch: Batch, share: float, *, whole: bool) -> float:
+    """Share of the mean over layers of the attention's relative error on the original's own inputs.
 
-    Only tokens behind their document's window count: before, both see the same. The backward pass
-    goes through one layer at a time, so memory is one layer's.
+    The backward pass goes through one layer at a time, so memory is one layer's.
 
     Args:
         pair: The models.
         batch: A micro-batch.
         share: Of the step that it is.
+        whole: Compare what joins the residual, at every token, of layers to which conversion added
+            something; else the heads that conversion changed, behind their document's window:
+            before, both see the same.
     """
     original, student = pair.original, pair.student
     parts = segments(batch)
@@ -189,17 +149,44 @@ def transfer(pair: Pair, batch: Batch, share: float) -> float:
             normed = layer.input_layernorm(x)
             qkv = layer.self_attn.project(normed)
             mixed = layer.mix_with(normed, qkv, theirs.mix(index))
-        heads = _far_heads(student, index)
-        if heads:
-            far = (batch.positions >= _window(student, index)) & (batch.documents > 0)
-            out = student.layers[index].mix_with(normed, qkv, mine.mix(index))
-            rows = far.flatten().to(out.device)
-            loss = relative_error(out[0, rows][:, heads], mixed[0, rows][:, heads]) * share
-            loss.backward()  # type: ignore[no-untyped-call]
-            total, count = total + float(loss.detach()), count + 1
+            attended = layer.self_attn.o_proj(mixed.flatten(2))
+        if whole:
+            loss = _whole_error(student.layers[index], normed, attended, batch, mine.mix(index))
+        else:
+            loss = _head_error(student, index, (normed, qkv, mixed), batch, mine.mix(index))
+        if loss is not None:
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total, count = total + float(loss.detach()) * share, count + 1
         with torch.no_grad():
-            x = layer.add_mixed(x, layer.self_attn.o_proj(mixed.flatten(2)))
+            x = layer.add_mixed(x, attended)
     return total / max(count, 1)
+
+
+def _whole_error(
+    layer: DecoderLayer, normed: Tensor, attended: Tensor, batch: Batch, mix: Mix
+) -> Tensor | None:
+    """Relative error of what a layer's attention adds to the residual; None if it is the source's.
+
+    A layer to which conversion added nothing would train on rounding alone.
+    """
+    if layer.beside is None and not list(layer.self_attn.mixers.parameters()):
+        return None
+    rows = (batch.documents > 0).flatten().to(normed.device)
+    out = layer.attended_with(normed, mix)[0, rows]
+    return relative_error(out[:, None], attended[0, rows][:, None])
+
+
+def _head_error(
+    student: Decoder, index: int, theirs: tuple[Tensor, Qkv, Tensor], batch: Batch, mix: Mix
+) -> Tensor | None:
+    """Relative error of a layer's changed heads behind their window; None if there are none."""
+    heads, (normed, qkv, mixed) = _far_heads(student, index), theirs
+    if not heads:
+        return None
+    far = (batch.positions >= _window(student, index)) & (batch.documents > 0)
+    out = student.layers[index].mix_with(normed, qkv, mix)
+    rows = far.flatten().to(out.device)
+    return relative_error(out[0, rows][:, heads], mixed[0, rows][:, heads])
 
 
 def _far_heads(decoder: Decoder, index: int) -> list[int]:

@@ -1,9 +1,10 @@
 """A decoder on packed rows: linear layers on all tokens at once, mixers document by document.
 
 Each document, or the piece of one that a row holds, is a sequence of its own: nothing is seen and
-nothing remembered across a border. No mask of a whole row is ever made.
+nothing remembered across a border. No mask of a whole row is ever made. Learned sinks stand before
+every document that begins in the batch, and so get gradients from all of them.
 
-Letters: B rows, T tokens of a row, N = B * T, D model width.
+Letters: B rows, T tokens of a row, N positions of all: B * T, and the learned sinks; D model width.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,7 @@ import torch
 from torch import Tensor
 
 from respike.data import Batch
-from respike.errors import UnsupportedError
 from respike.layers.attention import Attention
-from respike.layers.far import FarSoftmax
 from respike.layers.softmax import WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MixerState
@@ -99,38 +98,58 @@ class Packed:
     def __init__(
         self, decoder: Decoder, tokens: Tensor, parts: Sequence[Segment], lanes: Lanes | None
     ) -> None:
-        _refuse(decoder, lanes)
         self.decoder, self.tokens, self.parts, self.lanes = decoder, tokens, parts, lanes
-        width = tokens.shape[1]
-        self.slices = [slice(p.row * width + p.begin, p.row * width + p.end) for p in parts]
         self.states: list[DecoderState] | None = None
         if lanes is not None:
             self.states = [lanes.before(decoder, part) for part in parts]
         spans: dict[tuple[int, int], Span] = {}
-        self.spans = []
+        self.spans: list[Span] = []
+        self.slices: list[slice] = []
+        """Of every segment, its learned sinks included, among all positions."""
+        sinks, width, added = decoder.config.learned_sinks, tokens.shape[1], 0
         for n, part in enumerate(parts):
             start = 0 if self.states is None else int(self.states[n].tokens_seen[0])
-            key = (start, part.end - part.begin)
+            before = 0 if start else sinks
+            key = (start, before + part.end - part.begin)
             if key not in spans:
                 like = decoder.embedding
                 spans[key] = Span(
                     torch.tensor([start]), torch.tensor([key[1]]), key[1], decoder.frequencies,
-                    like.dtype, like.device,
+                    like.dtype, like.device, sinks,
                 )  # fmt: skip
             self.spans.append(spans[key])
+            begin = part.row * width + part.begin + added
+            self.slices.append(slice(begin, begin + key[1]))
+            added += before
+
+    def embedded(self) -> tuple[Tensor, Tensor | None]:
+        """Inputs of the first layer (1, N, D), and which positions are tokens; None: all."""
+        model = self.decoder.model
+        x: Tensor = model.embed_tokens(self.tokens.to(self.decoder.embedding.device)).flatten(0, 1)
+        pieces, is_token, place = [], [], 0
+        for part, where in zip(self.parts, self.slices, strict=True):
+            sinks = where.stop - where.start - (part.end - part.begin)
+            if sinks:
+                begin = part.row * self.tokens.shape[1] + part.begin
+                pieces += [x[place:begin], model.learned_sinks]
+                is_token += [torch.ones(begin - place), torch.zeros(sinks)]
+                place = begin
+        if not pieces:
+            return x[None], None
+        is_token.append(torch.ones(len(x) - place))
+        return torch.cat((*pieces, x[place:]))[None], torch.cat(is_token).bool().to(x.device)
 
     def hidden(self) -> Tensor:
         """What `Decoder.head` turns into logits, (B, T, D)."""
-        decoder = self.decoder
-        tokens = self.tokens.to(decoder.embedding.device)
-        x: Tensor = decoder.model.embed_tokens(tokens).flatten(0, 1)[None]
+        x, is_token = self.embedded()
         after: list[list[tuple[MixerState, ...]]] = [[] for _ in self.parts]
-        for index, layer in enumerate(decoder.layers):
+        for index, layer in enumerate(self.decoder.layers):
             x = layer.forward_with(x, self.mix(index, after))
         if self.lanes is not None:
             for part, span, layers in zip(self.parts, self.spans, after, strict=True):
                 state = DecoderState(tuple(layers), torch.tensor([span.end]))
                 self.lanes.leave(part, self.tokens.shape[1], state)
+        x = x[0] if is_token is None else x[0, is_token]
         return x.view(*self.tokens.shape, -1)
 
     def mix(self, index: int, after: list[list[tuple[MixerState, ...]]] | None = None) -> Mix:
@@ -162,19 +181,6 @@ class Packed:
         return run
 
 
-def _refuse(decoder: Decoder, lanes: Lanes | None) -> None:
-    """Say what packed rows cannot do yet, before they do it wrong."""
-    if decoder.config.learned_sinks:
-        raise UnsupportedError(
-            "packed training of a model with learned sinks",
-            hint="convert with --set learned_sinks.count=0",
-        )
-    if lanes is not None and any(layer.beside for layer in decoder.config.layers):
-        raise UnsupportedError(
-            "packed training that goes on from states, of attention beside attention"
-        )
-
-
 @torch.no_grad()
 def teacher_hidden(
     teacher: Decoder, tokens: Tensor, parts: Sequence[Segment], lanes: Lanes | None
@@ -196,20 +202,28 @@ def teacher_hidden(
 def short_windows(decoder: Decoder, layers: set[int], window_tokens: int) -> Iterator[None]:
     """While the block runs, windows beside a memory are short in some layers.
 
+    A softmax whose memory has projections of its own is left out there, as its makers do.
+
     Args:
         decoder: Its mixers are changed, and as they were afterwards.
         layers: Which of its layers.
         window_tokens: Length of the short windows.
     """
     before: list[tuple[WindowSoftmax, int]] = []
+    besides = [b for b in (decoder.layers[i].beside for i in sorted(layers)) if b is not None]
     for index in layers:
         for mixer in decoder.layers[index].self_attn.mixers:
-            if isinstance(mixer, FarSoftmax):
-                before.append((mixer.window, mixer.window.window_tokens))
+            window = getattr(mixer, "window", None)
+            if isinstance(window, WindowSoftmax):
+                before.append((window, window.window_tokens))
     try:
         for window, tokens in before:
             window.window_tokens = min(window_tokens, tokens)
+        for beside in besides:
+            beside.alone = True
         yield
     finally:
         for window, tokens in before:
             window.window_tokens = tokens
+        for beside in besides:
+            beside.alone = False

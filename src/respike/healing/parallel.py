@@ -40,7 +40,7 @@ class World:
 
         for layer in student.layers:
             fully_shard(layer)
-            for method in ("forward_with", "mix_with"):
+            for method in ("forward_with", "mix_with", "attended_with"):
                 register_fsdp_forward_method(layer, method)
 
     def total(self, value: float) -> float:

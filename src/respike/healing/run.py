@@ -116,10 +116,15 @@ def original_of(folder: Folder, original: str | Path | None) -> Weights:
             f"{folder.path}: its weights are not its source's any more",
             hint="name the model it was made from with --original",
         )
+    if any(layer.moe for layer in folder.config.layers):
+        raise UnsupportedError(
+            f"{folder.path}: its MLPs have become experts, scaled",
+            hint="name the model it was made from with --original",
+        )
     if spikes:
         return Reading(folder, spikes=None)
     layers = full_layers(folder.config.num_hidden_layers, folder.config.num_key_value_heads)
-    return Reading(folder, layers=layers)
+    return Reading(folder, layers=layers, learned_sinks=0)
 
 
 def trainable(folder: Folder) -> Weights:

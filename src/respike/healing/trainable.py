@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from respike.checkpoint.families import mixer_of
-from respike.errors import UsageError
+from respike.checkpoint.families import is_new, mixer_of
+from respike.errors import UnsupportedError, UsageError
 from respike.healing.config import Healing, Stage
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank
@@ -60,15 +60,18 @@ def prepare(decoder: Decoder, healing: Healing) -> None:
 
     Raises:
         UsageError: Stages disagree on how a matrix is trained.
+        UnsupportedError: A stage cannot be done with this model.
     """
+    _refuse(decoder, healing)
     for place, (projection, how) in enumerate(sorted(_choices(healing).items())):
         if how == "full":
             continue
         assert not projection.endswith("norm")
         for index, layer in enumerate(decoder.layers):
-            parent = layer.mlp if hasattr(layer.mlp, projection) else layer.self_attn
-            seed = healing.seed * 100_003 + index * 64 + place
-            setattr(parent, projection, LowRank(getattr(parent, projection), how, seed))
+            for number, parent in enumerate(_homes(layer, projection)):
+                # Unlike seeds, also so that experts, which begin alike, can part.
+                seed = healing.seed * 100_003 + index * 64 + place + number * 1_000_003
+                setattr(parent, projection, LowRank(getattr(parent, projection), how, seed))
     for module in decoder.modules():
         if isinstance(module, FarSoftmax):
             shut = module.beta == -torch.inf
@@ -77,6 +80,35 @@ def prepare(decoder: Decoder, healing: Healing) -> None:
             else:
                 module.beta.data.masked_fill_(shut, OPENED_BETA)
     decoder.requires_grad_(False)
+
+
+def _refuse(decoder: Decoder, healing: Healing) -> None:
+    """Say what a course cannot do with a model, before it does it wrong."""
+    sunk, kinds = decoder.config.learned_sinks, {stage.kind for stage in healing.stages}
+    merged = any(layer.beside for layer in decoder.config.layers)
+    has_far = any(isinstance(module, FarSoftmax) for module in decoder.modules())
+    hint = "leave that stage out"
+    if healing.memory == "off" and not has_far:
+        raise UnsupportedError(
+            "a control without memories, of a model that has no far memory to shut",
+            hint="leave out memory=off",
+        )
+    if sunk and "transfer" in kinds:
+        raise UnsupportedError(
+            "kind transfer with learned sinks: the original has nothing in their place", hint=hint
+        )
+    if (sunk or merged) and "length" in kinds:
+        raise UnsupportedError(
+            "kind length (states that go on) with learned sinks or attention beside attention",
+            hint=hint,
+        )
+
+
+def _homes(layer: nn.Module, projection: str) -> list[nn.Module]:
+    """Modules of a layer that have such a projection: the layer's own first, then all others."""
+    return [
+        part for part in layer.modules() if isinstance(getattr(part, projection, None), nn.Linear)
+    ]
 
 
 def _choices(healing: Healing) -> dict[str, Literal["full"] | int]:
@@ -112,7 +144,7 @@ def _master_of(parameter: Tensor) -> Tensor:
 def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[tuple[str, Kind]]:
     """Names of what a stage trains, and what kind each is of."""
     for name, _ in decoder.named_parameters():
-        if mixer_of(decoder.config, name) is not None:
+        if is_new(decoder.config, name):
             if healing.memory == "on":
                 yield name, "new"
             continue

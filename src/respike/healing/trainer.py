@@ -13,7 +13,6 @@ from respike.healing.config import Healing, Stage
 from respike.healing.objectives import (
     Carried,
     Pair,
-    Quiet,
     choose_positions,
     distil,
     finetune,
@@ -24,6 +23,7 @@ from respike.healing.objectives import (
 from respike.healing.optimiser import Average, Optimiser
 from respike.healing.packed import Lanes
 from respike.healing.parallel import World
+from respike.healing.penalties import Penalties, Penalty
 from respike.healing.trainable import all_trained, trained_names
 from respike.tokenizer import Tokenizer
 
@@ -76,7 +76,6 @@ class Trainer:
         self.trained = all_trained(pair.student, healing)
         self.average = Average(self.trained, healing.ema_decay)
         self.where = Where()
-        self.spikes = pair.student.config.spikes is not None
         self.begin_stage()
 
     def begin_stage(self, cursor: Mapping[str, Any] | None = None) -> None:
@@ -137,8 +136,8 @@ class Trainer:
         begun = time.perf_counter()
         where, stage = self.where, self.stage
         batch = next(self.loader)
-        quiet = self._quiet()
-        loss = self._gradients(batch, quiet)
+        penalties = Penalties(self.pair.student, stage, where.step)
+        loss = self._gradients(batch, penalties)
         norm = self.optimiser.step(where.step, stage.steps)
         self.average.update()
         seconds = time.perf_counter() - begun
@@ -154,25 +153,14 @@ class Trainer:
             "loss": loss,
             "gradient_norm": norm,
             "tokens_per_second": tokens / seconds,
+            **penalties.figures(self.world),
         }
-        if quiet is not None:
-            line["skipped_frac"], line["asked_frac"] = quiet.skipped_frac, quiet.silent_frac
         if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
             where.stage, where.step = where.stage + 1, 0
             self.begin_stage()
         return line
 
-    def _quiet(self) -> Quiet | None:
-        """What this step asks of neurons; None where there are none, or where none run."""
-        stage, ask = self.stage, self.stage.silence
-        if not self.spikes or stage.kind == "transfer":
-            return None
-        share = stage.micro_rows / stage.rows
-        if ask is None:
-            return Quiet(0.0, 0.0, share)
-        return Quiet(ask.asked_frac(self.where.step, stage.steps), ask.price_nats, share)
-
-    def _gradients(self, batch: Batch, quiet: Quiet | None) -> float:
+    def _gradients(self, batch: Batch, penalties: Penalties) -> float:
         """The whole step's loss and gradients, micro-batch by micro-batch, over all processes."""
         stage, where, healing = self.stage, self.where, self.healing
         key = f"positions {healing.seed}/{where.stage}/{where.step}"
@@ -186,21 +174,30 @@ class Trainer:
         for begin in range(0, len(mine.tokens), stage.micro_rows):
             micro = mine.rows(slice(begin, begin + stage.micro_rows))
             number = (first + begin) // stage.micro_rows
+            share = stage.micro_rows / stage.rows
             if stage.kind == "transfer":
-                loss += transfer(self.pair, micro, stage.micro_rows / stage.rows)
-            elif stage.kind == "finetune":
-                loss += finetune(self.pair, micro, total, quiet)
+                loss += transfer(self.pair, micro, share, whole=bool(stage.train))
             else:
-                some = chosen[first + begin : first + begin + stage.micro_rows]
-                short = short_layers(
-                    self.pair.student, healing, stage.window_dropout, where.step,
-                    stage.steps, number,
-                )  # fmt: skip
-                lanes = None if self.carried is None else self.carried.at(begin)
-                loss += distil(self.pair, micro, some, total, short, lanes, quiet)
+                with penalties.of(share) as penalty:
+                    if stage.kind == "finetune":
+                        loss += finetune(self.pair, micro, total, penalty)
+                    else:
+                        some = chosen[first + begin : first + begin + stage.micro_rows]
+                        loss += self._distil(micro, some, total, number, begin, penalty)
             for tensor in self.optimiser.trained:
                 tensor.collect(world.size)  # FSDP averages over processes; losses are shares
         return world.total(loss)
+
+    def _distil(
+        self, micro: Batch, chosen: Tensor, total: int, number: int, begin: int, penalty: Penalty
+    ) -> float:
+        """`distil` on the micro-batch ``number`` of the step, whose first row is ``begin``."""
+        stage, student = self.stage, self.pair.student
+        short = short_layers(
+            student, self.healing, stage.window_dropout, self.where.step, stage.steps, number
+        )
+        lanes = None if self.carried is None else self.carried.at(begin)
+        return distil(self.pair, micro, chosen, total, short, lanes, penalty)
 
     def renew_lanes(self) -> None:
         """Forget carried states: to be called at every place where a run may stop."""

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from respike.checkpoint import Folder
-from respike.checkpoint.families import mixer_of
+from respike.checkpoint.families import is_new
 from respike.config import ModelConfig, SpikeConfig
 from respike.errors import DataError
 from respike.healing.parallel import World
@@ -85,7 +85,7 @@ def source_fingerprint(folder: Folder) -> str:
     """
     digest = hashlib.sha256(folder.config.model_dump_json().encode())
     for name in sorted(folder.stored_as):
-        if mixer_of(folder.config, name) is None:
+        if not is_new(folder.config, name):
             digest.update(name.encode())
             digest.update(folder.read(name).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

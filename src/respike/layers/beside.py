@@ -32,6 +32,8 @@ class Beside(Attention):
     ) -> None:
         super().__init__(hidden_size=hidden_size, qk_norm_eps=None, **options)
         self.mean, self.softmax_dropout = mean, softmax_dropout
+        self.alone = False
+        """The layer's own attention is left out, whatever `softmax_dropout` draws."""
         self.softmax_norm = RMSNorm(hidden_size, eps)
         self.memory_norm = RMSNorm(hidden_size, eps)
 
@@ -47,7 +49,7 @@ class Beside(Attention):
 
     def leaves_out(self) -> bool:
         """Whether training leaves the softmax out this time; drawn anew at each call."""
-        return self.training and float(torch.rand(())) < self.softmax_dropout
+        return self.alone or (self.training and float(torch.rand(())) < self.softmax_dropout)
 
     def combined(self, own: Attention, near: Tensor, far: Tensor, left_out: bool) -> Tensor:
         """The outputs of ``own`` and of this, each normed, merged."""

@@ -44,9 +44,8 @@ class ExpertMLP(nn.Module):
         sizes = hidden_size, intermediate_size
         self.experts = nn.ModuleList(GatedMLP(*sizes) for _ in range(experts))
         self.shared_experts = nn.ModuleList(GatedMLP(*sizes) for _ in range(shared))
-        self.watch = False
-        self.balance: Tensor | None = None
-        """With ``watch``: `respike.ops.routing.balance_loss` of the last call."""
+        self.balances: list[tuple[Tensor, int]] | None = None
+        """Unless None, every call adds its `respike.ops.routing.balance_loss` and its tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -54,8 +53,8 @@ class ExpertMLP(nn.Module):
         shares, index = route(
             linear(rows.float(), self.gate.weight.float()), self.chosen, self.router
         )
-        if self.watch:
-            self.balance = balance_loss(shares, index)
+        if self.balances is not None:
+            self.balances.append((balance_loss(shares, index), len(rows)))
         gates = kept_gates(shares, index, normalised=self.normalised)
         out = (self._expert_outputs(rows, index).float() * gates[..., None]).sum(1)
         for expert in self.shared_experts:

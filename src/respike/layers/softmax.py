@@ -40,10 +40,10 @@ class FullSoftmax(Mixer):
         q, k, v = span.rotate(q), span.rotate(k).transpose(1, 2), v.transpose(1, 2)
         state.append(k, v, span)
         self.observe(asked, span, state)
-        if span.fresh and span.together:
-            return attend(q, k, v, span.bias(span.positions)), state
         if needs_gradient(q, k, v):
             return self._with_gradient(q, k, v, span, state), state
+        if span.fresh and span.together:
+            return attend(q, k, v, span.bias(span.positions)), state
         if span.fresh:
             return attend(q, k, v, causal=True), state
         keys, values = state.k[:, :, : span.end], state.v[:, :, : span.end]
@@ -55,6 +55,9 @@ class FullSoftmax(Mixer):
     def _with_gradient(self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: KVState) -> Tensor:
         """Caches carry no gradient: this span's keys and values as they came, after the cached."""
         offset = span.common_start()
+        if span.together:
+            near = NearWithGradient(q, None, Keys(k, v), None, 0, 0, None, span.together)
+            return near.attend()
         if offset:
             k = torch.cat((state.k[:, :, :offset], k), 2)
             v = torch.cat((state.v[:, :, :offset], v), 2)
@@ -81,6 +84,7 @@ class NearWithGradient:
         first: Position of the first key.
         start: Position of the first query.
         window_tokens: None if the keys are no more than the window.
+        together: So many of the first queries, learned sinks, see each other and nothing else.
     """
 
     q: Tensor
@@ -90,6 +94,7 @@ class NearWithGradient:
     first: int
     start: int
     window_tokens: int | None
+    together: int = 0
 
     def attend(self) -> Tensor:
         """See `Near`."""
@@ -97,10 +102,19 @@ class NearWithGradient:
 
     def attend_with_mass(self) -> tuple[Tensor, Tensor]:
         """See `Near`."""
-        return window_softmax(
-            self.q, self.keys, self.sinks, q_sink=self.q_sink,
-            first=self.first, start=self.start, window_tokens=self.window_tokens,
+        count = self.together
+        q_sink = None if self.q_sink is None else self.q_sink[:, count:]
+        out, mass = window_softmax(
+            self.q[:, count:], self.keys, self.sinks, q_sink=q_sink, first=self.first,
+            start=self.start + count, window_tokens=self.window_tokens,
         )  # fmt: skip
+        if not count:
+            return out, mass
+        held = self.keys if self.sinks is None else self.sinks
+        among = Keys(held.k[:, :, :count], held.v[:, :, :count])
+        # As if they came after their own keys: each sees all of them.
+        first, first_mass = window_softmax(self.q[:, :count], among, start=count)
+        return torch.cat((first, out), 1), torch.cat((first_mass, mass), 1)
 
 
 @dataclass(frozen=True)
@@ -191,7 +205,7 @@ class WindowSoftmax(Mixer):
         q = span.rotate(q)
         # Switched off, the window still holds the query's own token: something must be seen.
         window = 1 if "window" in off else self.window_tokens
-        if needs_gradient(q, k, v) and not span.together:
+        if needs_gradient(q, k, v):
             near = self._with_gradient((q, q_sink), (k, v), span, state, window)
             state.append(k, v, span)
             return near, state
@@ -227,7 +241,7 @@ class WindowSoftmax(Mixer):
         """The cached sinks and ring in order, and after them this span's keys as they came."""
         (q, q_sink), (k, v), start = queries, new, span.common_start()
         if start == 0 and span.num_tokens <= window and q_sink is None:
-            return NearWithGradient(q, None, Keys(k, v), None, 0, 0, None)
+            return NearWithGradient(q, None, Keys(k, v), None, 0, 0, None, span.together)
         old_sinks = min(start, self.sink_tokens)
         new_sinks = min(self.sink_tokens - old_sinks, span.num_tokens)
         held = min(start - old_sinks, self.window_tokens)
@@ -237,7 +251,8 @@ class WindowSoftmax(Mixer):
         sinks = Keys(*(torch.cat((o[:, :, :old_sinks], n[:, :, :new_sinks]), 2) for o, n in pairs))
         keys = Keys(*(torch.cat((o[:, :, slots], n[:, :, new_sinks:]), 2) for o, n in pairs))
         some = sinks if self.sink_tokens else None
-        return NearWithGradient(q, q_sink, keys, some, start + new_sinks - held, start, window)
+        first = start + new_sinks - held
+        return NearWithGradient(q, q_sink, keys, some, first, start, window, span.together)
 
     def _beyond_reach(self, span: Span) -> bool:
         return self.sink_tokens > 0 and span.end > self.sink_reach_tokens

@@ -54,9 +54,8 @@ class SparseDelta(Memory):
         self.A_log = nn.Parameter(torch.zeros(2 * num_groups))
         self.dt_bias = nn.Parameter(torch.zeros(2 * num_groups))
         self.router = nn.Linear(hidden_size, partitions, bias=False)
-        self.watch = False
-        self.balance: Tensor | None = None
-        """With ``watch``: `respike.ops.routing.balance_loss` of the last call."""
+        self.balances: list[tuple[Tensor, int]] | None = None
+        """Unless None, every call adds its `respike.ops.routing.balance_loss` and its tokens."""
 
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: Tensor
@@ -69,8 +68,9 @@ class SparseDelta(Memory):
         sparse = Stream(silu(other_q.float()), silu(other_k.float()), beta[1], log_decay[1])
         real = None if span.padding is None else ~span.padding
         shares, index = route(self.router(x), self.chosen)
-        if self.watch:
-            self.balance = balance_loss(shares, index, real)
+        if self.balances is not None:
+            count = x.shape[0] * x.shape[1] if real is None else int(real.sum())
+            self.balances.append((balance_loss(shares, index, real), count))
         memories = state.view(len(x), self.copies, -1, *state.shape[2:])
         choice = Choice(shares, index, real)
         out, after = sse(

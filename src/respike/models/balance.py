@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from respike.layers.moe import ExpertMLP
@@ -12,9 +13,10 @@ from respike.models.decoder import Decoder
 
 @contextmanager
 def watch_balance(decoder: Decoder) -> Iterator[Callable[[], Tensor]]:
-    """While the block runs, the value calls back the sum over layers for the last forward call.
+    """While the block runs, the value calls back the sum over layers of their balance losses.
 
-    To be added to the loss, times a small number such as 0.001 (SpikingBrain2.0) or 0.01::
+    A layer that was called several times, as for the documents of a packed row, counts by the mean
+    over tokens. To be added to the loss, times a small number such as 0.001 (SpikingBrain2.0)::
 
         with watch_balance(decoder) as balance:
             logits, _ = decoder(tokens)
@@ -25,15 +27,17 @@ def watch_balance(decoder: Decoder) -> Iterator[Callable[[], Tensor]]:
     routed = [m for m in decoder.modules() if isinstance(m, ExpertMLP | SparseDelta)]
 
     def total() -> Tensor:
-        found = [m.balance for m in routed if m.balance is not None]
-        zero = decoder.embedding.new_zeros(())
-        return sum(found, zero)
+        found = torch.zeros((), device=decoder.embedding.device)
+        for module in routed:
+            tokens = sum(count for _, count in module.balances or ())
+            for loss, count in module.balances or ():
+                found = found + loss * (count / max(tokens, 1))
+        return found
 
-    before = [m.watch for m in routed]
     try:
         for module in routed:
-            module.watch = True
+            module.balances = []
         yield total
     finally:
-        for module, watch in zip(routed, before, strict=True):
-            module.watch, module.balance = watch, None
+        for module in routed:
+            module.balances = None

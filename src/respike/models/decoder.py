@@ -153,12 +153,16 @@ class DecoderLayer(nn.Module):
 
         For callers that mix stretches of ``x`` on their own, such as documents of a packed row.
         """
-        normed = self.input_layernorm(x)
-        near = _attend_with(self.self_attn, normed, mix)
+        return self.add_mixed(x, self.attended_with(self.input_layernorm(x), mix))
+
+    def attended_with(self, normed: Tensor, mix: Mix) -> Tensor:
+        """Only what the attention adds to the residual, from a given norm's output."""
         if self.beside is None:
-            return self.add_mixed(x, near)
+            return _attend_with(self.self_attn, normed, mix)
         far, left_out = _attend_with(self.beside, normed, mix), self.beside.leaves_out()
-        return self.add_mixed(x, self.beside.combined(self.self_attn, near, far, left_out))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not left_out):
+            near = _attend_with(self.self_attn, normed, mix)
+        return self.beside.combined(self.self_attn, near, far, left_out)
 
     def mix_with(self, x: Tensor, qkv: tuple[Tensor, Tensor, Tensor], mix: Mix) -> Tensor:
         """Only that part, on a given norm's output and projections."""

@@ -8,6 +8,8 @@ chunk, N chunks, M = B * G * N, R = H / G query heads of a group; head h belongs
 Source: Yang et al., arXiv:2412.06464 (Gated DeltaNet); chunks: arXiv:2406.06484.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -24,6 +26,7 @@ from respike.ops.recurrence import (
     in_chunks,
     one_dtype,
     read_state,
+    recomputed,
     strided,
     strided_heads,
 )
@@ -124,7 +127,8 @@ def delta(
     """`delta_definition` by the fastest implementation that can run here.
 
     Natively, or in chunks by torch, or by `delta_step` for one token. Safe and accurate at any
-    decay, as `respike.ops.gla.gla` is. ``state`` is not written to.
+    decay, as `respike.ops.gla.gla` is, and its gradients are made likewise. ``state`` is not
+    written to.
 
     Args:
         q: As for `delta_definition`, and so are k, v, beta, log_decay, state and scale.
@@ -142,12 +146,23 @@ def delta(
     check_chunk(chunk_tokens)
     scale = default_scale(scale, q.shape[-1])
     same = one_dtype(q, k, v)
+    if q.shape[1] > 1 and backends.needs_gradient(*same, beta, log_decay, state):
+        run = partial(delta, scale=scale, chunk_tokens=chunk_tokens)
+        again = partial(_in_chunks, scale=scale, chunk_tokens=chunk_tokens)
+        return recomputed(run, again, *same, beta, log_decay, state)
     kernels = backends.choose("delta", *same, float32=(beta, log_decay, state))
     if kernels is not None:
         return _native(kernels, same, (beta, log_decay), state, scale)
     if q.shape[1] == 1:
         return delta_step(q, k, v, beta, log_decay, state, scale)
-    return in_chunks(_block, (q, k, v, beta, log_decay), state, scale, chunk_tokens)
+    return _in_chunks(q, k, v, beta, log_decay, state, scale=scale, chunk_tokens=chunk_tokens)
+
+
+def _in_chunks(
+    *tensors: Float[Tensor, "B ..."], scale: float, chunk_tokens: int
+) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
+    """The op by torch; ``tensors`` are q, k, v, beta, log_decay and the state."""
+    return in_chunks(_block, tensors[:-1], tensors[-1], scale, chunk_tokens)
 
 
 def _native(

@@ -9,6 +9,8 @@ Source: Yang et al., arXiv:2312.06635 (GLA); Qin et al., arXiv:2404.07904 (HGRN2
 arXiv:2411.10741 (MetaLA) and the SpikingBrain report, arXiv:2509.05276, for the tied gate.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
@@ -25,6 +27,7 @@ from respike.ops.recurrence import (
     in_chunks,
     one_dtype,
     read_state,
+    recomputed,
     strided,
     strided_heads,
 )
@@ -99,7 +102,8 @@ def gla(
 
     Natively, or in chunks by torch, or by `gla_step` for one token. Safe and accurate at any decay:
     every factor is the exponential of a sum of log-decays, or a product of such, and at most 1;
-    differences of sums are never formed. ``state`` is not written to.
+    differences of sums are never formed. ``state`` is not written to. For gradients the chunks are
+    made again, so nothing but the inputs is kept for them.
 
     Args:
         q: As for `gla_definition`, and so are k, v, log_decay, state and scale.
@@ -116,12 +120,23 @@ def gla(
     check_chunk(chunk_tokens)
     scale = default_scale(scale, q.shape[-1])
     same = one_dtype(q, k, v)
+    if q.shape[1] > 1 and backends.needs_gradient(*same, log_decay, state):
+        run = partial(gla, scale=scale, chunk_tokens=chunk_tokens)
+        again = partial(_in_chunks, scale=scale, chunk_tokens=chunk_tokens)
+        return recomputed(run, again, *same, log_decay, state)
     kernels = backends.choose("gla", *same, float32=(log_decay, state))
     if kernels is not None:
         return _native(kernels, same, log_decay, state, scale)
     if q.shape[1] == 1:
         return gla_step(q, k, v, log_decay, state, scale)
-    return in_chunks(_block, (q, k, v, log_decay), state, scale, chunk_tokens)
+    return _in_chunks(q, k, v, log_decay, state, scale=scale, chunk_tokens=chunk_tokens)
+
+
+def _in_chunks(
+    *tensors: Float[Tensor, "B ..."], scale: float, chunk_tokens: int
+) -> tuple[Float32[Tensor, "B T H V"], Float32[Tensor, "B G K V"]]:
+    """The op by torch; ``tensors`` are q, k, v, log_decay and the state."""
+    return in_chunks(_block, tensors[:-1], tensors[-1], scale, chunk_tokens)
 
 
 def _native(

@@ -9,11 +9,16 @@ chunk, N chunks, R = H / G query heads of a group; head h belongs to group h // 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
+
+Op = Callable[..., tuple[Tensor, Tensor]]
+"""From inputs and a state to outputs and the next state."""
 
 BLOCK_TOKENS = 512
 """Tokens worked through at once. Their intermediate results then fit a processor's cache."""
@@ -98,6 +103,38 @@ def in_chunks(
         out, state = work(*(to_chunks(x, chunk_tokens) for x in piece), state, scale)
         outs.append(out[:, : piece[0].shape[1]])
     return torch.cat(outs, dim=1).reshape(B, T, H, V), state
+
+
+class _Recomputed(torch.autograd.Function):
+    """An op whose intermediate results are made again for its gradients, not kept for them."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Op, again: Op, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.again = again
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_outs: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        leaves = [
+            x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        with torch.enable_grad():
+            outs = ctx.again(*leaves)
+        asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(outs, asked, d_outs))
+        return None, None, *(next(found) if want else None for want in wanted)
+
+
+def recomputed(run: Op, again: Op, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """``run(*tensors)``, with the gradients of ``again(*tensors)``.
+
+    Memory holds the intermediate results of one call at a time, and what runs first may be what
+    has no gradients of its own. Both must compute the same.
+    """
+    return _Recomputed.apply(run, again, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def to_chunks(x: Float[Tensor, "B T G *rest"], chunk_tokens: int) -> Float32[Tensor, "M C *rest"]:
