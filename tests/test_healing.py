@@ -438,6 +438,11 @@ def test_a_malformed_course_says_where(change: str, words: tuple[str, ...]) -> N
     assert all(word in f"{error.value} {error.value.hint}" for word in words)
 
 
+def test_a_switch_is_one_with_and_without_quotes() -> None:
+    for value in ("off", "'off'", "on"):
+        assert load_healing("quick", (f"memory={value}",)).memory == value.strip("'")
+
+
 def test_every_built_in_course_is_one() -> None:
     assert "default" in builtin_healings()
     for name in builtin_healings():

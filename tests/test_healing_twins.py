@@ -223,7 +223,7 @@ def test_what_twins_cannot_do_is_refused(source: Path, text: Path, tmp_path: Pat
     with pytest.raises(UnsupportedError) as error:
         models(converted_folder(model), source, course(DISTIL | {"kind": "length"}))
     one_line(error.value, "kind length")
-    with pytest.raises(ValueError, match="MLP"):
+    with pytest.raises(ValueError, match="trains attention and nothing else"):
         Stage.model_validate(TRANSFER | {"train": {"up_proj": 2}})
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from respike.conversion import convert, plan
 from respike.data import TokenStore, prepare
 from respike.errors import UnsupportedError, UsageError
 from respike.healing import Healing, Request, apply, heal, load_healing
-from respike.healing.config import Judging, Silence
+from respike.healing.config import Judging, Silence, Stage
 from respike.healing.judge import Judge, Verdict, is_better
-from respike.healing.objectives import GOAL_WIDTH, Quiet
+from respike.healing.penalties import GOAL_WIDTH, Penalties
 from respike.healing.run import converted_folder, models, trainable
 from respike.loading import fast_decoder, load, load_decoder, load_tokenizer
 from respike.models.silence import SeenFiring, watch_firing
@@ -223,10 +223,12 @@ def test_a_step_adds_up_what_its_micro_batches_touched() -> None:
         def touched_frac(self) -> torch.Tensor:
             return self.touched
 
-    quiet = Quiet(silent_frac=0.5, price_nats=4.0, share=0.25)
-    prices = [float(quiet.price(Seen(touched))) for touched in (0.7, 0.4)]
+    ask = Silence(silent_frac=0.5, first_frac=0.5, price_nats=4.0)
+    stage = Stage(kind="distil", tokens=64, context_tokens=16, rows=4, micro_rows=1, silence=ask)
+    step = Penalties(cast(Any, None), stage, 0)  # a price needs no model
+    prices = [float(step.price(Seen(touched), 0.25)) for touched in (0.7, 0.4)]
     assert prices == pytest.approx([0.25 * 4 * (0.2 - GOAL_WIDTH / 2), 0.0])
-    assert quiet.skipped_frac == pytest.approx(0.25 * (0.3 + 0.6))
+    assert step.skipped_frac == pytest.approx(0.25 * (0.3 + 0.6))
 
 
 def test_the_nearest_of_the_silent_is_kept_and_until_one_is_the_most_silent() -> None:

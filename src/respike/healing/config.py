@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from respike.config import Frozen
 from respike.errors import UsageError, did_you_mean
@@ -20,6 +20,11 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 Norm = Literal["input_layernorm", "post_attention_layernorm"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 StageKind = Literal["transfer", "distil", "length", "finetune"]
+
+
+def _switch(value: object) -> object:
+    """YAML reads on and off without quotes as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class RecallOptions(Frozen):
@@ -160,7 +165,7 @@ class Healing(Frozen):
     name: str = Field(min_length=1, max_length=100)
     about: str = ""
     seed: int = Field(default=0, ge=0, lt=1 << 31)
-    memory: Literal["on", "off"] = "on"
+    memory: Annotated[Literal["on", "off"], BeforeValidator(_switch)] = "on"
     """off: the control. Memories are shut while training, everything else is alike."""
     compute: Literal["bf16", "f32"] = "bf16"
     """What the models compute in. Masters, moments and averages are float32 in any case."""

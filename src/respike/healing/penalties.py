@@ -51,12 +51,12 @@ class Penalties:
                 found = balance() * share
                 self.balance += float(found.detach())
                 found = found * self.stage.balance
-                return found if firing is None else found + self._price(firing, share)
+                return found if firing is None else found + self.price(firing, share)
 
             yield penalty
 
-    def _price(self, firing: SeenFiring, share: float) -> Tensor:
-        """Of a micro-batch's events, ()."""
+    def price(self, firing: SeenFiring, share: float) -> Tensor:
+        """Of what a micro-batch's neurons touched, ()."""
         ask, touched = self.stage.silence, firing.touched_frac()
         self.skipped_frac += share * (1 - float(touched.detach()))
         if ask is None or not ask.price_nats:
