@@ -126,13 +126,17 @@ def logits(contender: Contender, tokens: Tensor, folder: Path) -> Tensor:
     return torch.from_numpy(found)
 
 
-def kl(expected: Tensor, got: Tensor) -> float:
-    """Mean over tokens, nats."""
-    total = 0.0
-    for a, b in zip(expected.split(64), got.split(64), strict=True):
+def distances(expected: Tensor, got: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """Mean over a context's tokens of KL, and of the nats that the text itself costs more."""
+    far, added = 0.0, 0.0
+    following = tokens[1:].split(64)
+    for a, b, next_tokens in zip(
+        expected[:-1].split(64), got[:-1].split(64), following, strict=True
+    ):
         log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total / len(expected)
+        far += float((log_p.exp() * (log_p - log_q)).sum())
+        added += float((log_p - log_q).gather(1, next_tokens[:, None]).sum())
+    return far / (len(expected) - 1), added / (len(expected) - 1)
 
 
 @dataclass
@@ -183,20 +187,22 @@ def rows_of(
     text = contexts((), tokenizer, context_tokens=CONTEXT_TOKENS, max_tokens=options.tokens)
     exact = {"model": {"path": str(model), "dtype": "f32", "weights": "stored"}}
     original = Contender("original", "dense", "f32", "ours", exact, sys.executable, None, [])
-    far: dict[str, list[float]] = {c.name: [] for c in contenders}
+    far: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
     for tokens in text:
         expected = logits(original, tokens, folder)
         for c in contenders:
-            far[c.name].append(kl(expected, logits(c, tokens, folder)))
+            far[c.name].append(distances(expected, logits(c, tokens, folder), tokens))
     timed = speeds(contenders, text[0, :PROMPT_TOKENS], options, folder)
     rows = []
     for c in contenders:
         path = Path(c.job["path"] if "path" in c.job else c.job["model"]["path"])
-        distances, spoken = torch.tensor(far[c.name]), timed[c.name].per_second
+        kl, added = torch.tensor(far[c.name]).unbind(1)
+        spoken = timed[c.name].per_second
         rows.append({
             "name": c.name, "kind": c.kind, "weights": c.weights,
             "skipped_frac": c.spikes["total"]["skipped_frac"] if c.spikes else 0.0,
-            "kl_nats": float(distances.mean()), "kl_nats_95": list(mean_interval(distances)),
+            "kl_nats": float(kl.mean()), "kl_nats_95": list(mean_interval(kl)),
+            "nats_added": float(added.mean()), "nats_added_95": list(mean_interval(added)),
             "token_bytes": token_bytes(c, timed[c.name]),
             "tokens_per_second": {
                 threads: {"median": median(s), "min": min(s), "max": max(s), "n": len(s)}

@@ -1,5 +1,6 @@
 """Markdown tables of result files; `scripts/docs.py` puts them into the documents."""
 
+import math
 from typing import Any
 
 
@@ -191,6 +192,31 @@ def harness_table(result: dict[str, Any]) -> str:
             )
         rows.append(cells)
     return "\n".join([*lines, *markdown(header, rows)])
+
+
+def spikes_table(result: dict[str, Any]) -> str:
+    """One row a contender: how near, how many bytes, how fast."""
+    threads = list(result["rows"][0]["tokens_per_second"])
+    rows = []
+    for row in result["rows"]:
+        speeds = [row["tokens_per_second"][t] for t in threads]
+        rows.append([
+            row["name"], f"{100 * row['skipped_frac']:.1f}", with_interval(row, "kl_nats", 4),
+            f"{math.exp(row['nats_added']):.3f}", f"{row['token_bytes'] / 2**20:.1f}",
+            *(f"{s['median']:.0f} [{s['min']:.0f}, {s['max']:.0f}]" for s in speeds),
+        ])  # fmt: skip
+    header = [
+        "", "weights skipped, %", "KL, nats", "perplexity ratio", "weights read a token, MiB",
+        *(f"tokens/s, {t} thread{'s' * (t != '1')}" for t in threads),
+    ]  # fmt: skip
+    machine = result["machine"]
+    return "\n".join([
+        f"{result['model']}, {result['text']}; {result['settings']}. Median [least, most]; KL to the "
+        f"model named, in float32, 95 % over contexts. {machine['processor']}, {result['date']}, "
+        f"commit {result['commit']}.",
+        "",
+        *markdown(header, rows),
+    ])  # fmt: skip
 
 
 def documents_table(result: dict[str, Any]) -> str:

@@ -200,7 +200,7 @@ def generated() -> dict[Path, str]:
         "healing": judged(printed.healing_table), "harness": judged(printed.harness_table),
         "recall_length": judged(printed.recall_table),
         "documents": judged(printed.documents_table), "abstain": judged(printed.abstain_table),
-        "reading": judged(printed.reading_table),
+        "reading": judged(printed.reading_table), "spikes": judged(printed.spikes_table),
     }  # fmt: skip
     tables = {
         path.stem: make(path)
