@@ -129,13 +129,11 @@ def logits(contender: Contender, tokens: Tensor, folder: Path) -> Tensor:
 def distances(expected: Tensor, got: Tensor, tokens: Tensor) -> tuple[float, float]:
     """Mean over a context's tokens of KL, and of the nats that the text itself costs more."""
     far, added = 0.0, 0.0
-    following = tokens[1:].split(64)
-    for a, b, next_tokens in zip(
-        expected[:-1].split(64), got[:-1].split(64), following, strict=True
-    ):
+    pieces = (expected[:-1].split(64), got[:-1].split(64), tokens[1:].split(64))
+    for a, b, following in zip(*pieces, strict=True):
         log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
         far += float((log_p.exp() * (log_p - log_q)).sum())
-        added += float((log_p - log_q).gather(1, next_tokens[:, None]).sum())
+        added += float((log_p - log_q).gather(1, following[:, None]).sum())
     return far / (len(expected) - 1), added / (len(expected) - 1)
 
 

@@ -211,8 +211,8 @@ def spikes_table(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     machine = result["machine"]
     return "\n".join([
-        f"{result['model']}, {result['text']}; {result['settings']}. Median [least, most]; KL to the "
-        f"model named, in float32, 95 % over contexts. {machine['processor']}, {result['date']}, "
+        f"{result['model']}, {result['text']}; {result['settings']}. Median [least, most]; KL to "
+        f"the model named, in float32, 95 % over contexts. {machine['processor']}, {result['date']}, "
         f"commit {result['commit']}.",
         "",
         *markdown(header, rows),
