@@ -210,13 +210,12 @@ def spikes_table(result: dict[str, Any]) -> str:
         *(f"tokens/s, {t} thread{'s' * (t != '1')}" for t in threads),
     ]  # fmt: skip
     machine = result["machine"]
-    return "\n".join([
+    where = f"{machine['processor']}, {result['date']}, commit {result['commit']}"
+    about = (
         f"{result['model']}, {result['text']}; {result['settings']}. Median [least, most]; KL to "
-        f"the model named, in float32, 95 % over contexts. {machine['processor']}, {result['date']}, "
-        f"commit {result['commit']}.",
-        "",
-        *markdown(header, rows),
-    ])  # fmt: skip
+        f"the model named, in float32, 95 % over contexts. {where}."
+    )
+    return "\n".join([about, "", *markdown(header, rows)])
 
 
 def documents_table(result: dict[str, Any]) -> str:
