@@ -447,8 +447,10 @@ def test_a_small_model_shows_what_no_single_kernel_does(monkeypatch: pytest.Monk
     assert rms < 0.02
     right = Engine.run
 
-    def late(self: Engine, x: torch.Tensor, span: Span, states: LayerStates) -> LayerStates:
-        after = right(self, x, span, states)
+    def late(
+        self: Engine, x: torch.Tensor, span: Span, states: LayerStates, begin: int, end: int | None
+    ) -> LayerStates:
+        after = right(self, x, span, states, begin, end)
         x.copy_(x.roll(1, 1))
         return after
 

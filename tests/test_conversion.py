@@ -17,7 +17,7 @@ from respike.conversion import convert, execute, plan, shards
 from respike.errors import CheckpointError, RecipeError, RespikeError, UsageError
 from respike.loading import Model, load
 from respike.recipe import Recipe, load_recipe
-from tiny import CONTEXT, random_tokens, save_tiny, write_gguf
+from tiny import random_tokens, save_tiny, write_gguf
 
 SHUT = "far.calibration_tokens=0"
 MIXED = ("softmax_groups={1: [2], 3: [0, 1]}", "window_tokens=11", "sink_tokens=2")
@@ -249,7 +249,7 @@ def test_the_first_decays_have_the_half_life_asked_for(
     assert found["memory.gate_down.weight"].std() > 0
 
 
-def test_a_far_memory_begins_shut_and_lasts_four_trained_lengths(
+def test_a_far_memory_begins_shut_and_lasts_as_long_as_its_recipe_says(
     source: Path, tmp_path: Path
 ) -> None:
     convert(plan(source, with_memory("far")), tmp_path / "out")
@@ -257,7 +257,7 @@ def test_a_far_memory_begins_shut_and_lasts_four_trained_lengths(
         if name.endswith(".beta"):
             assert (x == -math.inf).all()
         if name.endswith(".log2_half_life"):
-            assert (2**x == 4 * CONTEXT).all()
+            assert (2**x == 8192).all()
     found = tensors(tmp_path / "out")
     keys = {name: x for name, x in found.items() if name.endswith("key_weight")}
     every = torch.cat([x.flatten() for x in keys.values()])

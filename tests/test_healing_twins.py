@@ -198,9 +198,9 @@ def test_every_projection_of_a_layer_is_trained_experts_apart() -> None:
     healing = course(EXPERTS | {"train": {"q_proj": 2, "down_proj": 3}})
     prepare(decoder, healing)
     names = dict(trained_names(decoder, healing, healing.stages[0]))
-    assert names["model.layers.0.beside.q_proj.down"] is False
-    assert names["model.layers.0.beside.softmax_norm.weight"] is True
-    assert names["model.layers.1.mlp.gate.weight"] is True
+    assert names["model.layers.0.beside.q_proj.down"] == "source"
+    assert names["model.layers.0.beside.softmax_norm.weight"] == "new"
+    assert names["model.layers.1.mlp.gate.weight"] == "new"
     downs = [
         decoder.get_parameter(f"model.layers.1.mlp.{part}.down_proj.down")
         for part in ("experts.0", "experts.1", "shared_experts.0")

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from respike.models.silence import SeenFiring, watch_firing
 from respike.models.spiking import spike_sites
 from respike.recipe import load_recipe
 from respike.spiking import Goal, Measure, spike
-from tiny import random_tokens, save_tiny
+from tiny import model_config, random_decoder, random_tokens, save_tiny
 from tolerance import assert_close
 
 SETTINGS = ("window_tokens=9", "sink_tokens=2", "far.features=5", "far.calibration_tokens=600")
@@ -225,7 +225,7 @@ def test_a_step_adds_up_what_its_micro_batches_touched() -> None:
 
     ask = Silence(silent_frac=0.5, first_frac=0.5, price_nats=4.0)
     stage = Stage(kind="distil", tokens=64, context_tokens=16, rows=4, micro_rows=1, silence=ask)
-    step = Penalties(cast(Any, None), stage, 0)  # a price needs no model
+    step = Penalties(random_decoder(model_config()), stage, 0)
     prices = [float(step.price(Seen(touched), 0.25)) for touched in (0.7, 0.4)]
     assert prices == pytest.approx([0.25 * 4 * (0.2 - GOAL_WIDTH / 2), 0.0])
     assert step.skipped_frac == pytest.approx(0.25 * (0.3 + 0.6))

@@ -120,7 +120,7 @@ def gla(
     check_chunk(chunk_tokens)
     scale = default_scale(scale, q.shape[-1])
     same = one_dtype(q, k, v)
-    if q.shape[1] > 1 and backends.needs_gradient(*same, log_decay, state):
+    if q.shape[1] > chunk_tokens and backends.needs_gradient(*same, log_decay, state):
         run = partial(gla, scale=scale, chunk_tokens=chunk_tokens)
         again = partial(_in_chunks, scale=scale, chunk_tokens=chunk_tokens)
         return recomputed(run, again, *same, log_decay, state)

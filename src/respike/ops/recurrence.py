@@ -124,7 +124,10 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             outs = ctx.again(*leaves)
         asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(outs, asked, d_outs))
+        # The state does not depend on queries.
+        made = [pair for pair in zip(outs, d_outs, strict=True) if pair[0].requires_grad]
+        outs, d_outs = zip(*made, strict=True)
+        found = iter(torch.autograd.grad(outs, asked, d_outs, allow_unused=True))
         return None, None, *(next(found) if want else None for want in wanted)
 
 
