@@ -31,7 +31,15 @@ from respike.layers.low_rank import LowRank, merged
 from respike.loading import load, load_decoder
 from respike.models.packing import pack_decoder
 from respike.recipe import load_recipe
-from tiny import BLOCKS, MEMORIES, model_config, random_decoder, random_tokens, save_tiny
+from tiny import (
+    BLOCKS,
+    MEMORIES,
+    model_config,
+    random_decoder,
+    random_tokens,
+    save_documents,
+    save_tiny,
+)
 from tolerance import assert_close
 
 SETTINGS = (
@@ -65,16 +73,7 @@ def course(**changes: Any) -> Healing:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short documents, no two of them alike."""
-    folder = tmp_path_factory.mktemp("text")
-    draw = torch.Generator().manual_seed(0)
-    words = [" the", " and", " a", " ing", " she", " sand", " there", " or", " then", " on"]
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(40):
-            picks = torch.randint(len(words), (90,), generator=draw).tolist()
-            body = "".join(words[i] for i in picks)
-            file.write(json.dumps({"text": f"{number}:{body}"}) + "\n")
-    return folder
+    return save_documents(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

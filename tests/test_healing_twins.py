@@ -25,7 +25,15 @@ from respike.loading import load_decoder
 from respike.models.balance import watch_balance
 from respike.recipe import load_recipe
 from test_brain_recipes import F32, TWINS
-from tiny import full, model_config, random_decoder, random_tokens, save_tiny, window
+from tiny import (
+    full,
+    model_config,
+    random_decoder,
+    random_tokens,
+    save_documents,
+    save_tiny,
+    window,
+)
 from tolerance import assert_close
 
 SINKS = 3
@@ -65,15 +73,7 @@ def batch_of(tokens: Tensor, documents: list[list[int]]) -> Batch:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    draw = torch.Generator().manual_seed(0)
-    words = [" the", " and", " a", " ing", " she", " sand", " there", " or", " then", " on"]
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(40):
-            picks = torch.randint(len(words), (90,), generator=draw).tolist()
-            body = "".join(words[i] for i in picks)
-            file.write(json.dumps({"text": f"{number}:{body}"}) + "\n")
-    return folder
+    return save_documents(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from respike.models.silence import SeenFiring, watch_firing
 from respike.models.spiking import spike_sites
 from respike.recipe import load_recipe
 from respike.spiking import Goal, Measure, spike
-from tiny import model_config, random_decoder, random_tokens, save_tiny
+from tiny import model_config, random_decoder, random_tokens, save_documents, save_tiny
 from tolerance import assert_close
 
 SETTINGS = ("window_tokens=9", "sink_tokens=2", "far.features=5", "far.calibration_tokens=600")
@@ -34,7 +34,6 @@ TRAIN = {
 SILENCE = {
     "silent_frac": 0.5, "first_frac": 0.3, "ramp_frac": 0.4, "price_nats": 5.0, "band_rate": 3e-2,
 }  # fmt: skip
-WORDS = (" the", " and", " a", " ing", " she", " sand", " there", " or", " then", " on")
 
 
 def course(**changes: Any) -> Healing:
@@ -52,17 +51,7 @@ def course(**changes: Any) -> Healing:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short documents, no two alike, and all of them as one plain text."""
-    folder = tmp_path_factory.mktemp("data")
-    draw = torch.Generator().manual_seed(0)
-    rows = []
-    for number in range(40):
-        picks = torch.randint(len(WORDS), (90,), generator=draw).tolist()
-        rows.append(f"{number}:" + "".join(WORDS[i] for i in picks))
-    text = "".join(json.dumps({"text": row}) + "\n" for row in rows)
-    (folder / "text.jsonl").write_text(text, encoding="utf-8")
-    (folder / "plain.txt").write_text("\n".join(rows), encoding="utf-8")
-    return folder
+    return save_documents(tmp_path_factory.mktemp("data"), plain=True)
 
 
 def spiked(source: Path, out: Path, data: Path, **changes: Any) -> Path:

@@ -476,3 +476,18 @@ def add_vocabulary(writer: gguf.GGUFWriter, size: int, *, add_bos: bool) -> None
     writer.add_eos_token_id(token_id("<|im_end|>"))
     writer.add_add_bos_token(add_bos)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def save_documents(folder: Path, *, plain: bool = False) -> Path:
+    """Forty short documents, no two alike, as JSON Lines and, if asked, all of them as one text."""
+    words = (" the", " and", " a", " ing", " she", " sand", " there", " or", " then", " on")
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(40):
+        picks = torch.randint(len(words), (90,), generator=draw).tolist()
+        rows.append(f"{number}:" + "".join(words[i] for i in picks))
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    (folder / "text.jsonl").write_text(lines, encoding="utf-8")
+    if plain:
+        (folder / "plain.txt").write_text("\n".join(rows), encoding="utf-8")
+    return folder
