@@ -19,6 +19,8 @@ from respike.healing.packed import Lanes, Packed, segments, short_windows, teach
 from respike.healing.penalties import Penalty
 from respike.models.decoder import Decoder, DecoderLayer, Mix
 
+Qkv = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass
 class Pair:
@@ -53,9 +55,6 @@ class Carried:
     def at(self, first: int) -> "Carried":
         """The same for a micro-batch that begins at a row."""
         return Carried(self.student.at(first), self.teacher.at(first))
-
-
-Qkv = tuple[Tensor, Tensor, Tensor]
 
 
 def predicting(mask: Tensor) -> Tensor:

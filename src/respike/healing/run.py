@@ -28,7 +28,7 @@ from respike.healing.trainable import prepare as prepare_student
 from respike.healing.trainable import shut_gates
 from respike.healing.trainer import CHECKPOINT_STEPS, Trainer
 from respike.healing.weights import fast_copy, merge, plain_weights, trained_spikes
-from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer, pack_or_plain
+from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer
 from respike.tokenizer import Tokenizer
 
 CHECKPOINT_SECONDS = 300
@@ -150,7 +150,7 @@ def models(folder: Folder, original: str | Path | None, healing: Healing) -> Pai
     head = layerwise.lm_head
     weight = layerwise.embedding if head is None else head.weight
     assert isinstance(weight, Tensor)
-    teacher = pack_or_plain(load_decoder(source, dtype=healing.compute))
+    teacher = fast_decoder(source, dtype=healing.compute)
     return Pair(student, layerwise, teacher, weight)
 
 
