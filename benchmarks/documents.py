@@ -134,7 +134,7 @@ def answered(model: Model, reading: Reading, case: Case) -> dict[str, Any]:
         "correct": case.correct(said, abstained=not answer.found),
         "right_if_not_refused": bool(case.answers) and case.correct(said, abstained=False),
         "refused": not answer.found,
-        "passage_found": any(f[:30] in p.text for f in case.facts for p in answer.passages),
+        "passage_found": any(f[:30] in p.text for f in case.evidence() for p in answer.passages),
         "tokens": reading.num_tokens, "ask_seconds": time.perf_counter() - began, "said": said,
     }  # fmt: skip
 

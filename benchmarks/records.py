@@ -5,7 +5,8 @@ the answer. Kinds:
 
     single         one fact
     multi          three facts of a kind, asked for together
-    hops2, hops3   a fact that another sentence names, and that one by a third
+    hops2, hops3   a fact that another sentence names, and that one by a third (the
+                   first person of the three lives in another town, which is wrong)
     amendment      a figure and two later amendments of it: the latest holds
     contradiction  a figure given twice, differently: both are to be named
     absent         something that is not in there: nothing is to be answered
@@ -96,7 +97,7 @@ class Case:
         question: About it.
         answers: Every one of them must be in the answer; empty: it must not answer.
         wrong: None of these may be, such as figures that an amendment has replaced.
-        facts: The sentences that hold the answer.
+        facts: The sentences that the case put there, wrong ones among them.
     """
 
     kind: str
@@ -107,6 +108,10 @@ class Case:
     answers: tuple[str, ...]
     wrong: tuple[str, ...]
     facts: tuple[str, ...]
+
+    def evidence(self) -> list[str]:
+        """The facts that lead to the answer."""
+        return [fact for fact in self.facts if not any(word in fact for word in self.wrong)]
 
     def correct(self, answer: str, *, abstained: bool) -> bool:
         """Exact match: the wanted words are there, unwanted ones are not."""
@@ -159,7 +164,7 @@ def make_document(style: str, tokens: int, seed: int, count: Callable[[str], int
     for index, kind in enumerate(KINDS):
         drawn = _Drawn(
             pairs.get(kind, things[:2]), numbers[3 * index : 3 * index + 3],
-            need.get(kind, names), rng.choice(TOWNS), ROLES[style][kind == "hops3"],
+            need.get(kind, names), rng.sample(TOWNS, 2), ROLES[style][kind == "hops3"],
         )  # fmt: skip
         depth = (index + rng.random()) / len(KINDS)
         made.append((kind, depth, _facts(kind, style, drawn)))
@@ -203,19 +208,19 @@ def _document(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What facts are made of: two things, three figures, up to four names, a town, a role."""
+    """What facts are made of: two things, three figures, up to four names, two towns, a role."""
 
     things: list[str]
     numbers: list[str]
     names: list[str]
-    town: str
+    towns: list[str]
     role: str
 
 
 def _drawn(style: str, rng: random.Random) -> _Drawn:
     things = rng.sample(THINGS[style], 2)
     numbers = [str(n) for n in rng.sample(range(1001, 9999), 3)]
-    return _Drawn(things, numbers, _names(rng, 4), rng.choice(TOWNS), ROLES[style][0])
+    return _Drawn(things, numbers, _names(rng, 4), rng.sample(TOWNS, 2), ROLES[style][0])
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
@@ -228,7 +233,7 @@ def _facts(
 ) -> tuple[list[str], str, tuple[str, ...], tuple[str, ...]]:
     """Sentences in their order, the question, what must and what must not be answered."""
     (thing, other), numbers, names = drawn.things, drawn.numbers, drawn.names
-    town, role, unit = drawn.town, drawn.role, UNITS[style]
+    (town, elsewhere), role, unit = drawn.towns, drawn.role, UNITS[style]
     value = f"What is the {thing}?"
     if kind == "single":
         return [f"The {thing} is {numbers[0]} {unit}."], value, (numbers[0],), ()
@@ -255,5 +260,6 @@ def _facts(
     facts = [f"The {role} is {names[0]}.", f"{names[0]} is represented by {names[1]}."]
     if kind == "hops2":
         return facts, f"Who represents the {role}?", (names[1],), ()
-    facts.append(f"{names[1]} lives in {town}.")
-    return facts, f"In which town does the person who represents the {role} live?", (town,), ()
+    facts += [f"{names[0]} lives in {elsewhere}.", f"{names[1]} lives in {town}."]
+    question = f"In which town does the person who represents the {role} live?"
+    return facts, question, (town,), (elsewhere,)
