@@ -94,6 +94,8 @@ int64_t chunks_of(int64_t tokens) { return (tokens + chunk_tokens - 1) / chunk_t
 }  // namespace
 }  // namespace respike
 
+#define RESPIKE_KERNELS "recurrent_rows.inc"
+#include "each_level.hpp"
 #define RESPIKE_KERNELS "recurrent_kernels.inc"
 #include "each_level.hpp"
 #define RESPIKE_KERNELS "recurrent_jobs.inc"

@@ -13,6 +13,7 @@
 #include "far_gradient.hpp"
 #include "module_far.hpp"
 #include "module_keys.hpp"
+#include "recurrent_gradient.hpp"
 #include "softmax_gradient.hpp"
 
 namespace nb = nanobind;
@@ -144,6 +145,33 @@ void blocks_gradient(int level, int threads, const respike::BlockTurns& turns,
                            jobs.data(), static_cast<int64_t>(jobs.size()));
 }
 
+// given: addresses of q, k, v, strength (0: gated linear attention), log_decay, state, and of the
+// gradients of outputs and of the last state; found: of the gradients of the first six. float32,
+// contiguous, (B, T, heads or groups, ...). sizes: B, T, H, G, K, V.
+void recurrent_gradient(int level, int threads, const std::array<uintptr_t, 8>& given,
+                        const std::array<uintptr_t, 6>& found, const std::array<int64_t, 6>& sizes,
+                        bool per_channel, float scale) {
+  const auto [batch, tokens, heads, groups, K, V] = sizes;
+  const int64_t each = heads / groups, decays = per_channel ? K : 1;
+  std::vector<respike::RecurrentGradientJob> jobs;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t head = b * tokens * heads + g * each, group = b * tokens * groups + g;
+      const int64_t state = (b * groups + g) * K * V;
+      const std::array<int64_t, 6> place{head * K, group * K, group * V, group, group * decays,
+                                         state};
+      const auto of = [&](int i) { return at<const float>(given[i], place[i]); };
+      const auto to = [&](int i) { return at<float>(found[i], place[i]); };
+      jobs.push_back({of(0), of(1), of(2), of(3), of(4), of(5), at<const float>(given[6], head * V),
+                      at<const float>(given[7], state), to(0), to(1), to(2), to(3), to(4), to(5),
+                      heads * K, groups * K, groups * V, groups, groups * decays, heads * V, tokens,
+                      each, K, V, per_channel, scale});
+    }
+  }
+  respike::recurrent_gradient(respike::checked_level(level), threads, jobs.data(),
+                              static_cast<int64_t>(jobs.size()));
+}
+
 template <class T>
 void bind(nb::module_& m, const std::string& suffix) {
   using unlocked = nb::call_guard<nb::gil_scoped_release>;
@@ -163,4 +191,6 @@ void bind(nb::module_& m, const std::string& suffix) {
 void bind_gradient(nb::module_& m) {
   bind<float>(m, "_f32");
   bind<respike::bf16>(m, "_bf16");
+  m.def("recurrent_gradient_f32", &recurrent_gradient, nb::call_guard<nb::gil_scoped_release>(),
+        "level"_a, "threads"_a, "given"_a, "found"_a, "sizes"_a, "per_channel"_a, "scale"_a);
 }

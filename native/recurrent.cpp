@@ -21,6 +21,8 @@ namespace respike {
 using std::int64_t;
 }
 
+#define RESPIKE_KERNELS "recurrent_rows.inc"
+#include "each_level.hpp"
 #define RESPIKE_KERNELS "recurrent_kernels.inc"
 #include "each_level.hpp"
 #define RESPIKE_KERNELS "recurrent_jobs.inc"

@@ -98,7 +98,8 @@ def test_every_form_is_what_the_words_say(decay: str) -> None:
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 32, 64])
 def test_gradients_of_the_chunked_form(decay: str, chunk_tokens: int) -> None:
     tensors = inputs(75, decay)
-    assert_same_gradients(chunked(chunk_tokens), delta_definition, tensors, STATE)
+    with at_torch():
+        assert_same_gradients(chunked(chunk_tokens), delta_definition, tensors, STATE)
 
 
 @each_decay

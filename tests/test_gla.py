@@ -92,7 +92,8 @@ def test_every_form_is_what_the_words_say(decay: str, width: int) -> None:
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 32, 64])
 def test_gradients_of_the_chunked_form(decay: str, width: int, chunk_tokens: int) -> None:
     tensors = inputs(75, width, decay)
-    assert_same_gradients(chunked(chunk_tokens), gla_definition, tensors, STATE)
+    with at_torch():
+        assert_same_gradients(chunked(chunk_tokens), gla_definition, tensors, STATE)
 
 
 @each_width

@@ -14,10 +14,22 @@ import torch
 from torch import Tensor
 
 from kernels import at_level, at_torch, each_level, levels, native
-from recurrent import DECAYS, Array, Op, Result, assert_same, in_parts, normal, steps, uniform
-from respike.ops.delta import delta
+from recurrent import (
+    DECAYS,
+    Array,
+    Op,
+    Result,
+    assert_same,
+    assert_same_gradients,
+    gradients,
+    in_parts,
+    normal,
+    steps,
+    uniform,
+)
+from respike.ops.delta import delta, delta_definition
 from respike.ops.far import Prototypes, far
-from respike.ops.gla import gla, tied_gate
+from respike.ops.gla import gla, gla_definition, tied_gate
 from tolerance import assert_close
 
 pytestmark = native
@@ -396,3 +408,58 @@ def _runs(op: str, T: int, rows: int) -> Callable[[], Result]:
         return lambda: far(q, k, v, real, given["prototypes"], memory, near)  # type: ignore[arg-type]
     tensors, state = memory_inputs(op, T, (rows, 1, 3, 20, 40), "to -0.1", torch.bfloat16)
     return lambda: OPS[op](*tensors, state)
+
+
+# ---- gradients ----------------------------------------------------------------------------------
+
+DEFINITIONS: dict[str, Op] = {
+    "one decay": gla_definition, "per channel": gla_definition, "delta": delta_definition,
+}  # fmt: skip
+
+
+@each_level
+@each_op
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_are_those_of_the_definition(
+    op: str, decay: str, shape: tuple[int, ...], level: int
+) -> None:
+    tensors, state = memory_inputs(op, 50, shape, decay)
+    with at_level(level):
+        assert_same_gradients(OPS[op], DEFINITIONS[op], tensors, state)
+
+
+@each_level
+@each_op
+def test_gradients_of_bfloat16_are_rounded_once(op: str, level: int) -> None:
+    tensors, state = memory_inputs(op, 70, SHAPES[1], "to -0.1", torch.bfloat16)
+    exact = [x.float() for x in tensors]
+    with at_level(level):
+        got, expected = gradients(OPS[op], tensors, state), gradients(OPS[op], exact, state)
+    for grad, wanted, leaf in zip(got, expected, (*tensors, state), strict=True):
+        assert torch.equal(grad, wanted.to(leaf.dtype))
+
+
+@each_level
+@each_op
+def test_every_gradient_is_written_by_the_kernel(
+    op: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, state = memory_inputs(op, 50, SHAPES[3], "to -0.1")
+    with at_level(level):
+        expected = gradients(OPS[op], tensors, state)
+        empty = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda x: empty(x).fill_(torch.nan))
+        got = gradients(OPS[op], tensors, state)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@each_op
+def test_threads_do_not_show_in_the_bits_of_gradients(op: str) -> None:
+    tensors, state = memory_inputs(op, 90, SHAPES[1], "mixture")
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(gradients(OPS[op], tensors, state))
+    for some in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(some, found[0], strict=True))

@@ -41,6 +41,7 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "softmax_gradient": _FLOATS,
     "gla": _FLOATS,
     "delta": _FLOATS,
+    "recurrent_gradient": (torch.float32,),
     "far": _FLOATS,
     "far_gradient": _FLOATS,
     "blocks": _FLOATS,

@@ -149,7 +149,7 @@ def delta(
     if q.shape[1] > chunk_tokens and backends.needs_gradient(*same, beta, log_decay, state):
         run = partial(delta, scale=scale, chunk_tokens=chunk_tokens)
         again = partial(_in_chunks, scale=scale, chunk_tokens=chunk_tokens)
-        return recomputed(run, again, *same, beta, log_decay, state)
+        return recomputed(run, again, scale, *same, beta, log_decay, state)
     kernels = backends.choose("delta", *same, float32=(beta, log_decay, state))
     if kernels is not None:
         return _native(kernels, same, (beta, log_decay), state, scale)

@@ -123,7 +123,7 @@ def gla(
     if q.shape[1] > chunk_tokens and backends.needs_gradient(*same, log_decay, state):
         run = partial(gla, scale=scale, chunk_tokens=chunk_tokens)
         again = partial(_in_chunks, scale=scale, chunk_tokens=chunk_tokens)
-        return recomputed(run, again, *same, log_decay, state)
+        return recomputed(run, again, scale, *same, log_decay, state)
     kernels = backends.choose("gla", *same, float32=(log_decay, state))
     if kernels is not None:
         return _native(kernels, same, log_decay, state, scale)

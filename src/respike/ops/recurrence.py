@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from respike.ops import backends
+
 Op = Callable[..., tuple[Tensor, Tensor]]
 """From inputs and a state to outputs and the next state."""
 
@@ -109,15 +111,23 @@ class _Recomputed(torch.autograd.Function):
     """An op whose intermediate results are made again for its gradients, not kept for them."""
 
     @staticmethod
-    def forward(ctx: Any, run: Op, again: Op, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.again = again
+    def forward(
+        ctx: Any, run: Op, again: Op, scale: float, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.again, ctx.scale = again, scale
         ctx.save_for_backward(*tensors)
         return run(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_outs: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
+        wanted = ctx.needs_input_grad[3:]
+        exact = [x.float().contiguous() for x in (*ctx.saved_tensors, *d_outs)]
+        kernels = backends.choose("recurrent_gradient", *exact)
+        if kernels is not None:
+            grads = _native_gradients(kernels, exact[:-2], exact[-2:], ctx.scale)
+            asked_of = zip(grads, ctx.saved_tensors, wanted, strict=True)
+            return None, None, None, *(g.to(x.dtype) if w else None for g, x, w in asked_of)
         leaves = [
             x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)
         ]
@@ -128,16 +138,45 @@ class _Recomputed(torch.autograd.Function):
         made = [pair for pair in zip(outs, d_outs, strict=True) if pair[0].requires_grad]
         outs, d_outs = zip(*made, strict=True)
         found = iter(torch.autograd.grad(outs, asked, d_outs, allow_unused=True))
-        return None, None, *(next(found) if want else None for want in wanted)
+        return None, None, None, *(next(found) if want else None for want in wanted)
 
 
-def recomputed(run: Op, again: Op, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """``run(*tensors)``, with the gradients of ``again(*tensors)``.
+def recomputed(run: Op, again: Op, scale: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """``run(*tensors)``, with the gradients of ``again(*tensors)``, by a kernel if one can run.
 
     Memory holds the intermediate results of one call at a time, and what runs first may be what
     has no gradients of its own. Both must compute the same.
+
+    Args:
+        run: What runs first.
+        again: What gradients are made of in torch.
+        scale: Factor on the outputs, which both have in them.
+        tensors: q, k, v, of the delta rule beta, log_decay, and the state.
     """
-    return _Recomputed.apply(run, again, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _Recomputed.apply(  # type: ignore[no-any-return, no-untyped-call]
+        run, again, scale, *tensors
+    )
+
+
+def _native_gradients(
+    kernels: backends.Kernels, given: Sequence[Tensor], d_outs: Sequence[Tensor], scale: float
+) -> list[Tensor]:
+    """Gradients of ``given``, the tensors of `recomputed` in float32, by the kernel."""
+    q, _, _, *strength, log_decay, state = given
+    (B, T, H, K), (_, G, _, V) = q.shape, state.shape
+    found = [torch.empty_like(x) for x in given]
+    none = [0] * (1 - len(strength))
+    addresses, places = ([x.data_ptr() for x in tensors] for tensors in (given, found))
+    kernels.module.recurrent_gradient_f32(
+        kernels.level,
+        torch.get_num_threads(),
+        [*addresses[:3], *none, *addresses[3:], *(x.data_ptr() for x in d_outs)],
+        [*places[:3], *none, *places[3:]],
+        (B, T, H, G, K, V),
+        log_decay.ndim == q.ndim and log_decay.shape[-1] == K,
+        scale,
+    )
+    return found
 
 
 def to_chunks(x: Float[Tensor, "B T G *rest"], chunk_tokens: int) -> Float32[Tensor, "M C *rest"]:
