@@ -30,7 +30,8 @@ from respike.bench.machine import provenance
 from respike.device import set_threads
 from respike.ops import backends
 from respike.ops.linear import ACTIVATIONS, packed_linear
-from respike.ops.packed import GROUP_SIZES, PackedWeight, pack, place_together
+from respike.ops.packed import GROUP_SIZES, PackedWeight, pack
+from respike.ops.placing import place_together
 
 SHAPES = ((576, 576), (576, 1536), (1536, 576), (896, 4864), (4864, 896), (576, 49152))
 """(inputs, outputs): layers and head of SmolLM2-135M, layers of Qwen2.5-0.5B."""

@@ -25,7 +25,8 @@ from respike.bench.machine import provenance
 from respike.device import set_threads
 from respike.ops import backends
 from respike.ops.linear import packed_linear
-from respike.ops.packed import PackedWeight, pack, place_side_by_side, place_together
+from respike.ops.packed import PackedWeight, pack
+from respike.ops.placing import place_side_by_side, place_together
 from respike.ops.spike_linear import spike_linear
 
 SHAPES = ((576, 3072), (1536, 576), (896, 9728), (4864, 896), (4096, 22016))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import at_level, each_level, extension, native
-from respike.layers.linear import PackedLinear, gather_packed
+from respike.layers.linear import PackedLinear
 from respike.ops.linear import (
     packed_linear,
     packed_linear_definition,
@@ -280,15 +280,3 @@ def test_a_loaded_state_replaces_the_weight() -> None:
     assert not torch.equal(layer(x), expected)
     layer.load_state_dict(other.state_dict(), assign=True)
     assert torch.equal(layer(x), expected)
-
-
-def test_gathering_keeps_results_and_order() -> None:
-    kinds = ("int8", "int4", "bf16")
-    model = nn.Sequential(*(PackedLinear.from_linear(nn.Linear(64, 64), kind) for kind in kinds))
-    x = torch.randn(3, 64)
-    expected, nbytes = model(x), sum(layer.packed.nbytes for layer in model)
-    assert gather_packed([layer for layer in model if isinstance(layer, PackedLinear)]) == nbytes
-    assert torch.equal(model(x), expected)
-    starts = [layer.data.data_ptr() for layer in model]
-    assert starts == sorted(starts)
-    assert starts[-1] - starts[0] < nbytes

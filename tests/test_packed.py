@@ -10,12 +10,12 @@ from respike.ops.packed import (
     PackedWeight,
     pack,
     packed_columns,
-    place_side_by_side,
-    place_together,
     quantise,
     quantise_definition,
     unpack,
 )
+from respike.ops.packed import _to_tiles as to_tiles
+from respike.ops.placing import Room, form_of, place_side_by_side, place_together
 from tolerance import differences
 
 INT_KINDS = ("int8", "int4")
@@ -152,14 +152,48 @@ def test_single_rows_of_the_weight_can_be_looked_up(kind: str) -> None:
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_weights_placed_together_are_the_same_and_aligned(count: int) -> None:
     packed = [pack(torch.randn(65 + i, 33), KINDS[i % 4]) for i in range(count)]
-    placed = list(place_together(list(packed)))
+    placed = place_together(packed)
     assert len(placed) == count
     for before, after in zip(packed, placed, strict=True):
         assert torch.equal(unpack(after), unpack(before))
         assert after.data.data_ptr() % 64 == 0
         assert after.data.data_ptr() != before.data.data_ptr()
+    starts = [p.data.data_ptr() for p in placed]
+    assert starts == sorted(starts)
     if count:
+        assert starts[-1] - starts[0] < sum(p.nbytes + 2 * 63 for p in placed)
         assert len({p.data.untyped_storage().data_ptr() for p in placed}) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_too_large_to_be_rounded_at_once_is_rounded_in_parts(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    weight = torch.randn(330, 75)
+    whole, calls = pack(weight, kind, 64), []
+    monkeypatch.setattr("respike.ops.packed.ROUNDED_AT_ONCE", 2 * 64 * 75 + 1)
+    monkeypatch.setattr(
+        "respike.ops.packed._to_tiles", lambda m: (calls.append(len(m)), to_tiles(m))[1]
+    )
+    parts = pack(weight, kind, 64)
+    assert calls[:: 1 if parts.scales is None else 2] == [128, 128, 74]
+    assert torch.equal(parts.data, whole.data)
+    if whole.scales is not None:
+        assert parts.scales is not None
+        assert torch.equal(parts.scales, whole.scales)
+    monkeypatch.setattr("respike.ops.packed.ROUNDED_AT_ONCE", 1)
+    assert torch.equal(pack(weight, kind, 64).data, whole.data)
+
+
+def test_room_is_for_what_was_announced() -> None:
+    first, second = pack(torch.randn(70, 33), "int8"), pack(torch.randn(70, 33), "bf16")
+    room = Room([[form_of(first)]], torch.device("cpu"))
+    with pytest.raises(ValueError, match="8448 bytes of a weight come where 4224 were announced"):
+        room.place(second)
+    room = Room([[form_of(first)]], torch.device("cpu"))
+    room.place(first)
+    with pytest.raises(ValueError, match="where 0 were announced"):
+        room.place(first)
 
 
 @each_level
@@ -183,7 +217,7 @@ def test_what_an_input_feeds_can_lie_side_by_side(kind: str) -> None:
         [pack(torch.randn(o, i), kind, 64) for o in outs] for i, outs in ((33, (70, 3)), (9, (5,)))
     ]
     expected = [[unpack(w) for w in unit] for unit in units]
-    placed = list(place_side_by_side([list(unit) for unit in units]))
+    placed = place_side_by_side(units)
     for unit, weights in zip(placed, expected, strict=True):
         for packed, weight in zip(unit, weights, strict=True):
             assert torch.equal(unpack(packed), weight)
@@ -193,4 +227,4 @@ def test_what_an_input_feeds_can_lie_side_by_side(kind: str) -> None:
     assert second.data.data_ptr() - first.data.data_ptr() == 2 * row
     with pytest.raises(ValueError, match="in one piece"):
         _ = first.for_kernels
-    assert list(place_side_by_side([])) == []
+    assert place_side_by_side([]) == []

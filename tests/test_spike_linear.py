@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import at_level, each_level, extension, native
-from respike.ops.packed import KINDS, PackedWeight, pack, place_side_by_side, unpack
+from respike.ops.packed import KINDS, PackedWeight, pack, unpack
+from respike.ops.placing import place_side_by_side
 from respike.ops.spike_linear import (
     Form,
     spike_linear,

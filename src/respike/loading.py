@@ -1,13 +1,13 @@
 """From a path to a model that runs: weights, tokenizer and config in one object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from respike.checkpoint import Checkpoint, GgufCheckpoint, fingerprint, open_checkpoint
 from respike.checkpoint.families import expected_tensors
@@ -16,12 +16,15 @@ from respike.device import get_device, get_dtype
 from respike.errors import UnsupportedError
 from respike.models.decoder import Decoder
 from respike.models.engine import engine_obstacle
-from respike.models.packing import pack_decoder
+from respike.models.packing import Packer, pack_decoder
 from respike.models.spiking import install_spikes
 from respike.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
+
+LAYERS = "model.layers."
+"""What the names of a layer's tensors begin with."""
 
 
 @runtime_checkable
@@ -87,19 +90,59 @@ def load_decoder(
         dtype: f32, bf16 or f16; None takes the checkpoint's own.
         progress: Called after each tensor.
     """
-    target, wanted = get_device(device), get_dtype(dtype) if dtype else source.stored_dtype
+    like = _dtype_of(source, dtype), get_device(device)
     with torch.device("meta"):
         decoder = Decoder(source.config)
-    tensors = list(expected_tensors(source.config))
-    weights = {}
-    for done, (name, _) in enumerate(tensors, start=1):
-        weights[name] = source.read(name).to(device=target, dtype=wanted)
-        if progress:
-            progress(done, len(tensors))
-    decoder.load_state_dict(weights, strict=True, assign=True)
-    if source.config.spikes:
-        install_spikes(decoder, source.config.spikes)
+    for _ in _filled(decoder, source, *like, progress):
+        pass
     return decoder.requires_grad_(False).eval()
+
+
+def _dtype_of(source: Weights, dtype: str | None) -> torch.dtype:
+    return get_dtype(dtype) if dtype else source.stored_dtype
+
+
+def _filled(
+    decoder: Decoder,
+    source: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> Iterator[int | None]:
+    """Give a decoder its weights, piece by piece, in place of those on the meta device.
+
+    Yields:
+        What has its weights, and its neurons, now: None, all outside of the layers; then layers.
+    """
+    tensors = [name for name, _ in expected_tensors(source.config)]
+    done = 0
+
+    def read(names: list[str], prefix: str) -> dict[str, Tensor]:
+        nonlocal done
+        weights = {}
+        for name in names:
+            weights[name.removeprefix(prefix)] = source.read(name).to(device=device, dtype=dtype)
+            done += 1
+            if progress:
+                progress(done, len(tensors))
+        return weights
+
+    _give(decoder, read([name for name in tensors if not name.startswith(LAYERS)], ""))
+    yield None
+    for index, layer in enumerate(decoder.layers):
+        prefix = f"{LAYERS}{index}."
+        _give(layer, read([name for name in tensors if name.startswith(prefix)], prefix))
+        if source.config.spikes:
+            install_spikes(decoder, source.config.spikes, index)
+        yield index
+
+
+def _give(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Exchange a module's parameters, all but those of a decoder's layers."""
+    missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
+    wrong = [name for name in missing if not name.startswith(LAYERS)] + unexpected
+    if wrong:
+        raise ValueError(f"{type(module).__name__}: no weights, or none known, of {wrong}")
 
 
 def fast_decoder(
@@ -110,16 +153,24 @@ def fast_decoder(
     weights: str = "stored",
     progress: Progress | None = None,
 ) -> Decoder:
-    """`load_decoder`, packed for the native engine where that can run it; see `load`."""
-    decoder = load_decoder(source, device=device, dtype=dtype, progress=progress)
-    if emulated(source.config):
-        if weights != "stored":
-            raise UnsupportedError(
-                f"weights {weights!r} with a model whose spikes are emulated with float weights",
-                hint="make it spike with `respike spikes --weights int8`",
-            )
-        return decoder
-    return pack_or_plain(decoder, weights)
+    """`load_decoder`, packed for the native engine where that can run it; see `load`.
+
+    Each layer is packed before the next is read: at no time is more than one there as it is stored.
+    """
+    like = _dtype_of(source, dtype), get_device(device)
+    if emulated(source.config) and weights != "stored":
+        raise UnsupportedError(
+            f"weights {weights!r} with a model whose spikes are emulated with float weights",
+            hint="make it spike with `respike spikes --weights int8`",
+        )
+    if emulated(source.config) or (weights == "stored" and engine_obstacle(*like) is not None):
+        return load_decoder(source, device=device, dtype=dtype, progress=progress)
+    with torch.device("meta"):
+        decoder = Decoder(source.config)
+    packer = Packer(decoder, weights, *like, spikes=source.config.spikes)
+    for piece in _filled(decoder, source, *like, progress):
+        packer.pack(piece)
+    return packer.finish().requires_grad_(False).eval()
 
 
 def emulated(config: ModelConfig) -> bool:
@@ -127,12 +178,10 @@ def emulated(config: ModelConfig) -> bool:
     return config.spikes is not None and config.spikes.weights == "float"
 
 
-def pack_or_plain(decoder: Decoder, weights: str = "stored") -> Decoder:
-    """Pack a decoder for the native engine, in place, where that can run it or is asked for."""
+def pack_or_plain(decoder: Decoder) -> Decoder:
+    """Pack a decoder for the native engine, in place, where that can run it."""
     like = decoder.embedding
-    if weights != "stored" or engine_obstacle(like.dtype, like.device) is None:
-        pack_decoder(decoder, weights)
-    return decoder
+    return decoder if engine_obstacle(like.dtype, like.device) else pack_decoder(decoder)
 
 
 def load(

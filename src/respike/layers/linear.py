@@ -1,13 +1,13 @@
 """A linear layer whose weight is packed for reading; for running, not for training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from respike.ops.linear import packed_linear
-from respike.ops.packed import PackedWeight, pack, place_side_by_side, place_together
+from respike.ops.packed import PackedWeight, pack
 
 
 class PackedLinear(nn.Module):
@@ -70,24 +70,3 @@ class PackedLinear(nn.Module):
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         how = f"kind={self.kind}, activations={self.activations}"
         return f"{sizes}, {how}, bias={self.bias is not None}"
-
-
-@torch.no_grad()
-def gather_packed(layers: Sequence[PackedLinear]) -> int:
-    """Put the weights of ``layers`` side by side in memory, in order; returns their bytes.
-
-    See `respike.ops.packed.place_together`. Their buffers share one storage from then on.
-    """
-    together = place_together([layer.packed for layer in layers])
-    for layer, packed in zip(layers, together, strict=True):
-        layer.set_packed(packed)
-    return sum(layer.packed.nbytes for layer in layers)
-
-
-@torch.no_grad()
-def gather_behind_neurons(units: Sequence[Sequence[PackedLinear]]) -> None:
-    """The same for layers behind neurons, each unit fed by the same ones: `place_side_by_side`."""
-    together = place_side_by_side([[layer.packed for layer in unit] for unit in units])
-    for unit, weights in zip(units, together, strict=True):
-        for layer, packed in zip(unit, weights, strict=True):
-            layer.set_packed(packed)

@@ -5,14 +5,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from respike.config import SpikeConfig
 from respike.errors import BackendError, UnsupportedError
-from respike.layers.linear import PackedLinear, gather_behind_neurons, gather_packed
+from respike.layers.linear import PackedLinear
 from respike.layers.moe import ExpertMLP
 from respike.layers.spikes import SpikedLinear, SpikeLinear
 from respike.models.decoder import Decoder, DecoderLayer
 from respike.models.engine import Engine, engine_obstacle
-from respike.models.spiking import spike_sites
+from respike.models.spiking import Site, spike_sites
 from respike.ops.packed import pack
+from respike.ops.placing import Form, Room
 
 WEIGHTS = ("stored", "int8", "int4")
 """What linear layers may be rounded to: nothing, or integers."""
@@ -41,69 +43,125 @@ def pack_decoder(decoder: Decoder, weights: str = "stored") -> Decoder:
         UnsupportedError: Unknown ``weights``, weights that cannot be rounded so, or a decoder
             that is packed already or whose spikes are emulated with float weights.
     """
-    if weights not in WEIGHTS:
-        raise UnsupportedError(f"weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
-    if decoder.engine is not None:
-        raise UnsupportedError("packing a decoder that is packed already")
     like = decoder.embedding
-    obstacle = engine_obstacle(like.dtype, like.device)
-    if obstacle is not None:
-        raise BackendError(f"weights cannot be packed: {obstacle}")
-    kind = _FLOAT_KIND[like.dtype] if weights == "stored" else weights
-    behind_neurons = _behind_neurons(decoder)
-    layers = [] if behind_neurons else list(_pack_layers(decoder, kind))
-    head = like if decoder.lm_head is None else decoder.lm_head.weight
-    assert isinstance(head, torch.Tensor)
-    decoder.lm_head = _packed(head, None, "int8" if kind == "int4" else kind)
-    gather_behind_neurons(behind_neurons)
-    gather_packed([*layers, decoder.lm_head])
-    decoder.engine = Engine(decoder.layers, decoder.frequencies)
-    return decoder
+    packer = Packer(decoder, weights, like.dtype, like.device)
+    packer.pack(None)
+    for index in range(len(decoder.layers)):
+        packer.pack(index)
+    return packer.finish()
 
 
-def _behind_neurons(decoder: Decoder) -> list[list[SpikeLinear]]:
-    """Of a decoder that spikes, the linear layers of each site; [] of any other.
+class Packer:
+    """Packs a decoder piece by piece, so that no more than a piece need be there unpacked.
+
+    First comes what is outside of the layers, then each layer, bottom first. See `pack_decoder`.
+
+    Args:
+        decoder: Its weights may be on the meta device until it is their turn.
+        weights: One of `WEIGHTS`.
+        dtype: Of its weights, when they are there.
+        device: Where they will be.
+        spikes: Neurons that each layer will have got when it is its turn.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        weights: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        spikes: SpikeConfig | None = None,
+    ) -> None:
+        if weights not in WEIGHTS:
+            raise UnsupportedError(f"weights {weights!r}", hint=f"one of {', '.join(WEIGHTS)}")
+        if decoder.engine is not None:
+            raise UnsupportedError("packing a decoder that is packed already")
+        obstacle = engine_obstacle(dtype, device)
+        if obstacle is not None:
+            raise BackendError(f"weights cannot be packed: {obstacle}")
+        self._decoder = decoder
+        self._kind = _FLOAT_KIND[dtype] if weights == "stored" else weights
+        self._behind_neurons = spikes is not None or any(
+            isinstance(m, SpikedLinear | SpikeLinear) for m in decoder.modules()
+        )
+        head = (*decoder.embedding.shape, *self._rounding("lm_head"))
+        units = [[head]]
+        if self._behind_neurons:
+            units += [_forms_behind(site, spikes) for site in spike_sites(decoder)]
+        else:
+            for layer in decoder.layers:
+                for _, name, linear in _linears(layer):
+                    form = linear.out_features, linear.in_features, *self._rounding(name)
+                    units.append([form])
+        self._room = Room(units, device)
+
+    def _rounding(self, name: str) -> tuple[str, int]:
+        """Kind and group size of the linear layer of this name."""
+        kind = "int8" if self._kind == "int4" and name == "lm_head" else self._kind
+        return kind, INT8_GROUPS.get(name, 32) if self._kind == "int8" else 32
+
+    def pack(self, index: int | None) -> None:
+        """Pack a layer, or (None) what is outside of them, whose weights are there now."""
+        if index is None:
+            decoder = self._decoder
+            head = decoder.embedding if decoder.lm_head is None else decoder.lm_head.weight
+            assert isinstance(head, torch.Tensor)
+            decoder.lm_head = self._packed(head, None, "lm_head")
+        elif self._behind_neurons:
+            for site in spike_sites(self._decoder, index):
+                behind = [m for m in site.linears if isinstance(m, SpikeLinear)]
+                placed = self._room.place_side_by_side([m.packed for m in behind])
+                for linear, packed in zip(behind, placed, strict=True):
+                    linear.set_packed(packed)
+        else:
+            for parent, name, linear in _linears(self._decoder.layers[index]):
+                setattr(parent, name, self._packed(linear.weight, linear.bias, name))
+
+    def _packed(self, weight: Tensor, bias: Tensor | None, name: str) -> PackedLinear:
+        kind, group_size = self._rounding(name)
+        packed = self._room.place(pack(weight.detach(), kind, group_size))
+        return PackedLinear(packed, bias, "int8" if kind in ("int8", "int4") else "exact")
+
+    def finish(self) -> Decoder:
+        """The decoder with its engine, after the last piece."""
+        self._decoder.engine = Engine(self._decoder.layers, self._decoder.frequencies)
+        return self._decoder
+
+
+def _forms_behind(site: Site, spikes: SpikeConfig | None) -> list[Form]:
+    """Of the linear layers of a site, which have neurons or will get them.
 
     Raises:
-        UnsupportedError: Some weights behind neurons are floats, or some sites have no neurons.
+        UnsupportedError: Some have none, or are floats.
     """
-    if not any(isinstance(m, SpikedLinear | SpikeLinear) for m in decoder.modules()):
-        return []
-    units = []
-    for site in spike_sites(decoder):
-        behind = [m for m in site.linears if isinstance(m, SpikeLinear)]
-        if len(behind) < len(site.linears):
+    found: list[Form] = []
+    for linear in site.linears:
+        if isinstance(linear, SpikeLinear):
+            form = linear.packed.kind, linear.packed.group_size
+        elif spikes is not None and spikes.weights != "float":
+            form = spikes.weights, spikes.group_size
+        else:
             raise UnsupportedError(
                 f"packing layer {site.layer}, {site.name}: not integers behind neurons",
                 hint="float weights are emulated",
             )
-        units.append(behind)
-    return units
+        found.append((linear.out_features, linear.in_features, *form))
+    return found
 
 
-def _pack_layers(decoder: Decoder, kind: str) -> Iterator[PackedLinear]:
-    """Exchange the linear layers for packed ones, in the order they are read."""
-    for layer in decoder.layers:
-        for parent in _parents(layer):
-            for name, linear in list(parent.named_children()):
-                if isinstance(linear, nn.Linear):
-                    groups = INT8_GROUPS.get(name, 32) if kind == "int8" else 32
-                    packed = _packed(linear.weight, linear.bias, kind, groups)
-                    setattr(parent, name, packed)
-                    yield packed
+def _linears(layer: DecoderLayer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """The linear layers that are packed, in the order they are read: parent, name, layer.
 
-
-def _parents(layer: DecoderLayer) -> list[nn.Module]:
-    """The modules whose linear layers are packed; routers and what is inside mixers are not."""
+    Routers and what is inside mixers are not.
+    """
     parents: list[nn.Module] = [layer.self_attn]
     if layer.beside is not None:
         parents.append(layer.beside)
     if isinstance(layer.mlp, ExpertMLP):
-        return [*parents, *layer.mlp.experts, *layer.mlp.shared_experts]
-    return [*parents, layer.mlp]
-
-
-def _packed(weight: Tensor, bias: Tensor | None, kind: str, group_size: int = 32) -> PackedLinear:
-    rounded = kind in ("int8", "int4")
-    packed = pack(weight.detach(), kind, group_size)
-    return PackedLinear(packed, bias, "int8" if rounded else "exact")
+        parents += [*layer.mlp.experts, *layer.mlp.shared_experts]
+    else:
+        parents.append(layer.mlp)
+    for parent in parents:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                yield parent, name, linear

@@ -61,13 +61,14 @@ class Site:
         return found
 
 
-def spike_sites(decoder: Decoder) -> Iterator[Site]:
-    """Every site, layer by layer in the order it is passed.
+def spike_sites(decoder: Decoder, only: int | None = None) -> Iterator[Site]:
+    """Every site, layer by layer in the order it is passed; or those of the layer ``only``.
 
     Raises:
         UnsupportedError: A layer has linear layers that no site names.
     """
-    for index, layer in enumerate(decoder.layers):
+    for index in range(len(decoder.layers)) if only is None else (only,):
+        layer = decoder.layers[index]
         if layer.beside is not None or not isinstance(layer.mlp, GatedMLP):
             what = "experts" if layer.beside is None else "an attention beside its own"
             raise UnsupportedError(f"spikes in layer {index}, which has {what}")
@@ -131,14 +132,15 @@ def make_neuron(config: SpikeConfig, site: Site) -> Neuron | None:
     return Neuron(step, config.k, bands)
 
 
-def install_spikes(decoder: Decoder, config: SpikeConfig) -> None:
+def install_spikes(decoder: Decoder, config: SpikeConfig, only: int | None = None) -> None:
     """Put neurons in front of the decoder's linear layers, in place; again to exchange them.
 
     Args:
         decoder: With float weights.
         config: Which neurons. Weights of integers are packed here, once: they cannot be undone.
+        only: In this layer; None: in all.
     """
-    for site in spike_sites(decoder):
+    for site in spike_sites(decoder, only):
         neuron = make_neuron(config, site)
         if neuron is None:
             continue

@@ -13,7 +13,7 @@ or half cache lines. So a matrix-vector product reads memory in order and needs 
 lanes, and an input that is zero can skip its row in every tile.
 
 Matrices behind spiking neurons lie otherwise in memory, though the tensors have the same shapes
-(`place_side_by_side`): the rows of one input in all tiles of all matrices that it feeds are
+(`respike.ops.placing.Room`): the rows of one input in all tiles of all matrices that it feeds are
 neighbours, (I, P, 64). To skip a cache line here and there saves next to nothing, since processors
 fetch the lines around it anyway; a row of some hundred bytes or more is worth it.
 
@@ -24,10 +24,8 @@ stored, so its rounding costs next to nothing. int4 scales are searched: the one
 error among the `INT4_STEPS`, of either sign, because the range is -8..7.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -51,7 +49,8 @@ INT4_STEPS = tuple(6.5 + 0.25 * i for i in range(13))
 
 _INT4_CANDIDATES = (-8.0, *(sign * steps for steps in INT4_STEPS for sign in (-1, 1)))
 
-_HUGE_PAGE = 1 << 21
+ROUNDED_AT_ONCE = 1 << 22
+"""Weights that are rounded at once: on the way each takes some 20 bytes."""
 
 _FLOAT = {"f32": torch.float32, "bf16": torch.bfloat16}
 _STORED = _FLOAT | {"int8": torch.int8, "int4": torch.uint8}
@@ -133,14 +132,32 @@ def pack(
     out_features, in_features = weight.shape
     if not weight.numel():
         raise UnsupportedError(f"packing an empty weight of shape {tuple(weight.shape)}")
-    if kind in _FLOAT:
-        data, scales = _to_tiles(weight.to(_FLOAT[kind])), None
-    else:
-        integers, steps = quantise(weight, kind, group_size, search=search)
-        data, scales = _to_tiles(integers), _to_tiles(steps)
-        if kind == "int4":
-            data = _join_halves(data)
+    (data_shape, data_dtype), *rest = packed_parts(out_features, in_features, kind, group_size)
+    data = weight.new_empty(data_shape, dtype=data_dtype)
+    scales = weight.new_empty(rest[0][0], dtype=rest[0][1]) if rest else None
+    rows = max(1, ROUNDED_AT_ONCE // (TILE * in_features)) * TILE
+    for begin in range(0, out_features, rows):
+        some, tiles = weight[begin : begin + rows], slice(begin // TILE, (begin + rows) // TILE)
+        if scales is None:
+            data[tiles] = _to_tiles(some.to(_FLOAT[kind]))
+            continue
+        integers, steps = quantise(some, kind, group_size, search=search)
+        found = _to_tiles(integers)
+        data[tiles] = _join_halves(found) if kind == "int4" else found
+        scales[tiles] = _to_tiles(steps)
     return PackedWeight(kind, data, scales, in_features, out_features, group_size)
+
+
+def packed_parts(
+    out_features: int, in_features: int, kind: str, group_size: int
+) -> list[tuple[tuple[int, int, int], torch.dtype]]:
+    """Shape and dtype of the data, and of the scales if ``kind`` has any, of a weight (O, I)."""
+    tiles = -(-out_features // TILE)
+    columns = TILE // 2 if kind == "int4" else TILE
+    data = (tiles, in_features, columns), _STORED[kind]
+    if kind in _FLOAT:
+        return [data]
+    return [data, ((tiles, -(-in_features // group_size), TILE), torch.float16)]
 
 
 def unpack(packed: PackedWeight) -> Float[Tensor, "O I"]:
@@ -172,70 +189,6 @@ def packed_columns(packed: PackedWeight, index: Int[Tensor, "*n"]) -> Float[Tens
         return values
     scales = packed.scales[tile, :, column].float()
     return values * scales.repeat_interleave(packed.group_size, -1)[..., : packed.in_features]
-
-
-def _memory(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Pieces of so many bytes, each on a cache line, one behind the other under huge pages."""
-    *places, total = accumulate((-(-size // 64) * 64 for size in sizes), initial=0)
-    memory = torch.empty(total + _HUGE_PAGE, dtype=torch.uint8, device=device)
-    memory = memory[-memory.data_ptr() % _HUGE_PAGE :]
-    ready = backends.kernels()
-    if ready is not None and device.type == "cpu":  # before the first write: as it is mapped
-        ready.module.advise_huge_pages(memory.data_ptr(), total)
-    return [memory[place : place + size] for place, size in zip(places, sizes, strict=True)]
-
-
-def place_together(weights: list[PackedWeight]) -> Iterator[PackedWeight]:
-    """Copies of ``weights``, one behind the other in memory, under huge pages where there are any.
-
-    A model reads its weights in the same order for every token; few and large pages save the
-    processor the address translation (measured: 15 to 25 % of the speed). The list is emptied on
-    the way, so that each weight can be freed as soon as its copy is there: memory for all of them
-    is asked for at once, but taken page by page.
-    """
-    sizes = [t.nbytes for w in weights for t in (w.data, w.scales) if t is not None]
-    if not weights:
-        return
-    rest = iter(_memory(sizes, weights[0].data.device))
-
-    def placed(part: Tensor) -> Tensor:
-        return next(rest).view(part.dtype).view(part.shape).copy_(part)
-
-    while weights:
-        w = weights.pop(0)
-        yield replace(w, data=placed(w.data), scales=None if w.scales is None else placed(w.scales))
-
-
-def place_side_by_side(units: list[list[PackedWeight]]) -> Iterator[list[PackedWeight]]:
-    """As `place_together`, for weights behind neurons: see this module's text.
-
-    Args:
-        units: Lists of weights of integers that are fed by the same inputs in the same groups.
-    """
-    if not units:
-        return
-
-    def parts(unit: list[PackedWeight]) -> Iterator[list[Tensor]]:
-        yield [w.data for w in unit]
-        yield [w.scales for w in unit if w.scales is not None]
-
-    sizes = [sum(t.nbytes for t in part) for unit in units for part in parts(unit)]
-    rest = iter(_memory(sizes, units[0][0].data.device))
-
-    def placed(tensors: list[Tensor]) -> Iterator[Tensor]:
-        tiles = [len(t) for t in tensors]
-        _, rows, columns = tensors[0].shape
-        whole = next(rest).view(tensors[0].dtype).view(rows, sum(tiles), columns).transpose(0, 1)
-        for tensor, place in zip(tensors, torch.split(whole, tiles), strict=True):
-            yield place.copy_(tensor)
-
-    while units:
-        unit = units.pop(0)
-        data, scales = parts(unit)
-        yield [
-            replace(w, data=d, scales=s)
-            for w, d, s in zip(unit, placed(data), placed(scales), strict=True)
-        ]
 
 
 def quantise_definition(

@@ -85,7 +85,7 @@ def spike_linear(
     """By events for few, by dot products of int8 for many of them, in torch without kernels.
 
     Same arguments and results as `spike_linear_definition`, to the bit. ``form`` is for the
-    kernels, which take a weight as `respike.ops.packed.pack` or `place_side_by_side` leave it.
+    kernels, which take a weight as `respike.ops.packed.pack` or `respike.ops.placing` leave it.
 
     Raises:
         ValueError: The arguments do not fit together, or the weight is not of integers.
