@@ -731,17 +731,6 @@ def test_plan_counts_and_predicts(respike: Callable[..., tuple[int, str, str]]) 
     assert "minutes" not in text
 
 
-def test_full_softmax_is_predicted_to_grow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(machine, "READ_BYTES", 1 << 16)
-    costs = {"full": [0.1, 2e-4], "window": [0.2, 0.0]}
-    monkeypatch.setattr(
-        predict, "_measure", lambda _config, layer, _how: costs[layer.mixers[0].mixer]
-    )
-    found = predict.predict(MIX, [1024], 1, {}, tmp_path)["seconds"]["1024"]
-    full_layer, window_layer = 2 * (0.1 + 2e-4 * 512), 2 * 0.2
-    assert found == pytest.approx(full_layer / 3 + 2 * window_layer / 3)
-
-
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -24,9 +24,9 @@ from respike.errors import UsageError, did_you_mean
 from respike.recipe import apply_recipe, load_recipe
 
 ASSUMED = (
-    "one layer of each kind was timed here with random weights and scaled: chunks of softmax cost "
-    "more in proportion to what is before them, all others the same; of experts only as many as a "
-    "token passes; nothing else runs"
+    "layers of each kind were timed here with random weights, where a text begins and deep in it, "
+    "and scaled: between and beyond, chunks of softmax cost more in proportion to what is before "
+    "them, all others the same; of experts only as many as a token passes; nothing else runs"
 )
 
 
