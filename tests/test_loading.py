@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from respike.account import loaded_bytes
+from respike.bench.shapes import random_checkpoint
 from respike.config import ModelConfig, SpikeBands, SpikeConfig
 from respike.errors import BackendError, UnsupportedError
 from respike.layers.linear import PackedLinear
 from respike.loading import fast_decoder, load_decoder
 from respike.models.packing import pack_decoder
+from respike.recipe import load_recipe
 from tiny import (
     BRAINS,
     FAR,
@@ -131,3 +134,17 @@ def test_a_name_the_decoder_does_not_know_is_no_weight_of_it(
     with pytest.raises(ValueError, match=r"Decoder: .*embed_tokens"):
         load_decoder(Fixed(CONFIGS["tied"]))
     assert extra[0][1] == (V, CONFIGS["tied"].hidden_size)
+
+
+@native
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", ["stored", "int8", "int4"])
+def test_what_it_takes_in_memory_can_be_told_before(weights: str, tied: bool) -> None:
+    config = model_config(
+        FARS, tie_word_embeddings=tied, vocab_size=1024, hidden_size=256, intermediate_size=640
+    )
+    source = random_checkpoint(config, load_recipe("identity"))
+    decoder = fast_decoder(source, weights=weights)
+    packed = [m.packed.nbytes for m in decoder.modules() if isinstance(m, PackedLinear)]
+    taken = sum(packed) + decoder.embedding.nbytes
+    assert loaded_bytes(config, weights) == pytest.approx(taken, rel=0.04)

@@ -90,6 +90,24 @@ BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "int8": 8.5, "int4": 4.5}
 """Of a stored weight; int8 and int4 with a float16 scale for each 32."""
 
 
+def loaded_bytes(config: ModelConfig, weights: str, bytes_per_value: int = 2) -> int:
+    """Bytes of the weights in memory when the native engine runs them.
+
+    The embedding keeps its dtype, and is the output matrix too only on disk: in memory that is a
+    packed one, with int4 in int8.
+
+    Args:
+        config: The model.
+        weights: ``stored``, int8 or int4.
+        bytes_per_value: Of the dtype it computes in.
+    """
+    head = config.vocab_size * config.hidden_size
+    rest = num_parameters(config) - head * (1 if config.tie_word_embeddings else 2)
+    bits = 8 * bytes_per_value if weights == "stored" else BITS[weights]
+    head_bits = BITS["int8"] if weights == "int4" else bits
+    return round(head * bytes_per_value + (rest * bits + head * head_bits) / 8)
+
+
 def moved_bytes_per_token(config: ModelConfig, num_tokens: int, weights: str = "bf16") -> int:
     """Bytes a decoding step must move after ``num_tokens`` tokens, if no cache holds any.
 

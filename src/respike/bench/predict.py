@@ -103,7 +103,9 @@ def predict(
         fresh: Measure again.
     """
     set_threads(threads)
-    cache = _Cache(cache_folder / CACHE_FILE, threads, load_options(options), fresh)
+    how = load_options(options)
+    how["dtype"] = how["dtype"] or "bf16"
+    cache = _Cache(cache_folder / CACHE_FILE, threads, how, fresh)
     shares: dict[LayerConfig, list[float]] = {}
     for layer in config.layers:
         for part in layer.mixers:
@@ -112,7 +114,7 @@ def predict(
     seconds = dict.fromkeys(lengths, 0.0)
     for layer, found in shares.items():
         name = _name(config, layer, len(found))
-        measure = _Measure(config, layer, len(found), load_options(options))
+        measure = _Measure(config, layer, len(found), how)
         points = cache.get(name, measure)
         cost = Cost(tuple((float(before), float(took)) for before, took in points))
         for length in lengths:

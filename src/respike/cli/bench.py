@@ -237,8 +237,8 @@ def _draw(found: dict[str, Any], path: Path) -> None:
 def plan_command(recipe: str, target: str, **options: Any) -> None:
     """What a conversion by RECIPE would need: parameters, bytes, FLOPs, minutes on this machine.
 
-    Nothing is read but a config. Minutes come from a few seconds' measurement of single layers
-    with random weights, kept for the next time.
+    Nothing is read but a config. Minutes come from a few seconds' measurement of some layers with
+    random weights, kept for an hour.
     """  # fmt: skip
     from respike.bench.plan import plan
     from respike.bench.session import parse_lengths

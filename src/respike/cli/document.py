@@ -117,6 +117,7 @@ def _estimate(
     options: dict[str, Any],
 ) -> Any:
     from respike.checkpoint import open_checkpoint
+    from respike.device import dtype_name
     from respike.documents.estimate import available_memory, check_disk, count_tokens, estimate
     from respike.loading import load_tokenizer
 
@@ -124,7 +125,9 @@ def _estimate(
     with progress("measuring this machine"):
         tokens = count_tokens(sources, load_tokenizer(source))
         already = base["tokens"] if base else 0
-        found = estimate(source.config, tokens, already, threads, options, cache_folder())
+        how = load_options(options)
+        how["dtype"] = how["dtype"] or dtype_name(source.stored_dtype)
+        found = estimate(source.config, tokens, already, threads, how, cache_folder())
     click.echo(_estimate_text(found), err=True)
     check_disk(out, found)
     available = available_memory()

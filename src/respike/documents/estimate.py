@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from respike.account import BITS, num_parameters, state_bytes
+from respike.account import loaded_bytes, state_bytes
 from respike.bench.predict import predict
 from respike.config import ModelConfig
 from respike.documents.sources import Piece, Source
@@ -14,7 +14,7 @@ from respike.errors import UsageError
 from respike.tokenizer import Tokenizer
 
 BASE_BYTES = 450 << 20
-"""Interpreter, torch and buffers, before weights and state."""
+"""Interpreter, torch and buffers, and a layer that is being packed, beside weights and state."""
 SLACK_FRAC = 0.25
 """Growing caches are allocated ahead by this share, see `respike.layers.storage.capacity`."""
 INDEX_BYTES = 5
@@ -99,8 +99,7 @@ def estimate(
     values = 4 if options.get("dtype") == "f32" else 2
     state = state_bytes(config, already + tokens, values)
     weights = options.get("weights") or "stored"
-    bits = BITS["f32" if values == 4 else "bf16"] if weights == "stored" else BITS[weights]
-    memory = BASE_BYTES + num_parameters(config) * bits / 8 + state * (1 + SLACK_FRAC)
+    memory = BASE_BYTES + loaded_bytes(config, weights, values) + state * (1 + SLACK_FRAC)
     disk = state + INDEX_BYTES * (already + tokens)
     return Estimate(tokens, seconds, state, round(memory), disk)
 
