@@ -111,8 +111,8 @@ class Packer:
             for site in spike_sites(self._decoder, index):
                 behind = [m for m in site.linears if isinstance(m, SpikeLinear)]
                 placed = self._room.place_side_by_side([m.packed for m in behind])
-                for linear, packed in zip(behind, placed, strict=True):
-                    linear.set_packed(packed)
+                for spiking, packed in zip(behind, placed, strict=True):
+                    spiking.set_packed(packed)
         else:
             for parent, name, linear in _linears(self._decoder.layers[index]):
                 setattr(parent, name, self._packed(linear.weight, linear.bias, name))
