@@ -6,8 +6,11 @@
 // Intel's manual says, so that the kernels run where there is no AMX.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "packed.hpp"
 #include "vec.hpp"
@@ -127,7 +130,8 @@ class ModelTiles {
           std::int32_t total;
           std::memcpy(&total, sum, sizeof total);
           for (int i = 0; i < shapes_.bytes[4]; ++i) {
-            total += static_cast<std::int8_t>(tiles_[4][m][i]) * tiles_[WEIGHTS][i / 4][4 * n + i % 4];
+            const std::uint8_t weight = tiles_[WEIGHTS][i / 4][4 * n + i % 4];
+            total += static_cast<std::int8_t>(tiles_[4][m][i]) * weight;
           }
           std::memcpy(sum, &total, sizeof total);
         }
@@ -176,11 +180,12 @@ RESPIKE_AMX RESPIKE_INLINE void multiply_tiles(Tiles& tiles, const void* x, std:
   tiles.template zero<1>();
   tiles.template zero<2>();
   tiles.template zero<3>();
-  for (std::int64_t at = 0; at < bytes; at += tiles.depth, weights += tiles.depth / 4 * panel_bytes) {
-    if (rows >= amx_rows && at + tiles.depth <= bytes) {
+  for (std::int64_t at = 0; at < bytes; at += tiles.depth) {
+    const std::int64_t here = std::min(tiles.depth, bytes - at);
+    if (rows >= amx_rows && here == tiles.depth) {
       tiles.template load<4>(from + at, stride);
     } else {
-      fill_edge(edge, from + at, stride, std::min(rows, amx_rows), std::min(tiles.depth, bytes - at));
+      fill_edge(edge, from + at, stride, std::min(rows, amx_rows), here);
       tiles.template load<4>(edge, amx_bytes);
     }
     tiles.template load<5>(weights, panel_bytes);
@@ -191,6 +196,7 @@ RESPIKE_AMX RESPIKE_INLINE void multiply_tiles(Tiles& tiles, const void* x, std:
     tiles.template dot<2, 5>();
     tiles.template load<6>(weights + 3 * amx_bytes, panel_bytes);
     tiles.template dot<3, 6>();
+    weights += tiles.depth / 4 * panel_bytes;
   }
   tiles.template store<0>(sums, panel_bytes);
   tiles.template store<1>(sums + amx_bytes, panel_bytes);

@@ -32,9 +32,9 @@
 namespace respike {
 
 // Ascending: a processor that has one has all before it. Kernels compare with >=, so that a level
-// needs a kernel only where it is faster: amx for products of many rows. avx512bf16 has VNNI too, as
-// every processor with BF16 does. amx_model, for tests, is never found: amx on ModelTiles of amx.hpp,
-// wherever avx512bf16 runs.
+// needs a kernel only where it is faster: amx for products of many rows. avx512bf16 has VNNI too,
+// as every processor with BF16 does. amx_model is for tests and never the best: amx on ModelTiles
+// of amx.hpp, wherever avx512bf16 runs.
 enum class Level { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4, amx_model = 15 };
 
 // Feature name to whether this processor and its operating system support it.

@@ -135,7 +135,8 @@ void compare(std::int64_t depth, std::int64_t rows, std::int64_t bytes) {
     if (!std::is_same_v<X, bf16>) continue;
     for (std::size_t i = 0; i < bytes_of->size(); ++i) {
       const std::size_t in_row = bytes_of == &x ? i % stride : i;
-      if (in_row % 2 == 1) (*bytes_of)[i] = static_cast<std::uint8_t>(((*bytes_of)[i] & 0x83) | 0x3c);
+      std::uint8_t& byte = (*bytes_of)[i];
+      if (in_row % 2 == 1) byte = static_cast<std::uint8_t>((byte & 0x83) | 0x3c);
     }
   }
   multiply<HardwareTiles<X>>(depth, x.data(), stride, rows, bytes, panel.data(), got.data());

@@ -19,6 +19,7 @@ from respike.ops import backends
 from respike.ops.linear import packed_linear
 from respike.ops.packed import PackedWeight, pack
 from respike.ops.spike_linear import spike_linear
+from tolerance import assert_close
 
 VECTORS = backends.LEVELS.index("avx512bf16")
 """The level whose bits integer products must have."""
@@ -72,6 +73,16 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(kind: str) -> None:
         assert torch.equal(at_threads(threads, model(), x, packed, "exact"), whole)
     for first, last in ((0, 9), (5, 21), (200, 243)):
         assert torch.equal(at_threads(1, model(), x[first:last], packed, "exact"), whole[first:last])
+
+
+@modelled
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_what_a_panel_held_before_does_not_matter(kind: str) -> None:
+    nothing = pack(torch.full((64, 256), torch.nan), "f32")
+    packed, x = pack(torch.randn(70, 33), kind), torch.randn(9, 33).bfloat16()
+    expected = at_threads(1, VECTORS, x, packed, "exact")
+    assert at_threads(1, model(), torch.ones(9, 256), nothing, "exact").isnan().all()
+    assert_close(at_threads(1, model(), x, packed, "exact"), expected)
 
 
 @modelled
