@@ -7,6 +7,7 @@ test_spike_linear.py, at level amx-model.
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,9 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows(kind: str) -> None:
     for threads in (2, 3):
         assert torch.equal(at_threads(threads, model(), x, packed, "exact"), whole)
     for first, last in ((0, 9), (5, 21), (200, 243)):
-        assert torch.equal(at_threads(1, model(), x[first:last], packed, "exact"), whole[first:last])
+        assert torch.equal(
+            at_threads(1, model(), x[first:last], packed, "exact"), whole[first:last]
+        )
 
 
 @modelled
@@ -111,29 +114,35 @@ def test_even_and_odd_inputs_are_summed_apart_and_subnormals_are_zero() -> None:
     assert not got[3:].any()
 
 
-@native
-def test_nobody_can_ask_for_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RESPIKE_CPU", "amx-model")
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """What runs is found out again, in the test and after it."""
     backends.kernels.cache_clear()
-    with pytest.raises(BackendError, match="'amx-model' is not one of portable, .*, amx"):
+    yield monkeypatch
+    backends.kernels.cache_clear()
+
+
+@native
+def test_nobody_can_ask_for_the_model(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("RESPIKE_CPU", "amx-model")
+    with pytest.raises(BackendError, match=r"'amx-model' is not one of portable, .*, amx$"):
         backends.kernels()
-    backends.kernels.cache_clear()
 
 
 @native
-def test_what_is_known_of_the_kernels_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_of_the_kernels_here(fresh: pytest.MonkeyPatch) -> None:
     module, _ = backends._load_native()
     features = dict.fromkeys(("amx-tile", "amx-bf16", "amx-int8"), True)
-    monkeypatch.setattr(module, "cpu_features", lambda: features)
+    fresh.delenv("RESPIKE_CPU", raising=False)
+    fresh.setattr(module, "cpu_features", lambda: features)
     for level, begins in (("amx", "runs products"), ("avx512bf16", "compiled, not run: switched")):
-        monkeypatch.setattr(module, "cpu_level", lambda level=level: level)
+        fresh.setattr(module, "cpu_level", lambda level=level: level)
         backends.kernels.cache_clear()
         assert backends.amx_status().startswith(begins)
     features["amx-int8"] = False
     assert "not run on this processor (no amx-int8)" in backends.amx_status()
     features.clear()
     assert backends.amx_status() == "not compiled"
-    backends.kernels.cache_clear()
 
 
 @modelled
