@@ -96,11 +96,11 @@ def test_larger_groups(level: int, kind: str, group_size: int) -> None:
 @each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 11])
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 33), (5, 33), (11, 33), (11, 34), (19, 34)])
 def test_nothing_is_written_or_read_outside_unaligned_buffers(
-    level: int, kind: str, dtype: torch.dtype, rows: int
+    level: int, kind: str, dtype: torch.dtype, rows: int, inputs: int
 ) -> None:
-    outputs, inputs = 67, 33
+    outputs = 67
     packed, bias = layer(kind, outputs, inputs)
     x = torch.randn(rows, inputs).to(dtype)
     expected = packed_linear_definition(x, packed, bias)
