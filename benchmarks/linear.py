@@ -36,6 +36,8 @@ from respike.ops.placing import place_together
 SHAPES = ((576, 576), (576, 1536), (1536, 576), (896, 4864), (4864, 896), (576, 49152))
 """(inputs, outputs): layers and head of SmolLM2-135M, layers of Qwen2.5-0.5B."""
 FROM_MEMORY_BYTES = 256 << 20
+BY_BF16 = ("avx512bf16", "amx")
+"""Levels with kernels of their own for many rows of bfloat16 only, and for int8."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,14 @@ def measure(rows: int, inputs: int, outputs: int, rounds: int) -> list[dict[str,
     weight, x = 0.02 * torch.randn(outputs, inputs), torch.randn(rows, inputs)
     top = backends.LEVELS[: backends.LEVELS.index(highest_level()) + 1][1:]
     few = rows <= 4
-    levels = [level for level in top if not (few and level == "avx512bf16")]
+    levels = [level for level in top if not (few and level in BY_BF16)]
     contenders = []
     for dtype in (torch.bfloat16, torch.float32):
         nbytes = weight.numel() * dtype.itemsize
         copies = -(-FROM_MEMORY_BYTES // nbytes) if few else 1
         contenders.append(torch_contender(weight, dtype, copies))
     for kind in ("bf16", "int8", "int4", "f32"):
-        able = [level for level in levels if kind != "f32" or level != "avx512bf16"]
+        able = [level for level in levels if kind != "f32" or level not in BY_BF16]
         contenders += our_contenders(pack(weight, kind, search=False), rows, able)
     for kind, group_size in product(("int8", "int4"), GROUP_SIZES):
         packed = pack(weight, kind, group_size, search=False)

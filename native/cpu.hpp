@@ -20,19 +20,24 @@
 #define RESPIKE_AVX512BF16 \
   __attribute__((          \
       target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")))
+#define RESPIKE_AMX                                                                      \
+  __attribute__((                                                                        \
+      target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,"   \
+             "amx-tile,amx-int8,amx-bf16")))
 #else
 #define RESPIKE_X86 0
+#define RESPIKE_AMX
 #endif
 
 namespace respike {
 
 // Ascending: a processor that has one has all before it. Kernels compare with >=, so that a level
-// (the next one would be AMX) needs a kernel only where it is faster. avx512bf16 has VNNI too, as
-// every processor with BF16 does.
-enum class Level { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
+// needs a kernel only where it is faster: amx for products of many rows. avx512bf16 has VNNI too,
+// as every processor with BF16 does. amx_model is for tests and never the best: amx on ModelTiles
+// of amx.hpp, wherever avx512bf16 runs.
+enum class Level { portable = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3, amx = 4, amx_model = 15 };
 
 // Feature name to whether this processor and its operating system support it.
-// Features the compiler cannot ask about are left out.
 std::map<std::string, bool> cpu_features();
 
 // The highest level this processor can run.

@@ -148,7 +148,7 @@ void multiply_tile(Level level, Kind kind, const Tile& tile, const Forms<T>& for
                    int64_t from, int64_t to, Activations how, float* sums, float* panel) {
   if (how == Activations::int8) {
     const RoundedRows& all = forms.rounded[group_index(tile.group)];
-    return rounded_kernel(level, kind)(tile, part_of(all, from, to), sums, panel);
+    return rounded_kernel(level, kind, rows)(tile, part_of(all, from, to), sums, panel);
   }
   const ExactKernels kernels = exact_kernels(level, kind);
   if (takes_pairs<T>(level, kind, rows)) {

@@ -72,7 +72,7 @@ RoundRow<T> round_row_kernel(Level level);
 
 using RoundedKernel = void (*)(const Tile&, const RoundedRows&, float* sums, float* panel);
 
-// Null for kinds without scales.
-RoundedKernel rounded_kernel(Level level, Kind kind);
+// For calls with `rows` rows of x. Null for kinds without scales.
+RoundedKernel rounded_kernel(Level level, Kind kind, int64_t rows);
 
 }  // namespace respike

@@ -17,9 +17,15 @@ template <class Kind>
 ExactKernels kernels_of([[maybe_unused]] Level level) {
 #if RESPIKE_X86
   if (level >= Level::avx512) {
-    const bool pairs = level >= Level::avx512bf16 && !std::is_same_v<Kind, WeightF32>;
-    return {avx512::few_rows<Kind>, avx512::many_rows<Kind>,
-            pairs ? avx512::many_pairs<Kind> : nullptr};
+    ExactKernels kernels{avx512::few_rows<Kind>, avx512::many_rows<Kind>, nullptr};
+    if constexpr (!std::is_same_v<Kind, WeightF32>) {
+      if (level >= Level::avx512bf16) kernels.many_pairs = avx512::many_pairs<Kind>;
+      if (level == Level::amx) kernels.many_pairs = avx512::many_pairs<Kind, HardwareTiles<bf16>>;
+      if (level == Level::amx_model) {
+        kernels.many_pairs = avx512::many_pairs<Kind, ModelTiles<bf16>>;
+      }
+    }
+    return kernels;
   }
   if (level >= Level::avx2) return {avx2::few_rows<Kind>, avx2::many_rows<Kind>, nullptr};
 #endif

@@ -3,6 +3,7 @@
 // linear_exact.cpp only.
 #pragma once
 
+#include "amx.hpp"
 #include "vec.hpp"
 
 #if RESPIKE_X86
@@ -92,10 +93,36 @@ RESPIKE_AVX512BF16 void multiply_all_pairs(const float* panel, int64_t pairs, in
   }
 }
 
+// As multiply_all_pairs, by tiles.
+template <class Kind, class Tiles>
+RESPIKE_AMX void multiply_all_tiles(Tiles& tiles, const float* panel, int64_t pairs, int64_t group,
+                                    const std::uint16_t* scales, const Rows<bf16>& rows,
+                                    int64_t from, float* sums) {
+  alignas(amx_bytes) float product[amx_rows * tile_width];
+  for (int64_t row = 0; row < rows.count; row += amx_rows) {
+    const int64_t left = rows.count - row;
+    for (int64_t at = 0; at < pairs; at += group) {
+      multiply_tiles(tiles, rows.x + row * rows.stride + from + 2 * at, 2 * rows.stride, left,
+                     4 * std::min(group, pairs - at), panel + at * tile_width, product);
+      const bool first = from + at == 0;
+      for (int j = 0; j < tile_width; j += width) {
+        const V scale =
+            Kind::scaled ? get_half(scales + at / group * tile_width + j) : same(1.0f);
+        for (int64_t m = 0; m < std::min(left, amx_rows); ++m) {
+          float* sum = sums + (row + m) * tile_width + j;
+          const V part = get(product + m * tile_width + j);
+          put(sum, first ? mul(part, scale) : fma(part, scale, get(sum)));
+        }
+      }
+    }
+  }
+}
+
 // As many_rows of linear_kernels.inc.
-template <class Kind>
+template <class Kind, class Tiles = NoTiles>
 RESPIKE_AVX512BF16 void many_pairs(const Tile& tile, const Rows<bf16>& rows, float* sums,
                                    float* panel) {
+  [[maybe_unused]] Tiles tiles(amx_bytes);
   const int64_t group = Kind::scaled ? tile.group / 2 : panel_pairs;
   for (int64_t from = 0; from < tile.inputs; from += panel_depth) {
     const int64_t to = std::min(from + panel_depth, tile.inputs);
@@ -103,7 +130,14 @@ RESPIKE_AVX512BF16 void many_pairs(const Tile& tile, const Rows<bf16>& rows, flo
     prefetch<Kind>(tile, to, panel_depth);
     const std::uint16_t* scales =
         Kind::scaled ? tile.scales + from / tile.group * tile_width : nullptr;
-    multiply_all_pairs<Kind>(panel, (to - from + 1) / 2, group, scales, rows, from, sums);
+    const int64_t pairs = (to - from + 1) / 2;
+    if constexpr (std::is_same_v<Tiles, NoTiles>) {
+      multiply_all_pairs<Kind>(panel, pairs, group, scales, rows, from, sums);
+    } else {
+      const int64_t whole = (pairs + 15) / 16 * 16;  // what tiles read
+      std::fill(panel + pairs * tile_width, panel + whole * tile_width, 0.0f);
+      multiply_all_tiles<Kind>(tiles, panel, pairs, group, scales, rows, from, sums);
+    }
   }
 }
 

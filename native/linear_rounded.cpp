@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "amx.hpp"
 #include "linear.hpp"
 #include "quads.hpp"
 
@@ -21,8 +22,14 @@ namespace respike {
 namespace {
 
 template <class Kind>
-RoundedKernel kernel_of([[maybe_unused]] Level level) {
+RoundedKernel kernel_of([[maybe_unused]] Level level, [[maybe_unused]] int64_t rows) {
 #if RESPIKE_X86
+  if (level == Level::amx && rows > few) {
+    return avx512bf16::multiply_rounded<Kind, HardwareTiles<std::int8_t>>;
+  }
+  if (level == Level::amx_model && rows > few) {
+    return avx512bf16::multiply_rounded<Kind, ModelTiles<std::int8_t>>;
+  }
   if (level >= Level::avx512bf16) return avx512bf16::multiply_rounded<Kind>;
   if (level >= Level::avx512) return avx512::multiply_rounded<Kind>;
   if (level >= Level::avx2) return avx2::multiply_rounded<Kind>;
@@ -32,9 +39,9 @@ RoundedKernel kernel_of([[maybe_unused]] Level level) {
 
 }  // namespace
 
-RoundedKernel rounded_kernel(Level level, Kind kind) {
-  if (kind == Kind::int8) return kernel_of<WeightInt8>(level);
-  if (kind == Kind::int4) return kernel_of<WeightInt4>(level);
+RoundedKernel rounded_kernel(Level level, Kind kind, int64_t rows) {
+  if (kind == Kind::int8) return kernel_of<WeightInt8>(level, rows);
+  if (kind == Kind::int4) return kernel_of<WeightInt4>(level, rows);
   return nullptr;
 }
 

@@ -178,7 +178,8 @@ NB_MODULE(_native, m) {
   m.def("cpu_features", &respike::cpu_features, "Feature name to whether this processor has it.");
   m.def(
       "cpu_level", [] { return std::string(respike::level_name(respike::best_level())); },
-      "The highest level this processor can run: portable, avx2, avx512 or avx512bf16.");
+      "The highest level this processor can run: portable, avx2, avx512, avx512bf16 or amx.");
+  m.attr("amx_model") = static_cast<int>(respike::Level::amx_model);  // for tests
 
   def_both(m, "rms_norm", &rms_norm<float>, &rms_norm<respike::bf16>, "level"_a, "threads"_a, "x"_a,
            "weight"_a, "out"_a, "rows"_a, "cols"_a, "eps"_a);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "amx.hpp"
 #include "linear.hpp"
 #include "pool.hpp"
 #include "quads.hpp"
@@ -68,8 +69,14 @@ using NarrowRow = void (*)(const std::int32_t*, int64_t, int64_t, std::int8_t*, 
                            std::int32_t*);
 
 template <class Kind>
-Multiply<Kind> multiply_at([[maybe_unused]] Level level) {
+Multiply<Kind> multiply_at([[maybe_unused]] Level level, [[maybe_unused]] int64_t rows) {
 #if RESPIKE_X86
+  if (level == Level::amx && rows > few) {
+    return avx512bf16::multiply_counts<Kind, HardwareTiles<std::int8_t>>;
+  }
+  if (level == Level::amx_model && rows > few) {
+    return avx512bf16::multiply_counts<Kind, ModelTiles<std::int8_t>>;
+  }
   if (level >= Level::avx512bf16) return avx512bf16::multiply_counts<Kind>;
   if (level >= Level::avx512) return avx512::multiply_counts<Kind>;
   if (level >= Level::avx2) return avx2::multiply_counts<Kind>;
@@ -139,7 +146,7 @@ void multiply_block(Level level, const NarrowRows& rows, const PackedWeights& w,
   tile.scales_row = w.strides.scales_row;
   const CountRows<Kind> all{rows.x.data(), rows.totals.data(), rows.first.data(), to, rows.stride,
                             rows.groups,   rows.outliers.data(), tile.rows, w.strides.row};
-  multiply_at<Kind>(level)(tile, w.strides.row, all.at(from, 0, 0), sums, panel);
+  multiply_at<Kind>(level, to - from)(tile, w.strides.row, all.at(from, 0, 0), sums, panel);
 }
 
 }  // namespace

@@ -25,7 +25,24 @@ def levels() -> list[int]:
     return list(range(backends.LEVELS.index(extension().cpu_level()) + 1))
 
 
-each_level = pytest.mark.parametrize("level", levels(), ids=lambda i: backends.LEVELS[i])
+def _product_levels() -> list[object]:
+    """`levels`; amx, skipped where there is none; and amx on a model of its tiles."""
+    found: list[object] = list(levels())
+    amx = backends.LEVELS.index("amx")
+    if found and amx not in found:
+        found.append(pytest.param(amx, marks=pytest.mark.skip(reason="no AMX here")))
+    if backends.LEVELS.index("avx512bf16") in found:
+        found.append(extension().amx_model)
+    return found
+
+
+def level_name(level: int) -> str:
+    return backends.LEVELS[level] if level < len(backends.LEVELS) else "amx-model"
+
+
+each_level = pytest.mark.parametrize("level", levels(), ids=level_name)
+each_product_level = pytest.mark.parametrize("level", _product_levels(), ids=level_name)
+"""Of products of many rows, which have a kernel for AMX."""
 
 
 @contextmanager
@@ -40,9 +57,15 @@ def _environment(**variables: str) -> Iterator[None]:
             backends.kernels.cache_clear()
 
 
-def at_level(level: int) -> AbstractContextManager[None]:
+@contextmanager
+def at_level(level: int) -> Iterator[None]:
     """Ops must run natively, at ``level``, until the end of the block."""
-    return _environment(RESPIKE_BACKEND="native", RESPIKE_CPU=backends.LEVELS[level])
+    with _environment(RESPIKE_BACKEND="native"), pytest.MonkeyPatch.context() as patch:
+        if level < len(backends.LEVELS):
+            patch.setenv("RESPIKE_CPU", backends.LEVELS[level])
+        else:  # the model of amx, which nobody can ask for
+            patch.setattr(backends, "_level", lambda _: level)
+        yield
 
 
 def at_torch() -> AbstractContextManager[None]:

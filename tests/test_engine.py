@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import at_level, at_torch, each_level, native
+from kernels import at_level, at_torch, each_product_level, native
 from respike.config import ModelConfig
 from respike.errors import BackendError, UnsupportedError
 from respike.layers.far import FarSoftmax
@@ -128,7 +128,7 @@ def test_rows_of_unlike_length_go_on_in_either(calls: list[list[int]], name: str
     assert_same_state(mixed, whole)
 
 
-@each_level
+@each_product_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_level_computes_the_same(level: int, dtype: torch.dtype) -> None:
     """In bf16 both round, at other places: each may be as far from float32 as the other is."""

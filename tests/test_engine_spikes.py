@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import at_level, at_torch, each_level, native
+from kernels import at_level, at_torch, each_product_level, native
 from respike.config import ModelConfig, SpikeBands, SpikeConfig
 from respike.errors import UnsupportedError
 from respike.layers.linear import PackedLinear
@@ -66,7 +66,7 @@ NEURONS: tuple[dict[str, Any], ...] = (
 )
 
 
-@each_level
+@each_product_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("neuron", NEURONS, ids=str)
 def test_events_and_prefill_have_the_bits_of_the_layers(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import at_level, each_level, native
+from kernels import at_level, each_product_level, native
 from respike.layers.linear import PackedLinear
 from respike.ops.linear import packed_linear, packed_linear_definition, round_activations
 from respike.ops.packed import PackedWeight, pack, unpack
@@ -76,7 +76,7 @@ def test_the_definition_multiplies_integers(kind: str) -> None:
 
 
 @native
-@each_level
+@each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poison")
@@ -92,7 +92,7 @@ def test_every_level_matches_the_definition(level: int, kind: str, dtype: torch.
 
 
 @native
-@each_level
+@each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("poison")
 def test_rows_beyond_a_block(level: int, kind: str) -> None:
@@ -127,7 +127,7 @@ def integer_product(x: Tensor, packed: PackedWeight) -> Tensor:
 
 
 @native
-@each_level
+@each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 4, 6, 20])
 def test_sums_of_integers_are_exact_up_to_the_largest(level: int, kind: str, rows: int) -> None:
@@ -141,7 +141,7 @@ def test_sums_of_integers_are_exact_up_to_the_largest(level: int, kind: str, row
 
 
 @native
-@each_level
+@each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_group_gives_the_same_bits_at_every_level(
@@ -160,7 +160,7 @@ def test_one_group_gives_the_same_bits_at_every_level(
 
 
 @native
-@each_level
+@each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_outlier_spoils_its_own_row_and_group_only(level: int, kind: str) -> None:
     packed = pack(torch.randn(70, 96), kind)
@@ -179,7 +179,7 @@ def test_an_outlier_spoils_its_own_row_and_group_only(level: int, kind: str) -> 
 
 
 @native
-@each_level
+@each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [3, 12])
 def test_zeros_stay_zero_and_what_is_not_finite_stays_in_its_row(
@@ -198,7 +198,7 @@ def test_zeros_stay_zero_and_what_is_not_finite_stays_in_its_row(
 
 
 @native
-@each_level
+@each_product_level
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_its_company(level: int, kind: str) -> None:
     packed = pack(torch.randn(70, 100), kind)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import at_level, each_level, extension, native
+from kernels import at_level, each_product_level, extension, native
 from respike.ops.packed import KINDS, PackedWeight, pack, unpack
 from respike.ops.placing import place_side_by_side
 from respike.ops.spike_linear import (
@@ -112,7 +112,7 @@ def side_by_side(packed: PackedWeight) -> PackedWeight:
 
 
 @native
-@each_level
+@each_product_level
 @each_kind
 @pytest.mark.parametrize("most", [1, 127, 400, 32_767, 40_000, 2**31 - 1])
 @pytest.mark.usefixtures("poison")
@@ -141,7 +141,7 @@ def test_rows_in_pieces_are_refused() -> None:
 
 
 @native
-@each_level
+@each_product_level
 @each_kind
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_the_largest_sums_do_not_overflow(level: int, kind: str, group: int) -> None:
@@ -159,7 +159,7 @@ def test_the_largest_sums_do_not_overflow(level: int, kind: str, group: int) -> 
 
 
 @native
-@each_level
+@each_product_level
 @each_kind
 def test_bits_do_not_depend_on_the_number_of_threads(level: int, kind: str) -> None:
     counts, step, packed, bias = case(kind, 900, 577, 3)
@@ -174,7 +174,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(level: int, kind: str) -> N
 
 
 @native
-@each_level
+@each_product_level
 @each_kind
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("rows", [1, 9])
@@ -239,7 +239,7 @@ print("never touched")
 
 @native
 @pytest.mark.skipif(sys.platform != "linux", reason="page protection is asked for as on Linux")
-@each_level
+@each_product_level
 @each_kind
 def test_a_silent_inputs_memory_is_never_touched(level: int, kind: str) -> None:
     """Its pages cannot be read: a kernel that touches one dies. In the engine's layout."""

@@ -156,6 +156,7 @@ def doctor_command(as_json: bool) -> None:
         "devices": available_devices(),
         "engine": _engine(),
         "cpu_features": sorted(k for k, v in backends.cpu_features().items() if v),
+        "amx": backends.amx_status(),
         "vendor_packages": vendor_packages(),
     }
     if as_json:

@@ -4,8 +4,8 @@ Every op has a ``torch`` form. Some have a ``native`` one too: a C++ kernel in `
 compiled at install, with a variant per instruction set (its level). Two environment variables,
 read once, choose between them::
 
-    RESPIKE_BACKEND=auto|torch|native              auto: native where it can; native: or an error
-    RESPIKE_CPU=portable|avx2|avx512|avx512bf16    highest level to use; default: the highest
+    RESPIKE_BACKEND=auto|torch|native                auto: native where it can; native: or an error
+    RESPIKE_CPU=portable|avx2|avx512|avx512bf16|amx  highest level to use; default: the highest
 
 `respike doctor` prints `table`.
 """
@@ -25,8 +25,10 @@ from respike.errors import BackendError, did_you_mean
 
 MODULE = "respike._native"
 BACKENDS = ("auto", "torch", "native")
-LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 """Instruction sets of the native kernels, ascending; a level's index is its number in C++."""
+
+_AMX = ("amx-tile", "amx-bf16", "amx-int8")
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -116,6 +118,24 @@ def cpu_features() -> dict[str, bool]:
     """Instruction sets of this processor that kernels care about; empty without the extension."""
     module, _ = _load_native()
     return dict(module.cpu_features()) if module else {}
+
+
+def amx_status() -> str:
+    """Whether the AMX kernels run here; their authors had no processor to run them on.
+
+    Raises:
+        BackendError: The environment asks for what cannot run here.
+    """
+    never = "its authors could run it on a model only"
+    features, ready = cpu_features(), kernels()
+    if not features:
+        return "not compiled"
+    if ready is not None and LEVELS[ready.level] == "amx":
+        return f"runs products of many rows; {never}, so compare RESPIKE_CPU=avx512bf16"
+    missing = [name for name in _AMX if not features[name]]
+    if missing:
+        return f"compiled, not run on this processor (no {', '.join(missing)}); {never}"
+    return f"compiled, not run: switched off, or refused by the system; {never}"
 
 
 def _level(module: ModuleType) -> int:
