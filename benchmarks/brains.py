@@ -1,14 +1,14 @@
 """Small twins of SpikingBrain's models: converted, run, trained a little, saved, loaded, timed.
 
     python benchmarks/brains.py twins MODEL --work DIR --steps 200 --distance -o brains_X.json
-    python benchmarks/brains.py context MODEL --work DIR --lengths 1k,4k,16k,64k,128k -o context.png
+    python benchmarks/brains.py context MODEL --work DIR --lengths 1k,8k,64k -o context_X.json
 
 A second call measures only what is not there yet: twins in the result file, points in DIR. `twins`
 writes DIR/<recipe> and says of each: KL from the original as converted, the loss of every training
 step (all weights, Adam, cross entropy, the balance loss), and whether a trained model that was
 saved and loaded gives the same logits. Training is for showing that it goes down, not for quality;
 it takes 16 bytes a parameter, 2 to 7 GB here. `context` runs `respike bench` on the folders (after
-`twins --steps 0`) and draws all of them with the original.
+`twins --steps 0`) and draws all of them with the original, in a PNG file beside the results.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from resultfile import rows_before, write
 from safetensors.torch import save_file
-from tables import brains_table
+from tables import brains_table, context_table
 from torch.nn.functional import cross_entropy
 
 from respike import generate, load
@@ -136,7 +136,8 @@ def context(args: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "respike", "bench", str(args.work / name), "--json"]
         command += ["--lengths", args.lengths, "--repeats", "1", "--original", args.model]
         command += ["-o", str(args.work / f"context-{name}.json"), "--no-quality"]
-        command += ["--time-limit", str(args.time_limit)]
+        command += ["--time-limit", str(args.time_limit), "--weights", args.weights]
+        command += ["--dtype", args.dtype]
         if args.threads:
             command += ["--threads", str(args.threads)]
         command += ["--vs", "original"] * (number == 0)
@@ -146,9 +147,12 @@ def context(args: argparse.Namespace) -> None:
             for row in found[kind]:
                 into.append(row | {"contender": name} if row["group"] == "ours" else row)
     quoted = list(dict.fromkeys(row["contender"] for row in rows))
-    draw(rows, fitted, quoted, Path(args.output))
-    record = {"model": Path(args.model).name, **provenance(), "rows": rows, "fitted": fitted}
-    Path(args.output).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(rows, fitted, quoted, Path(args.output).with_suffix(".png"))
+    asked = {"dtype": args.dtype, "weights": args.weights}
+    asked["threads"] = found["settings"]["threads"]
+    report = {"benchmark": "context", "model": Path(args.model).name, **provenance()}
+    write(Path(args.output), report | {"asked": asked, "rows": rows, "fitted": fitted})
+    print(context_table(json.loads(Path(args.output).read_text(encoding="utf-8"))))
 
 
 def main() -> None:
@@ -164,6 +168,8 @@ def main() -> None:
     parser.add_argument("--distance", action="store_true", help="KL from the original too.")
     parser.add_argument("--lengths", default="1k,2k,4k,8k,16k,32k,64k,128k")
     parser.add_argument("--time-limit", type=float, default=20.0, help="minutes, of a point")
+    parser.add_argument("--weights", default="stored", help="of `context`")
+    parser.add_argument("--dtype", default="bf16", help="of `context`")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     set_threads(args.threads)

@@ -47,6 +47,28 @@ def brains_table(result: dict[str, Any]) -> str:
     return "\n".join([f"{source_line(result)} Trained {how} {asked['rate']:g}.", "", *lines])
 
 
+def context_table(result: dict[str, Any]) -> str:
+    """A row for each length and contender: time, state and memory; what is fitted in italics."""
+    header = ["tokens", "model", "first token, s", "decoding, tokens/s", "state, MiB", "peak, MiB"]
+    rows = []
+    for row in sorted(result["rows"] + result["fitted"], key=lambda row: row["context_tokens"]):
+        mark = "*" if row.get("fitted") else ""
+        figures = [middle(row["ttft_seconds"]), middle(row["decode_tokens_per_second"])]
+        sizes = [f"{row[name] / 2**20:,.0f}" if row.get(name) else "-"
+                 for name in ("state_bytes", "peak_rss_bytes")]  # fmt: skip
+        rows.append([
+            f"{row['context_tokens']:,}", row["contender"],
+            *(f"{mark}{figure:,.1f}{mark}" for figure in figures), *sizes,
+        ])  # fmt: skip
+    head = f"{source_line(result)} Threads {result['asked']['threads']}; fitted figures in italics."
+    return "\n".join([head, "", *markdown(header, rows)])
+
+
+def middle(found: float | dict[str, float]) -> float:
+    """A figure, or the median of several."""
+    return found["median"] if isinstance(found, dict) else found
+
+
 def healing_table(result: dict[str, Any]) -> str:
     """One table a length of text, one of what is written, one of paired differences."""
     lines = [
