@@ -150,6 +150,25 @@ def _differences(found: list[dict[str, Any]]) -> list[str]:
     return markdown(header, rows)
 
 
+def curve_table(result: dict[str, Any]) -> str:
+    """A row for every judgement of a course; the published systems last, which report no KL."""
+    header = ["model", "softmax, %", "tokens of training", "KL, nats", "nats added", "recall, %"]
+    rows = []
+    for row in result["rows"]:
+        share = f"{100 * row['softmax_frac']:.0f}"
+        for seen in row["verdicts"]:
+            kl = f"{seen['kl_nats']:.3f} ({interval(seen['kl_95'], 3)})"
+            rows.append([
+                row["name"], share, f"{seen['tokens']:,}", kl,
+                f"{seen['nats_added']:+.3f}", f"{100 * seen['recall_frac']:.0f}",
+            ])  # fmt: skip
+    for other in result["published"]:
+        share = f"{100 * other['softmax_frac']:.0f}"
+        rows.append([f"{other['name']} ({other['source']})", share, f"{other['tokens']:,.0f}",
+                     "-", "-", "-"])  # fmt: skip
+    return "\n".join(markdown(header, rows))
+
+
 def recall_table(result: dict[str, Any]) -> str:
     """One table a family: lengths down, models across."""
     trained = result["trained_tokens"]
