@@ -66,8 +66,9 @@ thread_local bool inside_job = false;
 
 void Pool::grow(int workers) {
 #if RESPIKE_POSIX
-  sigset_t all, before;  // signals are for Python's threads
+  sigset_t all, before;  // signals are for Python's threads, but for a crash of the thread's own
   sigfillset(&all);
+  for (int own : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) sigdelset(&all, own);
   pthread_sigmask(SIG_SETMASK, &all, &before);
 #endif
   try {
