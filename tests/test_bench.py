@@ -166,6 +166,7 @@ def test_two_points_are_no_fit() -> None:
 def test_seconds_are_predicted_by_the_last_trend() -> None:
     assert predicted_seconds([], 64) == 0
     assert predicted_seconds([(10, 1.0)], 20) == 4
+    assert predicted_seconds([(10, 1.0)], 20, grows=False) == 2
     assert predicted_seconds([(10, 1.0), (20, 2.0)], 40) == pytest.approx(4)
     assert predicted_seconds([(10, 1.0), (20, 9.0)], 40) == pytest.approx(36)
     assert predicted_seconds([(10, 2.0), (20, 1.0)], 40) == pytest.approx(2)

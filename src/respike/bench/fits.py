@@ -71,14 +71,15 @@ def fit(points: Points, power: int) -> Fit | None:
     return Fit(tuple(scaled.tolist()), len(points), float(errors.max()))
 
 
-def predicted_seconds(known: Points, length: int) -> float:
+def predicted_seconds(known: Points, length: int, *, grows: bool = True) -> float:
     """Seconds at ``length`` by the power law through the last two (length, seconds); 0 if unknown.
 
-    The power is held between 1 and 2: prefill is linear at best and quadratic at worst.
+    The power is held between 1 and 2: prefill is linear at best and quadratic at worst. With one
+    point it is the worst, or the best where no cache ``grows``.
     """
     if not known:
         return 0.0
-    power, (tokens, seconds) = 2.0, known[-1]
+    power, (tokens, seconds) = 2.0 if grows else 1.0, known[-1]
     if len(known) > 1:
         before, took = known[-2]
         found = math.log(seconds / took) / math.log(tokens / before)

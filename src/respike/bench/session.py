@@ -153,7 +153,7 @@ class Session:
             mine = point["contender"] == contender.name and point["length"] <= length
             if mine and ended >= limit:
                 return f"more than {ended:.0f} s at {point['length']:,} tokens"
-        expected = predicted_seconds(seconds_by_length(good), length)
+        expected = predicted_seconds(seconds_by_length(good), length, grows=contender.grows)
         if expected > limit:
             return f"would take about {expected:.0f} s, more than {limit:.0f} s"
         return self._beaten(contender, length)
