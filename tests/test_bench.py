@@ -19,7 +19,7 @@ from kernels import native
 from refusal import one_line
 from respike.account import flops_per_token, moved_bytes_per_token, num_parameters, state_bytes
 from respike.bench import contenders, gate, machine, predict, run, session
-from respike.bench.contenders import Contender, Subject, find_original
+from respike.bench.contenders import Contender, Field, Subject, find_original
 from respike.bench.fits import fit, predicted_seconds
 from respike.bench.process import ChildError, Outcome, TooSlowError, run_child
 from respike.bench.prompts import Prompts
@@ -613,6 +613,7 @@ def test_bench_of_a_shape_and_cold_start(
         (("win", "-o", "tiny.gguf", "--lengths", "64"), 1, "not a result of `respike bench`"),
         (("win", "--plot", "p.jpg"), 2, "ends in .png"),
         (("win", "--force"), 2, "--force means nothing"),
+        (("win", "--peer-setting", "flash on"), 2, "no peer has it"),
         (("nowhere",), 1, "no such folder or file"),
         (("tiny.gguf", "--vs", "original"), 2, "is an original itself"),
         (("win", "--original", "tiny"), 1, "not what win was converted from"),
@@ -629,6 +630,22 @@ def test_bench_refuses_in_one_line(
     assert "Traceback" not in err
     assert err.startswith("error: ")
     assert len(err.splitlines()) <= 2
+
+
+def test_settings_of_a_peer_are_kept_by_their_names() -> None:
+    def who(name: str, group: str) -> Contender:
+        return Contender(name, group, "ours", {}, grows=True)
+
+    names = [f"llama.cpp q8_0, flash {flash}, f16 cache" for flash in ("on", "off")]
+    others = [who("mine", "ours"), who("rwkv7 in llama.cpp, random q8_0", "rwkv7")]
+    everyone = Field(CONFIG, [*others, *(who(n, "llama.cpp q8_0") for n in names)])
+    everyone.keep(())
+    assert len(everyone.contenders) == 4
+    with pytest.raises(UsageError, match="no peer has it") as caught:
+        everyone.keep(("flash on", "q4_0"))
+    assert names[0] in str(caught.value.hint)
+    everyone.keep(("flash off",))
+    assert [c.name for c in everyone.contenders] == [*(c.name for c in others), names[1]]
 
 
 def test_the_original_is_found_by_its_hash(place: Path, tmp_path: Path) -> None:

@@ -82,6 +82,25 @@ class Field:
     tokenizer_path: Path | None = None
     notes: list[str] = field(default_factory=list)
 
+    def keep(self, settings: Sequence[str]) -> None:
+        """Leave out the settings of peers whose names have none of these in them; none: keep all.
+
+        Raises:
+            UsageError: One of them is in no name.
+        """
+        named = [c for c in self.contenders if c.group.startswith("llama.cpp")]
+        for text in settings:
+            if not any(text in c.name for c in named):
+                raise UsageError(
+                    f"--peer-setting {text!r}: no peer has it",
+                    hint="; ".join(c.name for c in named) or "--vs llama.cpp has settings",
+                )
+        if settings:
+            self.contenders = [
+                c for c in self.contenders if c not in named or any(t in c.name for t in settings)
+            ]
+            self.notes.append(f"of peers' settings only those with {' or '.join(settings)}")
+
 
 def check_peers(names: Sequence[str], subject: Subject) -> None:
     """Refuse what can be refused at once.

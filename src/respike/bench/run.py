@@ -42,12 +42,15 @@ class Run:
         weights: Packed weights; None packs nothing.
         peer_python: Interpreter that has the peers' packages.
         cache_folder: Where requantised and random peers are kept.
+        peer_settings: Of a peer with many settings only those whose name has one of these in it;
+            empty: all.
     """
 
     dtype: str | None
     weights: str | None
     peer_python: str
     cache_folder: Path
+    peer_settings: tuple[str, ...] = ()
 
     @property
     def ours(self) -> dict[str, Any]:
@@ -92,6 +95,7 @@ def bench(
         peer_python=run.peer_python,
         cache_folder=run.cache_folder,
     )
+    everyone.keep(run.peer_settings)
     results = Results(out, _key(subject, settings, run), _head(settings, everyone))
     tokenizer = load_tokenizer(open_checkpoint(subject.path)) if subject.path else None
     prompts = Prompts(tokenizer, everyone.config)

@@ -78,6 +78,11 @@ def bench_options(command: Any) -> Any:
                 help="Interpreter that has the peers' packages.",
             ),
             click.option(
+                "--peer-setting", "peer_settings", multiple=True, metavar="TEXT",
+                help="Of a peer's settings only those that have TEXT in their name, such as "
+                "'q8_0, flash on, f16'; repeatable.  [default: all]",
+            ),
+            click.option(
                 "-o", "out", type=click.Path(), metavar="OUT.json",
                 help="Results, point by point; the same call goes on where it was.",
             ),
@@ -163,7 +168,10 @@ def _settings(options: dict[str, Any]) -> tuple[Any, Any]:
         threads=set_threads(options["threads"]),
         max_seconds=60 * options["time_limit"],
     )
-    run = Run(options["dtype"], options["weights"], options["peer_python"], cache_folder())
+    run = Run(
+        options["dtype"], options["weights"], options["peer_python"], cache_folder(),
+        options["peer_settings"],
+    )  # fmt: skip
     return settings, run
 
 
