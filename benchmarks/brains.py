@@ -1,7 +1,7 @@
 """Small twins of SpikingBrain's models: converted, run, trained a little, saved, loaded, timed.
 
     python benchmarks/brains.py twins MODEL --work DIR --steps 200 --distance -o brains_X.json
-    python benchmarks/brains.py context MODEL --work DIR --lengths 1k,8k,64k -o context_X.json
+    python benchmarks/brains.py context MODEL --work DIR --lengths 1k,8k,64k -o lengths_X.json
 
 A second call measures only what is not there yet: twins in the result file, points in DIR. `twins`
 writes DIR/<recipe> and says of each: KL from the original as converted, the loss of every training

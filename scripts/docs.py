@@ -196,7 +196,7 @@ def generated() -> dict[Path, str]:
     kinds = {
         "frontier": frontier_table, "memory": memory_table, "chunked": chunked_table,
         "bench": bench_table, "corpus": corpus_table,
-        "brains": judged(printed.brains_table), "context": judged(printed.context_table),
+        "brains": judged(printed.brains_table), "lengths": judged(printed.context_table),
         "curve": judged(printed.curve_table),
         "healing": judged(printed.healing_table), "harness": judged(printed.harness_table),
         "recall_length": judged(printed.recall_table),
