@@ -416,6 +416,12 @@ def test_a_committed_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         read_committed(tmp_path)
 
 
+def test_the_repository_s_own_results_are_of_their_kinds() -> None:
+    committed = read_committed(Path(__file__).parent.parent / "benchmarks/results")
+    assert committed.context
+    assert {row["model"] for row in committed.context["rows"]} == {"original", "converted"}
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: make system-deps")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_the_page_fits_its_window(results: dict, folder: Path, width: int, tmp_path: Path) -> None:
