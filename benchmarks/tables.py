@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from respike.bench.report import middle
+
 
 def source_line(result: dict[str, Any]) -> str:
     """What was measured on what, and where."""
@@ -62,11 +64,6 @@ def context_table(result: dict[str, Any]) -> str:
         ])  # fmt: skip
     head = f"{source_line(result)} Threads {result['asked']['threads']}; fitted figures in italics."
     return "\n".join([head, "", *markdown(header, rows)])
-
-
-def middle(found: float | dict[str, float]) -> float:
-    """A figure, or the median of several."""
-    return found["median"] if isinstance(found, dict) else found
 
 
 def healing_table(result: dict[str, Any]) -> str:
