@@ -166,6 +166,28 @@ def curve_table(result: dict[str, Any]) -> str:
     return "\n".join(markdown(header, rows))
 
 
+def ablations_table(result: dict[str, Any]) -> str:
+    """A row for every arm, before and after training."""
+    tasks = list(result["rows"][0]["after"]["tasks"])
+    header = ["one thing changed", "KL, nats, untrained", "healed", "nats added, healed",
+              *(f"{task}, untrained, %" for task in tasks),
+              *(f"{task}, healed, %" for task in tasks)]  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        before, after = row["before"], row["after"]
+        rows.append([
+            row["name"], f"{before['kl_nats']:.4f}",
+            f"{after['kl_nats']:.4f} ({interval(after['kl_95'], 4)})",
+            f"{after['nats_added']:+.4f}",
+            *(f"{100 * seen['tasks'][task][0]:.0f}" for seen in (before, after) for task in tasks),
+        ])  # fmt: skip
+    about = (
+        f"{result['model']}, {result['asked']['tokens']:,} tokens of training an arm. "
+        f"{result['machine']['processor']}, {result['date']}, commit {result['commit']}."
+    )
+    return "\n".join([about, "", *markdown(header, rows)])
+
+
 def recall_table(result: dict[str, Any]) -> str:
     """One table a family: lengths down, models across."""
     trained = result["trained_tokens"]

@@ -1,8 +1,8 @@
 // Block-sparse softmax. The definition is respike.ops.blocks.blocks_definition.
 //
 // The tokens of a job are cut into tiles, as in softmax.cpp, whose parts attend to the keys. Before,
-// a tile's queries are multiplied by the summaries of all candidates, and each token chooses. A
-// chosen block is packed once a tile, and shown to the rows that chose it.
+// each token chooses its blocks, see block_choice.hpp. A chosen block is packed once a tile, and
+// shown to the rows that chose it.
 //
 // Two blocks at different distances ask for the same query at different angles. The queries of a
 // tile are therefore rotated once, from the tile's base, and the keys of a block, once packed, to
@@ -15,6 +15,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "block_choice.hpp"
 #include "pool.hpp"
 #include "scratch.hpp"
 #include "vec.hpp"
@@ -26,42 +27,10 @@ namespace {
 
 constexpr int64_t tile_rows = 192;          // queries that share a packed block, as in softmax.cpp
 constexpr int64_t most_tile_tokens = tile_rows;
-constexpr int64_t scores_floats = 1 << 23;  // of a tile; longer caches have smaller tiles
 constexpr int64_t piece_blocks = 2048;      // candidates of a job of one tile are scored in pieces
 constexpr int64_t near_turns = 256;         // a number of blocks is this times one index, plus one
 constexpr int64_t far_turns = 1024;
 constexpr int64_t few_rows = 12;            // of a tile are not worth packing a block for
-constexpr float lowest = -1e30f;            // finite: a difference of two is not NaN
-
-// What scoring the candidates of a tile needs.
-template <class T>
-struct Scoring {
-  BlockRule rule;
-  const BlockTurns* turns;
-  const T* summaries;
-  int64_t deep;  // summaries of a block
-  int64_t rows, heads, head_dim;
-  int64_t base, position;  // of the tile, and of its first token
-  float factor;            // scale * log2(e)
-  const float* q;          // (rows, head_dim), rotated from the base on
-  const float* q_still;    // likewise, rotated by the reach
-  int64_t q_stride;        // zeros behind head_dim
-  float* q_turned;         // scratch, for a token's rows
-  float* scores;           // (rows, stride), in powers of two
-  int64_t stride;
-  float *panel_rows, *panel, *angles;  // scratch
-};
-
-// Blocks before this one are seen at the reach.
-template <class T>
-int64_t limit_of(const Scoring<T>& s, int64_t position) {
-  return BlockRule::beyond(position, s.rule.reach, s.rule.block);
-}
-
-struct Found {
-  float score;
-  int64_t block;
-};
 
 // What one level does; see blocks_kernels.inc.
 template <class T, class E>
@@ -70,9 +39,6 @@ struct BlockParts {
   void (*turn_again)(const float*, float, BlockTurns::Row, int64_t, float*);
   void (*turn_cells)(const T*, float, BlockTurns::Row, int64_t, T*);
   void (*turn_key)(const E*, float, BlockTurns::Row, int64_t, T*);
-  void (*score)(const Scoring<T>&, int64_t from, int64_t to);
-  void (*choose)(const float* scores, int64_t stride, int64_t heads, int64_t count, int64_t top,
-                 float* mass, std::vector<Found>& found);
   void (*attend_rows)(const SoftmaxTile&, Keys<E>, const float* q, int64_t q_stride,
                       const int64_t* at, int64_t* seen, int64_t rows);
   int64_t step;  // of which a row of queries for attend_rows has a multiple
@@ -138,6 +104,12 @@ BlockParts<T, E> block_parts([[maybe_unused]] Level level) {
   return portable::parts<T, E>();
 }
 
+RESPIKE_INLINE void prefetch([[maybe_unused]] const char* line) {
+#if defined(__GNUC__)
+  __builtin_prefetch(line);
+#endif
+}
+
 // What is seen in one way: queries and what is done to keys.
 enum class Way { placed, still, sink };
 
@@ -148,77 +120,83 @@ class BlockTile {
   BlockTile(Level level, const BlockParts<T, E>& own, const BlockRule& rule,
             const BlockTurns& turns, const BlocksJob<T, E>& job, int64_t first, int64_t last,
             float* memory)
-      : own_(own), parts_(softmax_parts<T, T>(level)), rule_(rule), turns_(turns), job_(job),
+      : own_(own), parts_(softmax_parts<T, T>(level)), parts_of_choice_(choice_parts<T>(level)), rule_(rule), turns_(turns), job_(job),
         first_(first), tokens_(last - first), position_(job.start + first),
         base_(position_ / rule.block * rule.block), rows_(tokens_ * job.heads),
         far_(rule.first_near(position_ + tokens_ - 1)), sinks_(rule.sink_blocks()), desk_(memory) {
     const int64_t K = job.head_dim;
-    scoring_.rule = rule;
-    scoring_.turns = &turns;
-    scoring_.summaries = job.summaries;
-    scoring_.deep = rule.block / rule.summary;
-    scoring_.rows = rows_;
-    scoring_.heads = job.heads;
-    scoring_.head_dim = K;
-    scoring_.base = base_;
-    scoring_.position = position_;
-    scoring_.factor = job.scale * 1.44269504f;
-    scoring_.stride = (far_ + 63) / 64 * 64;
-    scoring_.q_stride = (K + own.step - 1) / own.step * own.step;
-    if (scores()) scoring_.scores = desk_.template take<float>(rows_ * scoring_.stride);
-    q_ = desk_.template take<float>(rows_ * scoring_.q_stride);
-    q_still_ = desk_.template take<float>(rows_ * scoring_.q_stride);
-    scoring_.q = q_;
-    scoring_.q_still = q_still_;
-    q_few_ = desk_.template take<float>(std::max(few_rows, job.heads) * scoring_.q_stride);
-    scoring_.q_turned = desk_.template take<float>(job.heads * scoring_.q_stride);
-    mass_ = desk_.template take<float>(job.heads);
+    candidates_.rule = rule;
+    candidates_.turns = &turns;
+    candidates_.summaries = job.summaries;
+    candidates_.deep = rule.block / rule.summary;
+    candidates_.tokens = tokens_;
+    candidates_.heads = job.heads;
+    candidates_.head_dim = K;
+    candidates_.base = base_;
+    candidates_.position = position_;
+    candidates_.factor = job.scale * 1.44269504f;
+    candidates_.q_stride = row_ = (K + own.step - 1) / own.step * own.step;
+    for (auto& cells : cells_) cells = desk_.template take<float>(rows_ * query_row(K));
+    candidates_.q = q_ = desk_.template take<float>(rows_ * row_);
+    q_still_ = desk_.template take<float>(rows_ * row_);
+    candidates_.still = cells_[static_cast<std::size_t>(Way::still)];
+    if (tokens_ == 1) candidates_.still = q_still_;
+    if (chooses()) {
+      if (tokens_ == 1) scores_ = desk_.template take<float>(job.heads * stride());
+      if (tokens_ > 1) candidates_.products = desk_.template take<float>(rows_ * tile_width);
+      lists_ = desk_.template take<float>(list_floats(rows_, rule.top));
+    }
+    q_few_ = desk_.template take<float>(std::max(few_rows, job.heads) * row_);
     few_at_ = desk_.template take<int64_t>(std::max(few_rows, job.heads));
     few_seen_ = desk_.template take<int64_t>(std::max(few_rows, job.heads));
-    for (auto& cells : cells_) cells = desk_.template take<float>(rows_ * query_row(K));
     turned_ = desk_.template take<T>(rows_ * K);
     state_ = desk_.template take<float>(state_floats(rows_, job.value_dim));
     packed_keys_ = desk_.template take<float>(key_panel(K));
     packed_values_ = desk_.template take<float>(value_panel(job.value_dim));
     keys_ = desk_.template take<T>(block_keys * K);
     values_ = desk_.template take<T>(block_keys * job.value_dim);
-    scoring_.panel = desk_.template take<float>(K * tile_width);
-    scoring_.panel_rows = desk_.template take<float>(tile_width * K);
-    scoring_.angles = desk_.template take<float>(K);
+    candidates_.panel = desk_.template take<float>(key_panel(K));
+    candidates_.panel_rows = desk_.template take<T>(tile_width * K);
+    candidates_.turned_rows = desk_.template take<float>(tile_width * K);
+    candidates_.q_turned = desk_.template take<float>(job.heads * row_);
+    candidates_.angles = desk_.template take<float>(K);
   }
 
   int64_t floats() const { return desk_.used(); }
   // Some token has more candidates than it may choose.
-  bool scores() const { return far_ - sinks_ > rule_.top; }
+  bool chooses() const { return far_ - sinks_ > rule_.top; }
   int64_t candidates() const { return far_; }
 
-  // Queries as scores and few rows need them. Before any scoring.
+  // Queries as choice and few rows need them. First of all.
   void prepare() {
-    std::fill(scoring_.q_turned, scoring_.q_turned + job_.heads * scoring_.q_stride, 0.0f);
-    const bool still = BlockRule::beyond(last(), rule_.reach, rule_.block) > 0;
-    std::fill(q_, q_still_ + rows_ * scoring_.q_stride, 0.0f);
+    std::fill(candidates_.q_turned, candidates_.q_turned + job_.heads * row_, 0.0f);
+    std::fill(q_, q_ + rows_ * row_, 0.0f);
     each_query([&](int64_t token, int64_t row, const T* q) {
-      const int64_t at = row * scoring_.q_stride;
-      const BlockTurns::Row place = turns_.tokens(position_ + token - base_);
-      own_.turn_query(q, 1.0f, place, turns_.half(), q_ + at);
-      if (still) own_.turn_query(q, 1.0f, turns_.reach(), turns_.half(), q_still_ + at);
+      own_.turn_query(q, 1.0f, turns_.tokens(position_ + token - base_), turns_.half(),
+                      q_ + row * row_);
+    });
+    if (!few() || BlockRule::beyond(last(), rule_.reach, rule_.block) == 0) return;
+    std::fill(q_still_, q_still_ + rows_ * row_, 0.0f);
+    each_query([&](int64_t, int64_t row, const T* q) {
+      float* to = q_still_ + row * row_;
+      own_.turn_query(q, 1.0f, turns_.reach(), turns_.half(), to);
+      for (int64_t i = 0; i < job_.head_dim; ++i) to[i] = round_as<T>(to[i]);  // as cells are
     });
   }
 
-  // Scores of candidates [from, to).
+  // Of a tile of one token: scores of candidates [from, to).
   void score(int64_t from, int64_t to) {
-    own_.score(scoring_, std::max(from, std::min(sinks_, far_)), to);
+    parts_of_choice_.score_token(candidates_, std::max(from, std::min(sinks_, far_)), to, scores_,
+                                 stride());
   }
   // From now on with scratch of another tile of this job.
   void borrow(const BlockTile& lender) {
-    scoring_.panel = lender.scoring_.panel;
-    scoring_.panel_rows = lender.scoring_.panel_rows;
-    scoring_.angles = lender.scoring_.angles;
-    scoring_.q_turned = lender.scoring_.q_turned;
-    std::fill(scoring_.q_turned, scoring_.q_turned + job_.heads * scoring_.q_stride, 0.0f);
+    candidates_.angles = lender.candidates_.angles;
+    candidates_.q_turned = lender.candidates_.q_turned;
+    std::fill(candidates_.q_turned, candidates_.q_turned + job_.heads * row_, 0.0f);
   }
 
-  // The outputs, once all candidates are scored.
+  // The outputs; of one token once all its candidates are scored.
   void attend() {
     tile_ = {};
     tile_.rows = rows_;
@@ -226,14 +204,13 @@ class BlockTile {
     tile_.head_dim = job_.head_dim;
     tile_.value_dim = job_.value_dim;
     tile_.position = position_;
-    tile_.factor = scoring_.factor;
+    tile_.factor = candidates_.factor;
     clear(tile_, state_);
     block_ = {};
     block_.keys = packed_keys_;
     block_.values = packed_values_;
     block_.window = without_window;
-    std::fill(std::begin(loaded_), std::end(loaded_), false);
-    std::fill(q_few_, q_few_ + std::max(few_rows, job_.heads) * scoring_.q_stride, 0.0f);
+    std::fill(q_few_, q_few_ + std::max(few_rows, job_.heads) * row_, 0.0f);
     show_sinks();
     show_chosen();
     show_near();
@@ -245,6 +222,7 @@ class BlockTile {
 
  private:
   int64_t last() const { return position_ + tokens_ - 1; }
+  int64_t stride() const { return far_ + tile_width; }  // of scores: they are read 64 at a time
 
   template <class F>
   void each_query(const F& use) const {
@@ -288,7 +266,7 @@ class BlockTile {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = from + i;
         if (way == Way::placed && (i == 0 || at % rule_.block == 0)) {
-          angle = turns_.blocks(at / rule_.block - base_ / rule_.block, scoring_.angles);
+          angle = turns_.blocks(at / rule_.block - base_ / rule_.block, candidates_.angles);
         }
         own_.turn_key(job_.keys.k + at * job_.keys.stride, scale(job_.keys.k_scale, at), angle,
                       turns_.half(), keys_ + i * job_.head_dim);
@@ -345,13 +323,13 @@ class BlockTile {
     few_to_ = to;
     few_way_ = way;
     if (way == Way::placed) {
-      few_angle_ = turns_.blocks((base_ - from) / rule_.block, scoring_.angles);
+      few_angle_ = turns_.blocks((base_ - from) / rule_.block, candidates_.angles);
     }
   }
   void add_few(int64_t token) {
     for (int64_t h = 0; h < job_.heads; ++h, ++few_count_) {
-      const int64_t row = token * job_.heads + h, at = row * scoring_.q_stride;
-      float* to = q_few_ + few_count_ * scoring_.q_stride;
+      const int64_t row = token * job_.heads + h, at = row * row_;
+      float* to = q_few_ + few_count_ * row_;
       if (few_way_ == Way::placed) {
         own_.turn_again(q_ + at, 1.0f, few_angle_, turns_.half(), to);
       } else if (few_way_ == Way::still) {
@@ -374,7 +352,7 @@ class BlockTile {
       keys.v_scale += few_from_;
     }
     keys.count = few_to_ - few_from_;
-    own_.attend_rows(tile_, keys, q_few_, scoring_.q_stride, few_at_, few_seen_, few_count_);
+    own_.attend_rows(tile_, keys, q_few_, row_, few_at_, few_seen_, few_count_);
   }
 
   // The first token of the tile whose window does not reach into a block; all do after it.
@@ -407,34 +385,58 @@ class BlockTile {
   // Each token chooses; blocks are then shown in the order of their places.
   void show_chosen() {
     if (far_ <= sinks_) return;
-    if (!scores()) {
+    if (!chooses()) {
       for (int64_t b = sinks_; b < far_; ++b) show_to(b, leaves(b), tokens_);
       return;
     }
-    thread_local std::vector<Found> found;
+    thread_local std::vector<std::int32_t> found;
     thread_local std::vector<std::uint64_t> chosen;  // bit t of row b: token t chose block b
     const int64_t words = (tokens_ + 63) / 64;
     chosen.assign(static_cast<std::size_t>(far_ * words), 0);
+    const Lists lists = fill_lists();
     for (int64_t t = 0; t < tokens_; ++t) {
-      const int64_t count = rule_.first_near(position_ + t) - sinks_;
-      if (count <= 0) continue;
-      const float* scores = scoring_.scores + t * job_.heads * scoring_.stride + sinks_;
-      own_.choose(scores, scoring_.stride, job_.heads, count, rule_.top, mass_, found);
-      for (const Found& f : found) {
-        const int64_t b = sinks_ + f.block;
+      if (rule_.first_near(position_ + t) <= sinks_) continue;
+      parts_of_choice_.choose(lists, t * job_.heads, job_.heads, found);
+      for (const int64_t b : found) {
         chosen[b * words + t / 64] |= std::uint64_t{1} << (t % 64);
         if (job_.chosen == nullptr) continue;
         job_.chosen[(first_ + t) * job_.chosen_stride + b / 64] |= std::uint64_t{1} << (b % 64);
       }
     }
-    for (int64_t b = sinks_; b < far_; ++b) {
+    const auto next = [&](int64_t b) {
+      const auto row = chosen.begin() + b * words;
+      const auto bit = std::find_if(row, chosen.end(), [](std::uint64_t word) { return word != 0; });
+      return (bit - chosen.begin()) / words;
+    };
+    for (int64_t b = next(sinks_), then; b < far_; b = then) {
+      then = next(b + 1);
+      if (then < far_) fetch(then);
       const std::uint64_t* row = chosen.data() + b * words;
-      const auto chose = [row](int64_t t) { return (row[t / 64] >> (t % 64) & 1) != 0; };
-      bool any = false;
-      for (int64_t w = 0; w < words; ++w) any |= row[w] != 0;
-      if (!any) continue;
-      show_some(b, chose);
+      show_some(b, [row](int64_t t) { return (row[t / 64] >> (t % 64) & 1) != 0; });
     }
+  }
+
+  // Asks for the keys and values of a block: chosen ones lie far apart.
+  void fetch(int64_t b) const {
+    const auto rows = [b, this](const E* from, int64_t stride, int64_t size) {
+      const auto* row = reinterpret_cast<const char*>(from + b * rule_.block * stride);
+      for (int64_t i = 0; i < rule_.block; ++i, row += stride * sizeof(E)) {
+        for (int64_t c = 0; c < size * static_cast<int64_t>(sizeof(E)); c += 64) prefetch(row + c);
+      }
+    };
+    rows(job_.keys.k, job_.keys.stride, job_.head_dim);
+    rows(job_.keys.v, job_.keys.value_stride(), job_.value_dim);
+  }
+
+  Lists fill_lists() {
+    const Lists lists = clear_lists(rows_, rule_.top, lists_);
+    if (tokens_ == 1) {
+      parts_of_choice_.see_token(candidates_, lists, sinks_, far_, scores_, stride());
+      return lists;
+    }
+    if (BlockRule::beyond(last(), rule_.reach, rule_.block) > 0) take_queries(Way::still);
+    parts_of_choice_.see_tile(candidates_, lists, sinks_, far_);
+    return lists;
   }
 
   // Shows a block to tokens [first, end).
@@ -478,12 +480,14 @@ class BlockTile {
 
   const BlockParts<T, E>& own_;
   const SoftmaxParts<T, T> parts_;
+  const ChoiceParts<T> parts_of_choice_;
   const BlockRule& rule_;
   const BlockTurns& turns_;
   const BlocksJob<T, E>& job_;
   const int64_t first_, tokens_, position_, base_, rows_, far_, sinks_;
+  int64_t row_ = 0;  // numbers of a query's row, of those that few rows are
   Desk desk_;
-  Scoring<T> scoring_{};
+  Candidates<T> candidates_{};
   SoftmaxTile tile_{};
   KeyBlock block_{};
   bool loaded_[3] = {};
@@ -491,17 +495,11 @@ class BlockTile {
   Way few_way_ = Way::placed;
   BlockTurns::Row few_angle_{};
   int64_t *few_at_ = nullptr, *few_seen_ = nullptr;
-  float *q_ = nullptr, *q_still_ = nullptr, *q_few_ = nullptr, *mass_ = nullptr, *state_ = nullptr;
+  float *q_ = nullptr, *q_still_ = nullptr, *q_few_ = nullptr, *state_ = nullptr;
+  float *scores_ = nullptr, *lists_ = nullptr;
   float *cells_[3] = {}, *packed_keys_ = nullptr, *packed_values_ = nullptr;
   T *turned_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
 };
-
-template <class T, class E>
-int64_t tile_tokens(const BlockRule& rule, const BlocksJob<T, E>& job) {
-  const int64_t far = std::max<int64_t>(1, rule.first_near(job.start + job.tokens - 1));
-  const int64_t rows = std::min(tile_rows, scores_floats / far);
-  return std::clamp<int64_t>(rows / job.heads, 1, most_tile_tokens);
-}
 
 struct Unit {
   int64_t job, first, last;
@@ -512,7 +510,7 @@ struct Unit {
 template <class T, class E>
 void blocks(Level level, int threads, const BlockRule& rule, const BlockTurns& turns,
             const BlocksJob<T, E>* jobs, int64_t count) {
-  thread_local std::vector<float> desks, alone;
+  thread_local std::vector<float> desks, own_tables;
   thread_local std::vector<Unit> units;
   const BlockParts<T, E> own = block_parts<T, E>(level);
   threads = std::clamp(threads, 1, max_threads);
@@ -522,7 +520,7 @@ void blocks(Level level, int threads, const BlockRule& rule, const BlockTurns& t
   int64_t desk = 0;
   units.clear();
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t step = tile_tokens(rule, jobs[j]);
+    const int64_t step = std::max<int64_t>(tile_rows / jobs[j].heads, 1);
     for (int64_t first = 0; first < jobs[j].tokens; first += step) {
       const Unit unit{j, first, std::min(jobs[j].tokens, first + step)};
       desk = std::max(desk, tile(unit, nullptr).floats());
@@ -532,30 +530,33 @@ void blocks(Level level, int threads, const BlockRule& rule, const BlockTurns& t
   const std::vector<Unit>& all = units;  // what tasks name is the caller's, not their own thread's
   const auto tiles = static_cast<int64_t>(all.size());
   float* memory = kept(desks, desk * threads);
-  if (tiles >= 2 * threads) {
+  const auto alone = [&](int64_t index) { return all[index].last - all[index].first == 1; };
+  bool decoding = true;
+  for (int64_t i = 0; i < tiles; ++i) decoding = decoding && alone(i);
+  if (!decoding || tiles >= 2 * threads) {
     parallel_for(threads, tiles, [&](int64_t index, int slot) {
       // The last tiles of a long job take longest: they go first.
       BlockTile<T, E> one = tile(all[tiles - 1 - index], memory + slot * desk);
       one.prepare();
-      if (one.scores()) one.score(0, one.candidates());
+      if (one.chooses() && alone(tiles - 1 - index)) one.score(0, one.candidates());
       one.attend();
     });
     return;
   }
-  // Few tiles, such as decoding steps: candidates are scored in pieces by all threads.
-  float* tables = kept(alone, desk * tiles);
+  // Few tiles of a token each, as in decoding: candidates are scored in pieces by all threads.
+  float* tables = kept(own_tables, desk * tiles);
   const auto own_tile = [&](int64_t index) { return tile(all[index], tables + index * desk); };
   int64_t most = 0;
   for (int64_t i = 0; i < tiles; ++i) {
     BlockTile<T, E> one = own_tile(i);
     one.prepare();
-    if (!one.scores()) continue;
+    if (!one.chooses()) continue;
     most = std::max(most, (one.candidates() + piece_blocks - 1) / piece_blocks);
   }
   parallel_for(threads, tiles * most, [&](int64_t index, int slot) {
     BlockTile<T, E> one = own_tile(index / most);
     const int64_t from = index % most * piece_blocks;
-    if (!one.scores() || from >= one.candidates()) return;
+    if (!one.chooses() || from >= one.candidates()) return;
     one.borrow(tile(all[index / most], memory + slot * desk));
     one.score(from, std::min(one.candidates(), from + piece_blocks));
   });

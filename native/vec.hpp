@@ -9,7 +9,9 @@
 // adds to the same lane, exact and in float32, subnormals taken as zero.
 #pragma once
 
+#include <bitset>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <utility>
 
@@ -33,6 +35,9 @@
 namespace respike {
 
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+inline int bits_of(int mask) {
+  return static_cast<int>(std::bitset<16>(static_cast<unsigned>(mask)).count());
+}
 // Below this, exp gives 0 and not a subnormal number.
 constexpr float smallest_exp = -87.0f;
 
@@ -126,6 +131,25 @@ RESPIKE_INLINE bool any_above(const V& a, const V& b) {
     if (a.lane[i] > b.lane[i]) return true;
   }
   return false;
+}
+// In how many lanes a is above b; NaN is not.
+RESPIKE_INLINE int count_above(const V& a, const V& b) {
+  int count = 0;
+  for (int i = 0; i < width; ++i) count += a.lane[i] > b.lane[i] ? 1 : 0;
+  return count;
+}
+// Lanes of x above those of `least`, in their order, and what stands at their places in ids; how
+// many. Of what is written behind them, up to `width` of each, nothing is said; both may be written
+// to where they came from, or before.
+RESPIKE_INLINE int keep_above(const V& x, const std::int32_t* ids, const V& least, float* to,
+                              std::int32_t* to_ids) {
+  int count = 0;
+  for (int i = 0; i < width; ++i) {
+    if (!(x.lane[i] > least.lane[i])) continue;
+    to[count] = x.lane[i];
+    to_ids[count++] = ids[i];
+  }
+  return count;
 }
 RESPIKE_INLINE float highest(const V& v) {
   float found = v.lane[0];
@@ -295,6 +319,22 @@ RESPIKE_OP V two_to(V x) {
 RESPIKE_OP bool any_above(V a, V b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
 }
+RESPIKE_OP int count_above(V a, V b) {
+  return bits_of(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+}
+RESPIKE_OP int keep_above(V x, const std::int32_t* ids, V least, float* to, std::int32_t* to_ids) {
+  const int above = _mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GT_OQ));
+  if (above == 0) return 0;
+  float lanes[width];
+  store8(lanes, x);
+  int count = 0;
+  for (int i = 0; i < width; ++i) {
+    if ((above >> i & 1) == 0) continue;
+    to[count] = lanes[i];
+    to_ids[count++] = ids[i];
+  }
+  return count;
+}
 RESPIKE_OP float highest(V v) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -438,6 +478,16 @@ RESPIKE_OP V two_to(V x) {
   return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
 }
 RESPIKE_OP bool any_above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+RESPIKE_OP int count_above(V a, V b) {
+  return bits_of(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ));
+}
+RESPIKE_OP int keep_above(V x, const std::int32_t* ids, V least, float* to, std::int32_t* to_ids) {
+  const __mmask16 above = _mm512_cmp_ps_mask(x, least, _CMP_GT_OQ);
+  // Not stores of what is compressed: those are slow on some processors.
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(above, x));
+  _mm512_storeu_si512(to_ids, _mm512_maskz_compress_epi32(above, _mm512_loadu_si512(ids)));
+  return bits_of(above);
+}
 RESPIKE_OP float highest(V v) { return _mm512_reduce_max_ps(v); }
 RESPIKE_OP float total(V v) { return _mm512_reduce_add_ps(v); }
 RESPIKE_OP V within(V v, V other, int from, int to) {

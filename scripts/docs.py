@@ -197,7 +197,7 @@ def generated() -> dict[Path, str]:
         "frontier": frontier_table, "memory": memory_table, "chunked": chunked_table,
         "bench": bench_table, "corpus": corpus_table,
         "brains": judged(printed.brains_table), "lengths": judged(printed.context_table),
-        "curve": judged(printed.curve_table),
+        "curve": judged(printed.curve_table), "ablations": judged(printed.ablations_table),
         "healing": judged(printed.healing_table), "harness": judged(printed.harness_table),
         "recall_length": judged(printed.recall_table),
         "documents": judged(printed.documents_table), "abstain": judged(printed.abstain_table),

@@ -52,7 +52,8 @@ def blocks_definition(
 ) -> Float[Tensor, "B T H V"]:
     """Block-sparse attention of whole sequences, token by token in float32: the definition.
 
-    Keys and summaries are rounded to the dtype of ``k`` as a cache holds them.
+    Keys and summaries are rounded to the dtype of ``k`` as a cache holds them, and so are rotated
+    queries where they choose among blocks held at the reach, which is most of a long text.
 
     Args:
         q: Queries, not rotated. Query head h belongs to KV group h // (H / G).
@@ -117,7 +118,10 @@ def _seen_blocks(
         block = keys[b * size : (b + 1) * size]
         block = block.view(-1, rule.summary_tokens, block.shape[-1])
         means = block.float().mean(1).to(keys.dtype).float()
-        scores[:, column] = (_turned(query, distance, frequencies) @ means.T).amax(-1)
+        turned = _turned(query, distance, frequencies)
+        if distance < p - b * size:
+            turned = turned.to(keys.dtype).float()
+        scores[:, column] = (turned @ means.T).amax(-1)
     scores *= query.shape[-1] ** -0.5
     best = (scores - scores.logsumexp(-1, keepdim=True)).amax(0)
     order = best.argsort(descending=True)[: rule.top_blocks].tolist()
@@ -347,7 +351,7 @@ def _weights(
     rows, means = held
     slots = torch.arange(rows.blocks * rule.block_tokens).view(rows.blocks, -1)
     seen = _choose(q, means, positions, frequencies, rule)
-    scores = _scores(q, rows, positions, frequencies, rule)  # B G H/G T N M
+    scores = _scores(q, rows, positions, frequencies, rule, torch.float32)  # B G H/G T N M
     past = (slots <= positions[:, :, None, None]).to(q.device)
     scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
     return scores.flatten(4).softmax(-1)
@@ -359,6 +363,8 @@ class _Rows:
 
     within: Tensor
     placed: Tensor
+    dtype: torch.dtype
+    """In which they are held."""
 
     @property
     def blocks(self) -> int:
@@ -370,22 +376,32 @@ def _rows(rows: Tensor, blocks: int, frequencies: Tensor, block_tokens: int) -> 
     within = rows.float().reshape(B, G, blocks, -1, K)
     starts = (torch.arange(blocks) * block_tokens).expand(B * G, -1)
     cos, sin = (x.to(rows.device) for x in rotary_tables(starts, frequencies))
-    return _Rows(within, rotate_definition(within.flatten(0, 1), cos, sin).view_as(within))
+    placed = rotate_definition(within.flatten(0, 1), cos, sin).view_as(within)
+    return _Rows(within, placed, rows.dtype)
 
 
 def _scores(
-    q: Tensor, rows: _Rows, positions: Tensor, frequencies: Tensor, rule: BlockRule
+    q: Tensor,
+    rows: _Rows,
+    positions: Tensor,
+    frequencies: Tensor,
+    rule: BlockRule,
+    at_reach: torch.dtype,
 ) -> Tensor:
-    """Scores (B, G, H/G, T, N, M) of queries with rows, each block at its distance."""
+    """Scores (B, G, H/G, T, N, M) of queries with rows, each block at its distance.
+
+    Queries of blocks held at a reach are rounded to ``at_reach``.
+    """
     B, T, H, K = q.shape
     G, size = rows.within.shape[1], rule.block_tokens
 
-    def product(at: Tensor, keys: Tensor) -> Tensor:
+    def product(at: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         cos, sin = (x.to(q.device) for x in rotary_tables(at, frequencies))
-        turned = rotate_definition(q, cos, sin).view(B, T, G, H // G, K) * K**-0.5
+        turned = rotate_definition(q, cos, sin).to(dtype).float()
+        turned = turned.view(B, T, G, H // G, K) * K**-0.5
         return torch.einsum("btghk,bgnmk->bghtnm", turned, keys)
 
-    scores = product(positions, rows.placed)
+    scores = product(positions, rows.placed, torch.float32)
     starts = torch.arange(rows.blocks) * size
     far = torch.arange(rows.blocks) < rule.first_near(positions)[:, :, None]
     for part, reach in (
@@ -396,7 +412,8 @@ def _scores(
             continue
         beyond = (far & (positions[:, :, None] - starts >= reach))[:, :, part]
         if beyond.any():
-            still = product(torch.full_like(positions, reach - 1), rows.within[:, :, part])
+            at = torch.full_like(positions, reach - 1)
+            still = product(at, rows.within[:, :, part], at_reach)
             mask = beyond.to(q.device)[:, None, None, :, :, None]
             scores[..., part, :] = torch.where(mask, still, scores[..., part, :])
     return scores
@@ -413,7 +430,7 @@ def _choose(
     if bool(always.all()):
         return seen
     with torch.no_grad():
-        scores = _scores(q, means, positions, frequencies, rule).amax(-1)
+        scores = _scores(q, means, positions, frequencies, rule, means.dtype).amax(-1)
         scores = scores.masked_fill(always[:, :, None], -torch.inf)
         # Less what keeps a token without candidates from being NaN.
         mass = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
