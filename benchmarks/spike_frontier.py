@@ -1,12 +1,12 @@
-"""Speed for silence: KL against tokens a second and against bytes a token, beside the peer.
+"""Speed for silence: KL against tokens a second and against bytes a token, beside the peers.
 
-    python benchmarks/spike_frontier.py models/SmolLM2-135M-Instruct.gguf --vs llama.cpp \
-        -o benchmarks/results/spikes_frontier_SmolLM2-135M.json
+    python benchmarks/spike_frontier.py models/SmolLM2-135M-Instruct.gguf \
+        --vs llama.cpp transformers -o benchmarks/results/spikes_frontier-smollm2.json
 
 Decoding of one sequence, on one thread and on two. Ours: dense with each kind of weights, and by
 events at several silences (folders of `respike spikes`, kept in --work), and folders trained
 towards silence (--trained); llama.cpp with each of its
-weights. Speed and KL of a row are of the same files, each measurement in a process of its own, the
+weights, transformers in bfloat16. Speed and KL of a row are of the same files, each measurement in a process of its own, the
 contenders taking turns. KL is to the file as it is dequantised, in float32, on the built-in text,
 with a 95 % interval over contexts. Bytes a token are those of weights that are read: by events what
 the census counted on the same text.
@@ -97,21 +97,25 @@ def ours(model: Path, options: argparse.Namespace) -> list[Contender]:
 
 
 def peers(model: Path, options: argparse.Namespace) -> list[Contender]:
-    """llama.cpp with each of its weights at one good setting."""
+    """llama.cpp with each of its weights at one good setting, and transformers."""
     if not options.vs:
         return []
     field = field_of(
         Subject(path=model), options.vs, dtype=None, weights=None, threads=1,
         peer_python=options.python, cache_folder=options.work,
     )  # fmt: skip
-    return [
-        Contender(
-            c.name.split(",")[0], "llama.cpp", c.name.split(",")[0].removeprefix("llama.cpp "),
-            c.module, dict(c.job), c.python, None, [Path(c.job["path"])],
-        )
-        for c in field.contenders
-        if c.group.startswith("llama.cpp") and c.name.endswith(PEER_SETTING)
-    ]  # fmt: skip
+    found = []
+    for c in field.contenders:
+        name, weights = c.name.split(",")[0], "bf16"
+        if c.group.startswith("llama.cpp"):
+            if not c.name.endswith(PEER_SETTING):
+                continue
+            weights = name.removeprefix("llama.cpp ")
+        elif c.group != "transformers":
+            continue
+        kind, files = c.group.split()[0], [Path(c.job["path"])]
+        found.append(Contender(name, kind, weights, c.module, dict(c.job), c.python, None, files))
+    return found
 
 
 def logits(contender: Contender, tokens: Tensor, folder: Path) -> Tensor:
@@ -227,8 +231,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--vs", nargs="*", default=[], help="llama.cpp, or nothing")
-    parser.add_argument("--python", default=sys.executable, help="has the peer")
+    parser.add_argument("--vs", nargs="*", default=[], help="llama.cpp, transformers")
+    parser.add_argument("--python", default=sys.executable, help="has the peers")
     options = parser.parse_args()
     contenders = ours(options.model, options) + peers(options.model, options)
     with tempfile.TemporaryDirectory() as folder:

@@ -200,7 +200,7 @@ def counts_plot(sites: Sequence[Mapping[str, Any]]) -> str:
 
 KINDS = {
     "dense": ("o", plots.ORIGINAL), "events": ("D", plots.CONVERTED),
-    "llama.cpp": ("^", plots.WINDOW),
+    "llama.cpp": ("^", plots.WINDOW), "transformers": ("s", plots.WINDOW),
 }  # fmt: skip
 
 
