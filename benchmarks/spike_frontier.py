@@ -5,11 +5,11 @@
 
 Decoding of one sequence, on one thread and on two. Ours: dense with each kind of weights, and by
 events at several silences (folders of `respike spikes`, kept in --work), and folders trained
-towards silence (--trained); llama.cpp with each of its
-weights, transformers in bfloat16. Speed and KL of a row are of the same files, each measurement in a process of its own, the
-contenders taking turns. KL is to the file as it is dequantised, in float32, on the built-in text,
-with a 95 % interval over contexts. Bytes a token are those of weights that are read: by events what
-the census counted on the same text.
+towards silence (--trained); llama.cpp with each of its weights, transformers in bfloat16. Speed and
+KL of a row are of the same files, each measurement in a process of its own, the contenders taking
+turns. KL is to the file as it is dequantised, in float32, on the built-in text, with a 95 %
+interval over contexts. Bytes a token are those of weights that are read: by events what the census
+counted on the same text.
 """
 
 import argparse

@@ -441,6 +441,32 @@ def test_the_kernel_is_the_definition(
 
 
 @native
+@each_level
+@pytest.mark.parametrize("together", [1, 211])
+@pytest.mark.parametrize("order", ["equal", "rising", "falling"])
+def test_of_many_blocks_the_best_are_chosen_and_of_equal_ones_the_lowest(
+    order: str, together: int, level: int
+) -> None:
+    rule, T, heads, top = BlockRule(3, 1, 2, 1, 7, 40, 30), 2211, 3, 7
+    still = torch.zeros(5, dtype=torch.float64)  # nothing is rotated
+    slope = {"equal": 0.0, "rising": 1.0, "falling": -1.0}[order]
+    size = slope * torch.arange(T) / 100
+    k, v = size.view(1, T, 1, 1).expand(1, T, 1, 10), normal(1, T, 1, 7, seed=1)
+    q = 1 + 0.1 * normal(1, together, heads, 10, seed=2)
+    keys, _, _, summaries = cache_of(k, v, rule, still, int8=False)
+    with at_level(level):
+        got = block_softmax(q, keys, summaries, torch.tensor([T - together]), still, rule)
+    for t in {0, together // 2, together - 1}:
+        p = T - together + t
+        near = rule.first_near(torch.tensor([p])).item()
+        old = range(near - top, near) if order == "rising" else range(1, 1 + top)
+        seen = [2 * b + i for b in (0, *old, *range(near, p // 2 + 1)) for i in (0, 1)]
+        seen = [j for j in seen if j <= p]
+        weights = (q[0, t] @ k[0, seen, 0].T * 10**-0.5).softmax(-1)
+        assert_close(got[0, t], weights @ v[0, seen, 0])
+
+
+@native
 @pytest.mark.parametrize("tokens", [1, 190])
 def test_the_number_of_threads_changes_no_bit(tokens: int) -> None:
     rule, T, before = BlockRule(3, 1, 2, 1, 4, 40, 30), 6000, torch.get_num_threads()
