@@ -96,23 +96,24 @@ def course_of(arm: Arm, tokens: int, work: Path) -> Path:
         ]
     course = {"heal": 1, "name": "ablation", "about": arm.name, "seed": arm.seed,
               "ema_decay": 0.8, "judge": JUDGE, "stages": stages}  # fmt: skip
-    path = work / f"{slug(arm)}.yaml"
+    path = work / f"{slug(arm.name)}.yaml"
     path.write_text(yaml.safe_dump(course, sort_keys=False), "utf-8")
     return path
 
 
-def slug(arm: Arm) -> str:
-    return "".join(c if c.isalnum() else "-" for c in arm.name)
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def run(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     """Converts and heals, unless that is done; what the judge said before and after."""
     work: Path = options.work
-    converted, healed = work / f"{slug(arm)}.converted", work / f"{slug(arm)}.healed"
+    recipe, settings = recipe_of(arm, work)
+    converted = work / f"{slug(' '.join(arm.recipe or ('as it is',)))}.converted"
+    healed = work / f"{slug(arm.name)}.healed"
     respike = [sys.executable, "-m", "respike"]
     threads = ["--threads", str(options.threads)] if options.threads else []
     if not converted.exists():
-        recipe, settings = recipe_of(arm, work)
         sets = [word for setting in settings for word in ("--set", setting)]
         command = ["convert", str(options.model), str(converted), "--recipe", recipe, *sets]
         subprocess.run([*respike, *command, *threads], check=True)

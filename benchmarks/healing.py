@@ -45,6 +45,11 @@ BEYOND_TOKENS = 256
 """KL "beyond the window" is over predictions from at least this many tokens, in every row."""
 FLOOR_CHUNK_TOKENS = 192
 """The original against itself, worked through in other chunks, so rounded elsewhere."""
+TEXTS = {
+    "evaluate": "Brown, Factbook and Debian Handbook (benchmarks/texts.py), in no corpus",
+    "code": "modules of Python's standard library (benchmarks/texts.py), in no corpus",
+}
+"""What the folders of `benchmarks/texts.py` hold."""
 MEASURES = ("kl_nats", "nats", "top1_agreement_frac")
 """Kept for each context, to be paired; of the first two less is better."""
 
@@ -275,7 +280,7 @@ def main() -> None:
     asked = {"original": fingerprint(source.config, source.files), "text_sha256": text}
     asked |= {"dtype": options.dtype, "beyond_tokens": BEYOND_TOKENS}
     head: dict[str, Any] = {"benchmark": "healing", "model": options.model.name, "asked": asked}
-    head["text"] = "Brown, Factbook and Debian Handbook (benchmarks/texts.py), in no corpus"
+    head["text"] = TEXTS.get(options.data.name, options.data.name)
     parts = Parts(options.output, head)
 
     @lru_cache(maxsize=1)
