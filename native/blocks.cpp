@@ -114,8 +114,9 @@ class BlockTile {
   BlockTile(Level level, const BlockParts<T, E>& own, const BlockRule& rule,
             const BlockTurns& turns, const BlocksJob<T, E>& job, int64_t first, int64_t last,
             float* memory)
-      : own_(own), parts_(softmax_parts<T, T>(level)), parts_of_choice_(choice_parts<T>(level)), rule_(rule), turns_(turns), job_(job),
-        first_(first), tokens_(last - first), position_(job.start + first),
+      : own_(own), parts_(softmax_parts<T, T>(level)), parts_of_choice_(choice_parts<T>(level)),
+        rule_(rule), turns_(turns), job_(job), first_(first), tokens_(last - first),
+        position_(job.start + first),
         base_(position_ / rule.block * rule.block), rows_(tokens_ * job.heads),
         far_(rule.first_near(position_ + tokens_ - 1)), sinks_(rule.sink_blocks()), desk_(memory) {
     const int64_t K = job.head_dim;
