@@ -58,14 +58,19 @@ class Arm:
 
 
 ARMS = (
-    *(Arm(f"as it is, seed {seed}", seed=seed) for seed in range(3)),
-    *(Arm(f"no recall data, seed {seed}", recall=False, seed=seed) for seed in range(3)),
+    Arm("as it is"),
+    Arm("no recall data", recall=False),
+    Arm("gated linear memory", ("memory=gla",)),
+    Arm("delta rule memory", ("memory=delta",)),
     Arm("even layers", ("even",)),
     Arm("stage A first", transfer=True),
     Arm("no sinks", ("sink_tokens=0",)),
+    *(
+        Arm(f"{name}, seed {seed}", recall=recall, seed=seed)
+        for seed in (1, 2)
+        for name, recall in (("as it is", True), ("no recall data", False))
+    ),
     Arm("one sink", ("sink_tokens=1",)),
-    Arm("gated linear memory", ("memory=gla",)),
-    Arm("delta rule memory", ("memory=delta",)),
     Arm("no memory", ("memory=off",)),
 )
 

@@ -118,14 +118,15 @@ def peers(model: Path, options: argparse.Namespace) -> list[Contender]:
     return found
 
 
-def logits(contender: Contender, tokens: Tensor, folder: Path) -> Tensor:
+def logits(contender: Contender, tokens: Tensor, threads: int, folder: Path) -> Tensor:
     """(T, V) of one context, float32."""
     prompt, out = folder / "prompt", folder / "logits"
     prompt.write_bytes(array("i", tokens.tolist()).tobytes())
     job = contender.job | {
-        "task": "logits", "tokens_file": str(prompt), "logits_file": str(out), "threads": 2,
+        "task": "logits", "tokens_file": str(prompt), "logits_file": str(out),
+        "threads": threads,
     }  # fmt: skip
-    outcome = run_child(contender.module, job, python=contender.python, threads=2)
+    outcome = run_child(contender.module, job, python=contender.python, threads=threads)
     found = numpy.fromfile(out, numpy.float32).reshape(-1, outcome.result["vocab_size"])
     return torch.from_numpy(found)
 
@@ -190,10 +191,11 @@ def rows_of(
     exact = {"model": {"path": str(model), "dtype": "f32", "weights": "stored"}}
     original = Contender("original", "dense", "f32", "ours", exact, sys.executable, None, [])
     far: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
+    most = max(options.threads)
     for tokens in text:
-        expected = logits(original, tokens, folder)
+        expected = logits(original, tokens, most, folder)
         for c in contenders:
-            far[c.name].append(distances(expected, logits(c, tokens, folder), tokens))
+            far[c.name].append(distances(expected, logits(c, tokens, most, folder), tokens))
     timed = speeds(contenders, text[0, :PROMPT_TOKENS], options, folder)
     rows = []
     for c in contenders:
