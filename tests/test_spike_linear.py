@@ -256,4 +256,5 @@ def test_a_silent_inputs_memory_is_never_touched(level: int, kind: str) -> None:
     assert spared.returncode == 0, spared.stderr
     assert spared.stdout.strip() == "never touched"
     if level == 0:  # and the guard bites: one event there, and the same program dies of it
-        assert run("touch").returncode < 0
+        died = run("touch")
+        assert died.returncode < 0 or "AddressSanitizer: SEGV" in died.stderr
