@@ -44,7 +44,7 @@ from respike.layers.storage import VARIABLE
 from respike.ops import backends
 from respike.ops import blocks as blocks_op
 from respike.ops.block_rule import BlockRule
-from respike.ops.blocks import block_softmax, blocks_definition, summarise
+from respike.ops.blocks import block_softmax, block_weights, blocks_definition, summarise
 from respike.ops.rotary import rotary_frequencies, rotary_tables, rotate_definition
 from respike.ops.softmax import Keys, quantise_rows
 from tolerance import assert_close
@@ -438,6 +438,28 @@ def test_the_kernel_is_the_definition(
         for begin, end in ((0, 1), (1, 100), (100, 101), (101, 110)):
             outputs.append(block_softmax(q[:, begin:end], *cache, torch.tensor([begin]), *rest))
     assert_close(torch.cat(outputs, 1).float(), wanted, dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", WIDE)
+@torch.no_grad()
+def test_what_one_token_looks_at_is_what_the_definition_weighs(
+    name: str, int8: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESPIKE_BACKEND", backend)
+    backends.kernels.cache_clear()
+    rule, T, frequencies = WIDE[name], 110, rotary_frequencies(10, 10_000.0)
+    q, k = normal(2, T, 6, 10), normal(2, T, 2, 10, seed=1)
+    one_hot = torch.eye(T).expand(2, 2, T, T).transpose(1, 2).contiguous()  # out = weights
+    keys, k, _, summaries = cache_of(k, one_hot, rule, frequencies, int8)
+    wanted = blocks_definition(q, k, one_hot, frequencies, rule)
+    start = torch.tensor([T - 1, 21])
+    at = torch.stack([q[row, p] for row, p in enumerate(start.tolist())])[:, None]
+    got = block_weights(at, keys, summaries, start, frequencies, rule)
+    backends.kernels.cache_clear()
+    for row, p in enumerate(start.tolist()):
+        assert_close(got[row, :, :T], wanted[row, p])
 
 
 @native

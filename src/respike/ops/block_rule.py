@@ -4,6 +4,7 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from respike.ops import backends
@@ -44,6 +45,14 @@ class BlockRule:
     def first_near(self, positions: Tensor) -> Tensor:
         """First block that the window of a query at each of ``positions`` reaches into."""
         return (positions - self.window_tokens + 1).clamp(min=0) // self.block_tokens
+
+    def distances(self, position: int, blocks: Tensor) -> Tensor:
+        """At which a query at ``position`` sees each of ``blocks``; below 0 behind it."""
+        true = position - blocks * self.block_tokens
+        near = int(self.first_near(torch.tensor(position)))
+        held = true.clamp(max=self.sink_reach_tokens - 1)
+        rest = true if self.reach_tokens is None else true.clamp(max=self.reach_tokens - 1)
+        return torch.where(blocks >= near, true, torch.where(blocks < self.sink_blocks, held, rest))
 
 
 @lru_cache(maxsize=16)

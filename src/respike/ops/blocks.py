@@ -20,16 +20,17 @@ summaries, H query heads, G KV groups, K key dim, V value dim, R = K / 2 frequen
 Source: Xiao et al., InfLLM, arXiv:2402.04617; Lu et al., MoBA, arXiv:2502.13189.
 """
 
-from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 from respike.ops.block_rule import BlockRule, block_turns
+from respike.ops.block_scores import Rows, choose_blocks, rows_of, scores_of
 from respike.ops.blocks_gradient import Known, Seen, native_gradients
 from respike.ops.recurrence import SUFFIX
 from respike.ops.rotary import rotary_tables, rotate_definition
@@ -326,23 +327,59 @@ def block_weights(
     frequencies: Float[Tensor, " R"],
     rule: BlockRule,
 ) -> Float[Tensor, "B H S"]:
-    """What the softmax of `block_softmax` gives to each key, float32; arguments likewise."""
-    held = _held(keys.exact()[0], summaries, frequencies, rule)
-    weights = _weights(q.float(), held, start[:, None], frequencies, rule)
-    return weights.squeeze(3).flatten(1, 2)
+    """What the softmax of `block_softmax` gives to each key, float32; arguments likewise.
+
+    Reads the keys of what is seen, and no others.
+    """
+    (B, _, H, K), (_, G, S, _) = q.shape, keys.k.shape
+    weights = torch.zeros(B, G, H // G, S, device=q.device)
+    seen = _seen_by_one(q, keys, summaries, start, frequencies, rule).cpu()
+    for row, group in product(range(B), range(G)):
+        position = int(start[row])
+        blocks = seen[row, group, : position // rule.block_tokens + 1].nonzero()[:, 0]
+        slots = blocks[:, None] * rule.block_tokens + torch.arange(rule.block_tokens)
+        there = slots.to(q.device)
+        k = keys.k[row, group, there].float()  # N M K
+        if keys.k_scale is not None:
+            k = k * keys.k_scale[row, group, there][..., None]
+        query = q[row, 0].view(G, H // G, K)[group].float().expand(1, len(blocks), -1, -1)
+        tables = rotary_tables(rule.distances(position, blocks)[None], frequencies)
+        turned = rotate_definition(query, *(x.to(q.device) for x in tables))[0]
+        scores = torch.einsum("nhk,nmk->hnm", turned, k) * K**-0.5
+        scores = scores.masked_fill((slots > position).to(q.device), -torch.inf)
+        weights[row, group][:, there.flatten()] = scores.flatten(1).softmax(-1)
+    return weights.flatten(1, 2)
+
+
+def _seen_by_one(
+    q: Tensor, keys: Keys, summaries: Tensor, start: Tensor, frequencies: Tensor, rule: BlockRule
+) -> Tensor:
+    """Blocks (B, G, N) that one token sees in each group."""
+    blocks = keys.k.shape[2] // rule.block_tokens
+    exact = () if keys.k_scale is not None else keys[:2]
+    if backends.choose("blocks", q, summaries, *exact) is None:
+        means = rows_of(summaries, blocks, frequencies, rule.block_tokens)
+        return choose_blocks(q.float(), means, start[:, None], frequencies, rule).squeeze(2)
+    known = Known.empty(q, keys, rule.block_tokens)
+    _forward(q, keys, summaries, start, frequencies, rule, known)
+    block, near = torch.arange(blocks), rule.first_near(start)[:, None]
+    always = (block >= near) | (block < rule.sink_blocks)
+    always |= near - rule.sink_blocks <= rule.top_blocks  # then all are seen, and none is noted
+    bits = (known.chosen[:, :, 0, :, None] >> torch.arange(64)) & 1
+    return bits.bool().flatten(2)[..., :blocks] | always[:, None]
 
 
 def _held(
     k: Tensor, summaries: Tensor, frequencies: Tensor, rule: BlockRule
-) -> tuple["_Rows", "_Rows"]:
+) -> tuple["Rows", "Rows"]:
     blocks = k.shape[2] // rule.block_tokens
-    rows, means = (_rows(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
+    rows, means = (rows_of(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
     return rows, means
 
 
 def _weights(
     q: Tensor,
-    held: tuple["_Rows", "_Rows"],
+    held: tuple["Rows", "Rows"],
     positions: Tensor,
     frequencies: Tensor,
     rule: BlockRule,
@@ -350,91 +387,8 @@ def _weights(
     """Softmax weights (B, G, H/G, T, S) of float32 queries at ``positions`` (B, T)."""
     rows, means = held
     slots = torch.arange(rows.blocks * rule.block_tokens).view(rows.blocks, -1)
-    seen = _choose(q, means, positions, frequencies, rule)
-    scores = _scores(q, rows, positions, frequencies, rule, torch.float32)  # B G H/G T N M
+    seen = choose_blocks(q, means, positions, frequencies, rule)
+    scores = scores_of(q, rows, positions, frequencies, rule, torch.float32)  # B G H/G T N M
     past = (slots <= positions[:, :, None, None]).to(q.device)
     scores = scores.masked_fill(~(seen[..., None] & past[:, None])[:, :, None], -torch.inf)
     return scores.flatten(4).softmax(-1)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of blocks (B, G, N, M, K), float32: rotated within their blocks, and to their places."""
-
-    within: Tensor
-    placed: Tensor
-    dtype: torch.dtype
-    """In which they are held."""
-
-    @property
-    def blocks(self) -> int:
-        return self.within.shape[2]
-
-
-def _rows(rows: Tensor, blocks: int, frequencies: Tensor, block_tokens: int) -> _Rows:
-    B, G, _, K = rows.shape
-    within = rows.float().reshape(B, G, blocks, -1, K)
-    starts = (torch.arange(blocks) * block_tokens).expand(B * G, -1)
-    cos, sin = (x.to(rows.device) for x in rotary_tables(starts, frequencies))
-    placed = rotate_definition(within.flatten(0, 1), cos, sin).view_as(within)
-    return _Rows(within, placed, rows.dtype)
-
-
-def _scores(
-    q: Tensor,
-    rows: _Rows,
-    positions: Tensor,
-    frequencies: Tensor,
-    rule: BlockRule,
-    at_reach: torch.dtype,
-) -> Tensor:
-    """Scores (B, G, H/G, T, N, M) of queries with rows, each block at its distance.
-
-    Queries of blocks held at a reach are rounded to ``at_reach``.
-    """
-    B, T, H, K = q.shape
-    G, size = rows.within.shape[1], rule.block_tokens
-
-    def product(at: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
-        cos, sin = (x.to(q.device) for x in rotary_tables(at, frequencies))
-        turned = rotate_definition(q, cos, sin).to(dtype).float()
-        turned = turned.view(B, T, G, H // G, K) * K**-0.5
-        return torch.einsum("btghk,bgnmk->bghtnm", turned, keys)
-
-    scores = product(positions, rows.placed, torch.float32)
-    starts = torch.arange(rows.blocks) * size
-    far = torch.arange(rows.blocks) < rule.first_near(positions)[:, :, None]
-    for part, reach in (
-        (slice(0, rule.sink_blocks), rule.sink_reach_tokens),
-        (slice(rule.sink_blocks, None), rule.reach_tokens),
-    ):
-        if reach is None:
-            continue
-        beyond = (far & (positions[:, :, None] - starts >= reach))[:, :, part]
-        if beyond.any():
-            at = torch.full_like(positions, reach - 1)
-            still = product(at, rows.within[:, :, part], at_reach)
-            mask = beyond.to(q.device)[:, None, None, :, :, None]
-            scores[..., part, :] = torch.where(mask, still, scores[..., part, :])
-    return scores
-
-
-def _choose(
-    q: Tensor, means: _Rows, positions: Tensor, frequencies: Tensor, rule: BlockRule
-) -> Bool[Tensor, "B G T N"]:
-    """Blocks that each token sees in each group."""
-    block = torch.arange(means.blocks)
-    first_near = rule.first_near(positions)[:, :, None]
-    always = ((block >= first_near) | (block < rule.sink_blocks)).to(q.device)[:, None]
-    seen = always.expand(-1, means.within.shape[1], -1, -1)
-    if bool(always.all()):
-        return seen
-    with torch.no_grad():
-        scores = _scores(q, means, positions, frequencies, rule, means.dtype).amax(-1)
-        scores = scores.masked_fill(always[:, :, None], -torch.inf)
-        # Less what keeps a token without candidates from being NaN.
-        mass = scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-        best = (scores - mass).amax(2)
-        top = best.topk(min(rule.top_blocks, means.blocks), -1).indices
-        chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(-1, top, True)
-    return seen | (chosen & ~always)
