@@ -284,6 +284,29 @@ def test_observers_see_what_softmax_gives_and_change_nothing(
     assert look.document_share == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("engine", [False, True], ids=["torch", "engine"])
+def test_copies_that_share_their_pages_do_as_copies_do(
+    tokenizer: Tokenizer, engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tokenizer, "blocks")
+    if engine:
+        pack_decoder(model.decoder, "stored")
+    ids, one, other = (tiny.random_tokens(1, n, seed=n) for n in (60, 21, 22))
+    with torch.inference_mode():
+        _, state = model.decoder(ids, logits="none")
+        expected = [model.decoder(x, state.clone())[0] for x in (one, other)]
+        later = model.decoder(one, model.decoder(other, state.clone())[1])[0]
+        monkeypatch.setattr("respike.layers.storage.LARGE_BYTES", 0)
+        copies = [state.clone() for _ in range(3)]
+        said, grown = model.decoder(other, copies[0])
+        assert torch.equal(said, expected[1])
+        assert torch.equal(model.decoder(one, state)[0], expected[0])  # what was copied writes too
+        assert torch.equal(model.decoder(other, copies[1])[0], expected[1])
+        assert torch.equal(model.decoder(one, grown.clone())[0], later)  # a copy of a copy
+        del state
+        assert torch.equal(model.decoder(one, copies[2])[0], expected[0])
+
+
 def test_the_weights_that_an_observer_sees_are_those_of_the_definition() -> None:
     q, k = torch.randn(2, 5, 6, 8), torch.randn(2, 30, 3, 8)
     from respike.ops.attention import attention_bias, last_weights, visible

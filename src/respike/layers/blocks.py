@@ -161,9 +161,9 @@ class BlockState:
         return groups * (held + summaries * width * self.summaries.data.element_size())
 
     def clone(self) -> "BlockState":
-        """See `MixerState.clone`; copies are in memory."""
-        parts = {name: rows.data.clone() for name, rows in self.parts.items()}
-        return BlockState(parts, self.summaries.data.clone(), self.rule)
+        """See `MixerState.clone`; copies are in memory, see `Rows.copy`."""
+        parts = {name: rows.copy() for name, rows in self.parts.items()}
+        return BlockState(parts, self.summaries.copy(), self.rule)
 
     def rows(self, index: slice, num_tokens: int | None = None) -> "BlockState":
         """See `MixerState.rows`; room is in whole blocks."""

@@ -1,5 +1,8 @@
 """Where growing caches live: in memory, or in a file that the system pages in and out.
 
+A copy of a large cache shares its pages until it writes them: asking a text of a million tokens
+copies no gigabytes. Caches only ever grow, and neither reads what the other wrote behind its end.
+
 ``RESPIKE_CACHE_DIR`` names a directory for the caches of block-sparse mixers. Each is then mapped
 from a file there that has no name any more, so nothing is left behind whatever happens; on a
 file system in memory (tmpfs) this gains nothing. Unset: memory.
@@ -9,6 +12,7 @@ Letters: B batch, G KV groups, S slots, C channels.
 
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +24,9 @@ from respike.layers.span import Span
 VARIABLE = "RESPIKE_CACHE_DIR"
 MAPPED_SLOTS = 1 << 16
 """Slots a mapped cache begins with: files have holes, so what is not written costs nothing."""
+
+LARGE_BYTES = 64 << 20
+"""Smaller caches are copied whole."""
 
 
 def put_rows(data: Tensor, new: Tensor, span: Span) -> None:
@@ -41,6 +48,8 @@ class Rows:
 
     def __init__(self, data: Tensor) -> None:
         self.data = data
+        self._shared: str | None = None
+        """A file in memory that holds ``data``."""
 
     @property
     def row_bytes(self) -> int:
@@ -69,7 +78,29 @@ class Rows:
         shape = (*self.data.shape[:2], slots, self.data.shape[3])
         grown = _mapped(shape, self.data.dtype) if mapped else self.data.new_zeros(shape)
         grown[:, :, :have] = self.data
-        self.data = grown
+        self.data, self._shared = grown, None
+
+    def copy(self) -> Tensor:
+        """The buffer, to be written to; a large one takes memory only where it is."""
+        plain = self.data.nbytes < LARGE_BYTES or self.data.device.type != "cpu"
+        if plain or os.environ.get(VARIABLE) or not hasattr(os, "memfd_create"):
+            return self.data.clone()
+        if self._shared is None:
+            self._share()
+        assert self._shared is not None
+        return _from_file(self._shared, tuple(self.data.shape), self.data.dtype, shared=False)
+
+    def _share(self) -> None:
+        """Move to a file in memory, of which copies are private views; room is free there."""
+        batch, groups, slots, width = self.data.shape
+        shape = batch, groups, 2 * slots, width
+        file = os.memfd_create("respike-cache")
+        weakref.finalize(self, os.close, file)
+        os.ftruncate(file, 2 * self.data.nbytes)
+        self._shared = f"/proc/self/fd/{file}"
+        held = _from_file(self._shared, shape, self.data.dtype, shared=True)
+        held[:, :, :slots] = self.data
+        self.data = held
 
     @staticmethod
     def join(parts: Sequence["Rows"]) -> Tensor:
@@ -79,13 +110,18 @@ class Rows:
         return torch.cat([pad(p.data, (0, 0, 0, slots - p.data.shape[2])) for p in parts])
 
 
+def _from_file(path: str, shape: tuple[int, ...], dtype: torch.dtype, *, shared: bool) -> Tensor:
+    size = torch.Size(shape).numel()
+    return torch.from_file(path, shared=shared, size=size, dtype=dtype).view(shape)
+
+
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     folder = os.environ[VARIABLE]
     count = torch.Size(shape).numel()
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="respike-cache-") as file:
             file.truncate(count * dtype.itemsize)
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+            return _from_file(file.name, shape, dtype, shared=True)
     except (OSError, RuntimeError) as error:
         raise UsageError(
             f"{VARIABLE}={folder!r}: a cache cannot be mapped there: {error}",
