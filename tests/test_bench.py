@@ -361,6 +361,8 @@ def test_a_row_counts_what_a_step_moves() -> None:
     assert row["moved_bytes_per_second"] == 4700
     assert row["read_frac"] == 0.5
     assert row["ideal_decode_tokens_per_second"] == 10
+    some = [p | {"step_state_bytes": 100} for p in points]  # a step reads a part of the state
+    assert row_of(contender("a"), some, 10, read=9400.0)["moved_bytes_per_token"] == 740
     peer = Contender("p", "p", "x", {}, True, lambda n: 2.0 * n, looked_up_frac=0.25)
     assert row_of(peer, [point(50, 1.0, 2.0)], 10, 1.0)["moved_bytes_per_token"] == 850
 

@@ -124,15 +124,22 @@ def moved_bytes_per_token(config: ModelConfig, num_tokens: int, weights: str = "
     if not config.tie_word_embeddings:
         read -= config.vocab_size * config.hidden_size
     parts = state_parts(config, num_tokens)
+    parts["softmax"] -= unseen_bytes(config, num_tokens)
     for _, part in config.mixers():
-        if part.mixer == "blocks":
-            row, _ = _block_bytes(part, config.head_dim, 2)
-            unseen = num_tokens - _seen_tokens(part, num_tokens)
-            parts["softmax"] -= len(part.groups) * row * unseen
-        elif part.memory is not None and part.memory.kind == "sse":
+        if part.mixer != "blocks" and part.memory is not None and part.memory.kind == "sse":
             idle = part.memory.partitions - part.memory.chosen
             parts["memory"] -= len(part.groups) * MEMORY_BYTES * idle * config.head_dim**2
     return int(read * BITS[weights] / 8) + sum(parts.values()) + parts["memory"]
+
+
+def unseen_bytes(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) -> int:
+    """Bytes of keys and values that a step after ``num_tokens`` leaves alone: blocks not chosen."""
+    unseen = 0
+    for _, part in config.mixers():
+        if part.mixer == "blocks":
+            row, _ = _block_bytes(part, config.head_dim, bytes_per_value)
+            unseen += len(part.groups) * row * (num_tokens - _seen_tokens(part, num_tokens))
+    return unseen
 
 
 def _seen_tokens(part: Mixer, num_tokens: int) -> int:

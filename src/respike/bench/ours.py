@@ -105,6 +105,8 @@ def measure(decoder: Any, job: Job) -> dict[str, Any]:
     """
     import torch
 
+    from respike.account import unseen_bytes
+
     tokens = tokens_of(job)
     with torch.inference_mode():
         warm = tokens[:, -WARM_UP_TOKENS:].flip(1)
@@ -116,6 +118,8 @@ def measure(decoder: Any, job: Job) -> dict[str, Any]:
         token = scores[:, 0].argmax(-1, keepdim=True)
         first = time.perf_counter()
         state_bytes = state.nbytes()
+        size = decoder.embedding.element_size()
+        unseen = unseen_bytes(decoder.config, tokens.shape[1], size)
         begin = first
         for step in range(job["decode_tokens"] + 1):
             if step == 1:
@@ -127,6 +131,7 @@ def measure(decoder: Any, job: Job) -> dict[str, Any]:
         "ttft_seconds": first - start,
         "decode_seconds": end - begin,
         "state_bytes": state_bytes,
+        "step_state_bytes": state_bytes - unseen,
     }
 
 

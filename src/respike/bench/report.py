@@ -33,7 +33,7 @@ def row_of(
     weights = facts.get("step_weight_bytes")
     if weights is None:
         weights = round(facts["weight_bytes"] * (1 - contender.looked_up_frac))
-    moved = weights + state + facts.get("memory_bytes", 0)
+    moved = weights + points[0].get("step_state_bytes", state) + facts.get("memory_bytes", 0)
     decode = spread([decode_tokens / p["decode_seconds"] for p in points])
     peaks = [p["peak_rss_bytes"] for p in points if p["peak_rss_bytes"] is not None]
     return {
