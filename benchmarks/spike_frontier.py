@@ -29,6 +29,7 @@ from torch import Tensor
 
 from respike.bench.contenders import Subject, field_of
 from respike.bench.machine import provenance
+from respike.bench.peer_llama_cpp import FILE_TYPES
 from respike.bench.process import run_child
 from respike.checkpoint import fingerprint, open_checkpoint
 from respike.checkpoint.folder import read_json
@@ -103,6 +104,7 @@ def peers(model: Path, options: argparse.Namespace) -> list[Contender]:
     field = field_of(
         Subject(path=model), options.vs, dtype=None, weights=None, threads=1,
         peer_python=options.python, cache_folder=options.work,
+        peer_weights=("as is", *FILE_TYPES),
     )  # fmt: skip
     found = []
     for c in field.contenders:

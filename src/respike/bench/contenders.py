@@ -126,6 +126,7 @@ def field_of(
     threads: int,
     peer_python: str,
     cache_folder: Path,
+    peer_weights: Sequence[str] = PEER_WEIGHTS,
 ) -> Field:
     """Everyone who takes part.
 
@@ -137,6 +138,7 @@ def field_of(
         threads: Of everyone.
         peer_python: Interpreter that has the peers' packages.
         cache_folder: Where requantised and random peers are kept.
+        peer_weights: What llama.cpp has its weights in: as is, or a key of its FILE_TYPES.
 
     Raises:
         UsageError: The call cannot mean anything, e.g. an original of an original.
@@ -162,7 +164,13 @@ def field_of(
     if "llama.cpp" in wanted:
         assert original_path is not None
         found.contenders += _llama_cpp(
-            original_path, original_config, common, peer_python, cache_folder, found.notes
+            original_path,
+            original_config,
+            common,
+            peer_python,
+            cache_folder,
+            found.notes,
+            peer_weights,
         )
     if "rwkv7" in wanted:
         found.contenders.append(_rwkv7(original_config, common, peer_python, cache_folder))
@@ -279,12 +287,13 @@ def _llama_cpp(
     python: str,
     cache_folder: Path,
     notes: list[str],
+    weights: Sequence[str],
 ) -> list[Contender]:
     """Every cache type, with and without flash attention, on each kind of weights."""
     if not isinstance(open_checkpoint(path), GgufCheckpoint):
         raise UsageError(f"--vs llama.cpp: needs an original that is a .gguf file, {path} is not")
     found = []
-    for kind in PEER_WEIGHTS:
+    for kind in weights:
         file = path
         if kind != "as is":
             file = _requantised(path, kind, common, python, cache_folder)

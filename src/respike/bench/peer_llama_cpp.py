@@ -17,7 +17,10 @@ from typing import Any
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 """Their numbers in ggml."""
-FILE_TYPES = {"q4_0": 2, "q8_0": 7}
+FILE_TYPES = {
+    "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_m": 12,
+    "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18,
+}  # fmt: skip
 WARM_UP_TOKENS = 512
 
 Job = Mapping[str, Any]
