@@ -22,8 +22,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
 import numpy
 import torch
+from matplotlib import pyplot
 from resultfile import write
 from torch import Tensor
 
@@ -219,6 +223,31 @@ def rows_of(
     return rows
 
 
+def draw(rows: list[dict[str, Any]], threads: str, path: Path) -> None:
+    """KL against tokens a second; what spikes is joined by a line for each kind of weights."""
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    marks = {"dense": "o", "events": "D", "llama.cpp": "^", "transformers": "s"}
+    for kind, mark in marks.items():
+        mine = [r for r in rows if r["kind"] == kind]
+        for number, weights in enumerate(dict.fromkeys(r["weights"] for r in mine)):
+            some = sorted((r for r in mine if r["weights"] == weights), key=lambda r: r["kl_nats"])
+            x = [r["tokens_per_second"][threads]["median"] for r in some]
+            y = [max(r["kl_nats"], 1e-4) for r in some]
+            line = mark + (":" if kind == "events" else "")
+            color = {"dense": "C0", "events": f"C{1 + number}"}.get(kind, "gray")
+            axis.plot(
+                x, y, line, color=color, label=f"{kind} {weights}" if color != "gray" else None
+            )
+            if kind != "events":
+                axis.annotate(f" {weights}", (x[0], y[0]), size=8)
+    for kind in ("llama.cpp", "transformers"):
+        axis.plot([], [], marks[kind], color="gray", label=kind)
+    axis.set(yscale="log", ylabel="KL to the original, nats a token")
+    axis.set_xlabel(f"tokens decoded a second, {threads} thread{'s' * (threads != '1')}")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -250,6 +279,8 @@ def main() -> None:
         "rows": rows,
     }
     write(options.output, report)
+    for threads in rows[0]["tokens_per_second"]:
+        draw(rows, threads, options.output.with_name(f"{options.output.stem}-{threads}.png"))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ inline std::int64_t tiles_of(const PackedWeights& w) {
   return (w.outputs + tile_width - 1) / tile_width;
 }
 
-// As spike_linears, for counts within most_count.
+// As spike_linears, for counts within most_count; rows with others come out as anything.
 template <class T>
 void dense_spike_linears(Level level, int threads, const Fired& fired,
                          const PackedLinearJob<T>* jobs, std::int64_t count);
