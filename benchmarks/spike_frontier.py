@@ -235,13 +235,10 @@ def draw(rows: list[dict[str, Any]], threads: str, path: Path) -> None:
             y = [max(r["kl_nats"], 1e-4) for r in some]
             line = mark + (":" if kind == "events" else "")
             color = {"dense": "C0", "events": f"C{1 + number}"}.get(kind, "gray")
-            axis.plot(
-                x, y, line, color=color, label=f"{kind} {weights}" if color != "gray" else None
-            )
+            label = f"events {weights}" if kind == "events" else kind if number == 0 else None
+            axis.plot(x, y, line, color=color, label=label)
             if kind != "events":
                 axis.annotate(f" {weights}", (x[0], y[0]), size=8)
-    for kind in ("llama.cpp", "transformers"):
-        axis.plot([], [], marks[kind], color="gray", label=kind)
     axis.set(yscale="log", ylabel="KL to the original, nats a token")
     axis.set_xlabel(f"tokens decoded a second, {threads} thread{'s' * (threads != '1')}")
     axis.legend(fontsize=8)
