@@ -169,9 +169,8 @@ def curve_table(result: dict[str, Any]) -> str:
 def ablations_table(result: dict[str, Any]) -> str:
     """A row for every arm, before and after training."""
     tasks = list(result["rows"][0]["after"]["tasks"])
-    header = ["one thing changed", "KL, nats, untrained", "healed", "nats added, healed",
-              *(f"{task}, untrained, %" for task in tasks),
-              *(f"{task}, healed, %" for task in tasks)]  # fmt: skip
+    header = ["one thing changed", "KL untrained", "KL healed", "nats added, healed",
+              *(f"{task}, % untrained, healed" for task in tasks)]  # fmt: skip
     rows = []
     for row in result["rows"]:
         before, after = row["before"], row["after"]
@@ -179,7 +178,10 @@ def ablations_table(result: dict[str, Any]) -> str:
             row["name"], f"{before['kl_nats']:.4f}",
             f"{after['kl_nats']:.4f} ({interval(after['kl_95'], 4)})",
             f"{after['nats_added']:+.4f}",
-            *(f"{100 * seen['tasks'][task][0]:.0f}" for seen in (before, after) for task in tasks),
+            *(
+                ", ".join(f"{100 * seen['tasks'][task][0]:.0f}" for seen in (before, after))
+                for task in tasks
+            ),
         ])  # fmt: skip
     about = (
         f"{result['model']}, {result['asked']['tokens']:,} tokens of training an arm. "
