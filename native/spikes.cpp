@@ -49,8 +49,6 @@ void prefetch([[maybe_unused]] const void* row) {
 #endif
 }
 
-bool is_beyond(std::int32_t count) { return count > most_count || count < -most_count; }
-
 void list_events(const std::int32_t* counts, const PackedWeights& w, Events& events) {
   const auto inputs = static_cast<std::size_t>(w.inputs);
   const int64_t groups = groups_of(w);

@@ -47,6 +47,7 @@ void spike_linears(Level level, int threads, const Fired& fired, const PackedLin
 constexpr std::int64_t event_rows = 4;      // rows of which everything fired that take as long by
                                             // events as many take dense (measured)
 constexpr std::int32_t most_count = 32767;  // of larger counts, a group's sums may not fit int32
+inline bool is_beyond(std::int32_t count) { return count > most_count || count < -most_count; }
 
 inline std::int64_t groups_of(const PackedWeights& w) { return (w.inputs + w.group - 1) / w.group; }
 inline std::int64_t tiles_of(const PackedWeights& w) {

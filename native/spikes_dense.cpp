@@ -127,6 +127,7 @@ struct NarrowRows {
     const std::int32_t* counts = fired.counts + cell / groups * inputs;
     const int64_t from = cell % groups * group;
     for (int64_t i = from; i < std::min(from + group, inputs); ++i) {
+      if (is_beyond(counts[i])) continue;  // its row is done again by events
       const std::int32_t rest = counts[i] - narrowed(counts[i]);
       if (rest != 0) outliers.push_back({static_cast<std::int32_t>(i), rest});
     }
