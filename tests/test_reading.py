@@ -493,7 +493,7 @@ def test_a_dry_run_predicts_and_writes_nothing(folder: Path, cache: Path) -> Non
 @pytest.mark.slow
 def test_a_process_that_is_killed_resumes_to_the_same_file(folder: Path, cache: Path) -> None:
     text = cache / "a.txt"
-    text.write_text(prose(40_000))
+    text.write_text(prose(4_000))
     command = [sys.executable, "-m", "respike", "read", str(folder), str(text), "-o"]
     command_end = ["--checkpoint-seconds", "0"]
     subprocess.run([*command, cache / "whole.state", *command_end], check=True)
