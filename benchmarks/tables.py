@@ -280,6 +280,23 @@ def spikes_table(result: dict[str, Any]) -> str:
     return "\n".join([about, "", *markdown(header, rows)])
 
 
+def neurons_table(result: dict[str, Any]) -> str:
+    """One row for each neuron and way to share silence out."""
+    rows = [
+        [
+            row["neuron"], row["budget"], f"{100 * row['skipped_frac']:.0f}",
+            with_interval(row, "kl_nats", 3), f"{math.exp(row['nats_added']):.2f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    about = (
+        f"{result['model']}, {result['text']}, float weights in float32. "
+        f"{result['machine']['processor']}, {result['date']}, commit {result['commit']}."
+    )
+    header = ["neuron", "silence shared out", "weights skipped, %", "KL, nats", "perplexity ratio"]
+    return "\n".join([about, "", *markdown(header, rows)])
+
+
 def documents_table(result: dict[str, Any]) -> str:
     """One table a length: kinds down, contenders across."""
     asked = result["asked"]

@@ -202,6 +202,7 @@ def generated() -> dict[Path, str]:
         "recall_length": judged(printed.recall_table),
         "documents": judged(printed.documents_table), "abstain": judged(printed.abstain_table),
         "reading": judged(printed.reading_table), "spikes": judged(printed.spikes_table),
+        "neurons": judged(printed.neurons_table),
     }  # fmt: skip
     tables = {
         path.stem: make(path)
