@@ -369,9 +369,7 @@ def _seen_by_one(
     return bits.bool().flatten(2)[..., :blocks] | always[:, None]
 
 
-def _held(
-    k: Tensor, summaries: Tensor, frequencies: Tensor, rule: BlockRule
-) -> tuple["Rows", "Rows"]:
+def _held(k: Tensor, summaries: Tensor, frequencies: Tensor, rule: BlockRule) -> tuple[Rows, Rows]:
     blocks = k.shape[2] // rule.block_tokens
     rows, means = (rows_of(x, blocks, frequencies, rule.block_tokens) for x in (k, summaries))
     return rows, means
@@ -379,7 +377,7 @@ def _held(
 
 def _weights(
     q: Tensor,
-    held: tuple["Rows", "Rows"],
+    held: tuple[Rows, Rows],
     positions: Tensor,
     frequencies: Tensor,
     rule: BlockRule,
