@@ -323,6 +323,27 @@ def test_select_in_json_prints_the_scores_and_can_leave_out_the_picture(
     succeeded(respike(*words, "--no-heat-map", "--force"))
 
 
+def test_select_beside_a_conversion_keeps_its_recipe(respike: Program, tmp_path: Path) -> None:
+    rest, recipe = tmp_path / "rest", tmp_path / "mine.yaml"
+    changes = ("window_tokens=16", "far.features=4", "far.calibration_tokens=0")
+    sets = [word for change in changes for word in ("--set", change)]
+    succeeded(respike("convert", "tiny", rest, "--recipe", "constant", *sets))
+    words = ("select", "tiny", "-o", recipe, "--softmax-groups", "2", "--copy-trials", "2", *TEXT)
+    for more, why in (
+        (("--rest", rest, "--window-tokens", "8"), "--window-tokens means nothing beside --rest"),
+        (("--rest", tmp_path), "has no recipe.yaml"),
+        (("--rest", "tiny"), "has no recipe.yaml"),
+    ):
+        refused = respike(*words, *more)
+        assert refused.code == 2
+        assert why in refused.err
+    succeeded(respike(*words, "--rest", rest, "--no-heat-map"))
+    made = load_recipe(str(recipe))
+    assert (made.memory, made.window_tokens, made.far.features) == ("far", 16, 4)
+    assert sum(len(groups) for groups in made.softmax_groups.values()) == 2
+    assert "the rest are as in 'constant'" in made.about
+
+
 def test_check_of_a_model_with_itself_is_zero(respike: Program) -> None:
     report = succeeded(respike("check", "tiny", "tiny", *TEXT, "--max-kl", "0", "--json")).json
     assert report["met"] is True

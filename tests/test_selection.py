@@ -12,13 +12,15 @@ from torch import Tensor
 from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation import Task, Vocabulary
+from respike.layers.far import FarSoftmax
+from respike.layers.mixer import Mixer
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.models.decoder import Decoder
 from respike.recipe import apply_recipe, dump_recipe, load_recipe
 from respike.selection import Budget, Group, Selection, select, selected_recipe
 from respike.tasks import make_trials
 from respike.tokenizer import Tokenizer
-from tiny import full, model_config, random_decoder, random_tokens, save_tokenizer
+from tiny import FAR, full, model_config, random_decoder, random_tokens, save_tokenizer, window
 
 WINDOW, SINKS, TRIALS = 9, 2, 3
 LAG = WINDOW + 64
@@ -285,6 +287,58 @@ def test_progress_rises_and_stays_within_its_total(tokenizer: Tokenizer) -> None
     assert done == sorted(set(done))
     assert done[0] == 1
     assert 12 < done[-1] <= 18
+
+
+# ---- beside a conversion ---------------------------------------------------------------------
+
+
+def conversion(decoder: Decoder, memory: bool = True) -> Decoder:
+    """Of all groups of ``decoder``: the window, and a far memory with random weights."""
+    reach = decoder.config.max_position_embeddings
+    part = window(0, 1, 2, tokens=WINDOW, sinks=SINKS, reach=reach, memory=FAR if memory else None)
+    config = model_config(((part,),) * LAYERS)
+    made = random_decoder(config, seed=5)
+    made.load_state_dict({**made.state_dict(), **decoder.state_dict()}, strict=False)
+    return made
+
+
+def test_a_conversion_without_memories_is_the_window(tokenizer: Tokenizer) -> None:
+    decoder, text = small(), random_tokens(*CONTEXTS)
+    found = select(decoder, tokenizer, text, budget(3), rest=conversion(decoder, memory=False))
+    assert found == run(decoder, tokenizer, 3)
+
+
+def test_with_memories_the_student_is_the_conversion(tokenizer: Tokenizer) -> None:
+    """Before the first pick it is the conversion itself, after the last some groups are full."""
+    decoder, text = small(), random_tokens(*CONTEXTS)
+    other = conversion(decoder)
+    found = select(decoder, tokenizer, text, budget(2), rest=other)
+    p = with_full(decoder, set(EVERY))(text).log_softmax(-1)
+
+    def kl_of(model: Decoder) -> float:
+        with torch.inference_mode():
+            q = model(text)[0].double().log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1)[:, WINDOW : text.shape[1] - 1 : 4].mean())
+
+    first, last = found.rounds[0], found.rounds[-1]
+    assert first["kl"] == pytest.approx(kl_of(other), rel=1e-4)
+    assert abs(first["kl"] - run(decoder, tokenizer, 1).rounds[0]["kl"]) > 1e-4
+    for number, layer in enumerate(other.layers):
+        kept = [g for n, g in found.picked if n == number]
+        groups = [g for g in range(GROUPS) if g not in kept]
+        mixer = layer.self_attn.mixers[0]
+        assert isinstance(mixer, FarSoftmax)
+        parts: list[tuple[list[int], Mixer]] = [(groups, mixer.of_groups(groups))] if groups else []
+        layer.self_attn.set_mixers([*parts, *([(kept, FullSoftmax())] if kept else [])])
+    assert last["kl"] == pytest.approx(kl_of(other), rel=1e-4)
+
+
+def test_a_conversion_of_another_shape_or_with_softmax_is_refused(tokenizer: Tokenizer) -> None:
+    decoder, text = small(), random_tokens(*CONTEXTS)
+    with pytest.raises(UsageError, match="layer 0 is not one window"):
+        select(decoder, tokenizer, text, budget(2), rest=small())
+    with pytest.raises(UsageError, match="other layers or heads"):
+        select(decoder, tokenizer, text, budget(2), rest=random_decoder(model_config()))
 
 
 # ---- refusals --------------------------------------------------------------------------------

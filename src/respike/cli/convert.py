@@ -1,10 +1,12 @@
 """Verbs that make models and recipes: convert, select."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from respike.cli.show import (
     data_option,
@@ -115,6 +117,12 @@ def _plan_text(report: dict[str, Any]) -> str:
 @data_option("Text file")
 @number_option("--window-tokens", 256, "Window of all other KV groups.")
 @number_option("--sink-tokens", 4, "First tokens that those groups keep.", least=0)
+@click.option(
+    "--rest",
+    metavar="FOLDER",
+    help="Conversion of MODEL by the recipe constant: what those groups become, memories too.  "
+    "[default: a window]",
+)
 @number_option("--context-tokens", 1024, "Length of a piece of text.", least=2)
 @number_option("--max-tokens", 3072, "Tokens of text in all.")
 @number_option("--copy-trials", 4, "Sequences of the copying probe.")
@@ -144,6 +152,10 @@ def select_command(model: str, output: str, **options: Any) -> None:
         need_matplotlib("the heat map", "add --no-heat-map")
     set_threads(options["threads"])
     loaded = load(model, **load_options(options))
+    rest = rest_recipe = None
+    if options["rest"]:
+        rest_recipe = _recipe_of(options["rest"])
+        rest = load(options["rest"], **load_options(options)).decoder
     text = contexts(
         options["data"],
         loaded.tokenizer,
@@ -157,10 +169,13 @@ def select_command(model: str, output: str, **options: Any) -> None:
         copy_trials=options["copy_trials"],
         passkey_trials=options["passkey_trials"],
     )
+    if rest_recipe:
+        window, sinks = rest_recipe.window_tokens, rest_recipe.sink_tokens
+        budget = replace(budget, window_tokens=window, sink_tokens=sinks)
     with progress("measuring") as step:
-        selection = select(loaded.decoder, loaded.tokenizer, text, budget, step)
+        selection = select(loaded.decoder, loaded.tokenizer, text, budget, step, rest)
     name = Path(model).resolve().name
-    recipe = selected_recipe(selection, budget, loaded.config, recipe_path.stem, name)
+    recipe = selected_recipe(selection, budget, loaded.config, recipe_path.stem, name, rest_recipe)
     recipe_path.write_text(dump_recipe(recipe, {"measured on": name}), encoding="utf-8")
     scores = selection.as_dict()
     scores_path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
@@ -175,6 +190,24 @@ def select_command(model: str, output: str, **options: Any) -> None:
     for path in wanted:
         click.echo(f"wrote {path}", err=True)
     click.echo(f"next: respike convert {model} OUT --recipe {recipe_path}", err=True)
+
+
+def _recipe_of(folder: str) -> Any:
+    """The recipe of a converted folder, whose window no option may contradict."""
+    from respike.recipe import load_recipe
+
+    context = click.get_current_context()
+    for name in ("window_tokens", "sink_tokens"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} means nothing beside --rest, which has its own")
+    path = Path(folder) / "recipe.yaml"
+    if not path.is_file():
+        raise UsageError(
+            f"--rest {folder}: has no recipe.yaml; expected a converted folder",
+            hint="make one: respike convert MODEL FOLDER --recipe constant",
+        )
+    return load_recipe(str(path))
 
 
 def _selection_text(scores: dict[str, Any]) -> str:

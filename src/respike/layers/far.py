@@ -4,6 +4,7 @@ Letters: B batch, T tokens, H query heads, G KV groups, F prototypes, K head dim
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ class FarSoftmax(Mixer):
         self.watch = False
         self.share: Tensor | None = None
         """With ``watch``: memory's share of each query's attention (B, T, H) in the last call."""
+
+    def of_groups(self, groups: Sequence[int]) -> "FarSoftmax":
+        """The same for some of its groups, counted from 0; weights are copied."""
+        count, features, head_dim = self.key_weight.shape
+        rep = len(self.beta) // count
+        heads = [g * rep + r for g in groups for r in range(rep)]
+        part = FarSoftmax(
+            self.window, num_heads=len(heads), num_groups=len(groups), head_dim=head_dim,
+            features=features,
+        )  # fmt: skip
+        for name, own in self.named_parameters(recurse=False):
+            of_heads = name in ("query_weight", "beta")
+            setattr(part, name, nn.Parameter(own.detach()[heads if of_heads else list(groups)]))
+        return part
 
     def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> PairState:
         """See `Mixer.init_state`."""

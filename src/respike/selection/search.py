@@ -1,10 +1,13 @@
-"""Which KV groups keep full softmax: greedy addition to the all-window model, by two measures.
+"""Which KV groups keep full softmax: greedy addition to the model without any, by two measures.
 
 kl_gain      Nats of KL per token, beyond the window, that adding the group removes.
 recall_gain  Nats per answer token of recall beyond the window that adding it gives back.
-recall_damage  Nats that recall loses when only this group of the original is windowed.
+recall_damage  Nats that recall loses when only this group of the original is exchanged.
 
 Recall is copying random tokens plus finding a passkey: two circuits; a group may serve only one.
+
+The student starts as a window with sinks in every group, or as a conversion that has no softmax
+groups: with its memories, what they already do is no reason to keep a group.
 
 Picks alternate between the largest kl_gain and the largest recall_gain + recall_damage: a group
 that recall cannot do without may show no gain until the others of its circuit are there. Gains are
@@ -15,20 +18,21 @@ removal, and why recall has a say of its own: docs/concepts/selection.md.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from respike.config import ModelConfig
 from respike.errors import UsageError
+from respike.layers.far import FarSoftmax
 from respike.layers.mixer import Mixer
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.material import Trial, Vocabulary
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
 from respike.models.state import DecoderState
-from respike.recipe import Recipe, Rule, SourceShape
+from respike.recipe import Recipe, SourceShape
 from respike.tasks import Task, make_trials
 from respike.tokenizer import Tokenizer
 
@@ -155,15 +159,11 @@ class _RecallProbe(_Probe):
 
 
 class _Student:
-    """The decoder with some groups full and all others windowed; measures with shared prefixes."""
+    """The decoder with some groups full, all others as ``rest``; measures with shared prefixes."""
 
-    def __init__(self, decoder: Decoder, budget: Budget, probes: list[_Probe]) -> None:
-        self.decoder, self.probes = decoder, probes
-        config = decoder.config
-        self.groups = range(config.num_key_value_heads)
-        self.window = WindowSoftmax(
-            budget.window_tokens, budget.sink_tokens, config.max_position_embeddings
-        )
+    def __init__(self, decoder: Decoder, rest: Sequence[Mixer], probes: list[_Probe]) -> None:
+        self.decoder, self.rest, self.probes = decoder, rest, probes
+        self.groups = range(decoder.config.num_key_value_heads)
         self.full: set[Group] = set()
 
     def arrange(self, full: set[Group]) -> None:
@@ -185,8 +185,12 @@ class _Student:
     def _set(self, layer: int, full: set[Group]) -> None:
         kept = [g for g in self.groups if (layer, g) in full]
         rest = [g for g in self.groups if (layer, g) not in full]
-        parts: list[tuple[list[int], Mixer]] = [(kept, FullSoftmax()), (rest, self.window)]
-        self.decoder.layers[layer].self_attn.set_mixers([p for p in parts if p[0]])
+        parts: list[tuple[list[int], Mixer]] = [(kept, FullSoftmax())] if kept else []
+        if rest:
+            mixer = self.rest[layer]
+            some = mixer.of_groups(rest) if isinstance(mixer, FarSoftmax) else mixer
+            parts.append((rest, some))
+        self.decoder.layers[layer].self_attn.set_mixers(parts)
 
     def _spans(self, state: DecoderState, num_tokens: int) -> list[Span]:
         """The chunks a layer works through, as in a prefill: a window then costs what it sees."""
@@ -232,6 +236,7 @@ def select(
     contexts: Tensor,
     budget: Budget,
     progress: Callable[[int, int], None] | None = None,
+    rest: Decoder | None = None,
 ) -> Selection:
     """Pick the KV groups that keep full softmax.
 
@@ -241,9 +246,12 @@ def select(
         contexts: Text as token ids (N, T) with T at least twice the window.
         budget: How many to pick.
         progress: Called with (measurements done, measurements in all).
+        rest: A conversion of ``decoder`` in which all groups of a layer share one window, such as
+            by the recipe ``constant``: what groups that are not kept become, memories too. The
+            budget's window and sinks are its own. None: windows alone.
 
     Raises:
-        UsageError: The budget or the contexts cannot work.
+        UsageError: The budget, the contexts or ``rest`` cannot work.
     """
     config = decoder.config
     every = [
@@ -278,7 +286,8 @@ def select(
 
     try:
         with torch.inference_mode():
-            student, result = _prepare(decoder, tokenizer, contexts, budget), Selection()
+            others = _rest_mixers(decoder.config, budget, rest)
+            student, result = _prepare(decoder, tokenizer, contexts, budget, others), Selection()
             recall_probes = list(range(1, len(student.probes)))
             intact = sum(student.values()[1:])
             for group in every:
@@ -299,7 +308,36 @@ def select(
     return result
 
 
-def _prepare(decoder: Decoder, tokenizer: Tokenizer, contexts: Tensor, budget: Budget) -> _Student:
+def _rest_mixers(config: ModelConfig, budget: Budget, rest: Decoder | None) -> list[Mixer]:
+    """For each layer the mixer of groups that are not kept."""
+    if rest is None:
+        reach = config.max_position_embeddings
+        window = WindowSoftmax(budget.window_tokens, budget.sink_tokens, reach)
+        return [window] * config.num_hidden_layers
+    shape = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    if any(getattr(rest.config, name) != getattr(config, name) for name in shape):
+        raise UsageError(
+            "the conversion has other layers or heads than the model",
+            hint="give a conversion of this very model, by the recipe constant",
+        )
+    mixers = [layer.self_attn.mixers for layer in rest.layers]
+    for number, parts in enumerate(mixers):
+        if len(parts) > 1 or not isinstance(parts[0], WindowSoftmax | FarSoftmax):
+            raise UsageError(
+                f"the conversion's layer {number} is not one window, with or without a far memory, "
+                "of all its KV groups",
+                hint="make it by the recipe constant",
+            )
+    return [cast(Mixer, parts[0]) for parts in mixers]
+
+
+def _prepare(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    contexts: Tensor,
+    budget: Budget,
+    rest: Sequence[Mixer],
+) -> _Student:
     """Probes, and the student arranged as the original."""
     device = decoder.embedding.device
     lag = budget.window_tokens + 64
@@ -316,7 +354,7 @@ def _prepare(decoder: Decoder, tokenizer: Tokenizer, contexts: Tensor, budget: B
         budget.window_tokens, contexts.shape[1] - 1, POSITION_STRIDE, device=device
     )
     text = _TextProbe(decoder, contexts.to(device), beyond)
-    student = _Student(decoder, budget, [text, *recalls])
+    student = _Student(decoder, rest, [text, *recalls])
     depth, groups = decoder.config.num_hidden_layers, decoder.config.num_key_value_heads
     student.arrange({(i, g) for i in range(depth) for g in range(groups)})
     text.remember(student.inputs[0][1][-1])
@@ -371,28 +409,33 @@ def _round(
 
 
 def selected_recipe(
-    selection: Selection, budget: Budget, source: ModelConfig, name: str, measured_on: str
+    selection: Selection,
+    budget: Budget,
+    source: ModelConfig,
+    name: str,
+    measured_on: str,
+    rest: Recipe | None = None,
 ) -> Recipe:
-    """The recipe that keeps what was selected."""
+    """The recipe that keeps what was selected, all else as ``rest`` says, or as a window."""
     groups: dict[int, tuple[int, ...]] = {}
     for layer, group in sorted(selection.picked):
         groups[layer] = (*groups.get(layer, ()), group)
     total = source.num_hidden_layers * source.num_key_value_heads
-    return Recipe(
-        recipe=1,
-        name=name,
-        about=f"{len(selection.picked)} of {total} KV groups keep full softmax, chosen by "
-        f"measurement (`respike select`); the rest see {budget.window_tokens} tokens and "
-        f"{budget.sink_tokens} sinks.",
-        measured_on=measured_on,
-        source=SourceShape(
-            family=source.family,
-            num_hidden_layers=source.num_hidden_layers,
-            num_key_value_heads=source.num_key_value_heads,
-            hidden_size=source.hidden_size,
-        ),
-        layers=(Rule(at="all", mixer="window"),),
-        window_tokens=budget.window_tokens,
-        sink_tokens=budget.sink_tokens,
-        softmax_groups=groups,
-    )
+    if rest is None:
+        window, sinks = budget.window_tokens, budget.sink_tokens
+        others = {
+            "layers": ({"at": "all", "mixer": "window"},),
+            "window_tokens": window, "sink_tokens": sinks,
+        }  # fmt: skip
+        known = f"see {window} tokens and {sinks} sinks"
+    else:
+        others = rest.model_dump(exclude_defaults=True)
+        known = f"are as in {rest.name!r}"
+    shape = {field: getattr(source, field) for field in SourceShape.model_fields}
+    told = {
+        "recipe": 1, "name": name, "measured_on": measured_on, "source": shape,
+        "softmax_groups": groups,
+        "about": f"{len(selection.picked)} of {total} KV groups keep full softmax, chosen by "
+        f"measurement (`respike select`); the rest {known}.",
+    }  # fmt: skip
+    return Recipe.model_validate({**others, **told})
