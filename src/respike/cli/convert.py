@@ -151,11 +151,9 @@ def select_command(model: str, output: str, **options: Any) -> None:
     if options["heat_map"]:
         need_matplotlib("the heat map", "add --no-heat-map")
     set_threads(options["threads"])
+    rest_recipe = _recipe_of(options["rest"]) if options["rest"] else None
     loaded = load(model, **load_options(options))
-    rest = rest_recipe = None
-    if options["rest"]:
-        rest_recipe = _recipe_of(options["rest"])
-        rest = load(options["rest"], **load_options(options)).decoder
+    rest = load(options["rest"], **load_options(options)).decoder if options["rest"] else None
     text = contexts(
         options["data"],
         loaded.tokenizer,
