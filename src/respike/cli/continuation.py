@@ -3,9 +3,8 @@
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from respike.cli.show import number_option, progress, table
+from respike.cli.show import given, number_option, progress, table
 from respike.errors import UsageError
 
 
@@ -28,10 +27,8 @@ def generation_options(command: Any) -> Any:
 
 def refuse_generation_options(options: dict[str, Any]) -> None:
     """Options that mean nothing without --generate."""
-    context = click.get_current_context()
     for name in ("prompts", "prompt_tokens"):
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if given and options["new_tokens"] is None:
+        if given(name) and options["new_tokens"] is None:
             raise UsageError(f"--{name.replace('_', '-')} means nothing without --generate")
 
 

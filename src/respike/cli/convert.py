@@ -1,16 +1,15 @@
 """Verbs that make models and recipes: convert, select."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from respike.cli.show import (
     data_option,
     echo_json,
+    given,
     human_bytes,
     json_option,
     load_options,
@@ -162,14 +161,11 @@ def select_command(model: str, output: str, **options: Any) -> None:
     )
     budget = Budget(
         softmax_groups=options["softmax_groups"],
-        window_tokens=options["window_tokens"],
-        sink_tokens=options["sink_tokens"],
+        window_tokens=rest_recipe.window_tokens if rest_recipe else options["window_tokens"],
+        sink_tokens=rest_recipe.sink_tokens if rest_recipe else options["sink_tokens"],
         copy_trials=options["copy_trials"],
         passkey_trials=options["passkey_trials"],
     )
-    if rest_recipe:
-        window, sinks = rest_recipe.window_tokens, rest_recipe.sink_tokens
-        budget = replace(budget, window_tokens=window, sink_tokens=sinks)
     with progress("measuring") as step:
         selection = select(loaded.decoder, loaded.tokenizer, text, budget, step, rest)
     name = Path(model).resolve().name
@@ -194,9 +190,8 @@ def _recipe_of(folder: str) -> Any:
     """The recipe of a converted folder, whose window no option may contradict."""
     from respike.recipe import load_recipe
 
-    context = click.get_current_context()
     for name in ("window_tokens", "sink_tokens"):
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if given(name):
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{option} means nothing beside --rest, which has its own")
     path = Path(folder) / "recipe.yaml"

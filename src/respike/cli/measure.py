@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from respike.cli.continuation import (
     compare_continuations,
@@ -23,6 +22,7 @@ from respike.cli.show import (
     BUILTIN,
     data_option,
     echo_json,
+    given,
     json_option,
     load_options,
     number_option,
@@ -233,10 +233,8 @@ UNUSED = {
 
 
 def _refuse_unused(task: str) -> None:
-    context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
-        if given and option.name in UNUSED[task]:
+    for option in click.get_current_context().command.params:
+        if option.name in UNUSED[task] and given(option.name):
             raise UsageError(f"{option.opts[0]} means nothing to --task {task}")
 
 

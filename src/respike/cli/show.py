@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from respike.errors import BackendError, UsageError
 
@@ -74,6 +75,12 @@ def number_option(
     """An option that takes a count of at least ``least``."""
     kind = click.IntRange(least)
     return click.option(name, default=default, show_default=True, type=kind, metavar="N", help=help)
+
+
+def given(name: str) -> bool:
+    """Whether the running command's option was typed, and is not its default."""
+    context = click.get_current_context()
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def load_options(options: dict[str, Any]) -> dict[str, Any]:
