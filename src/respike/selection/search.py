@@ -27,17 +27,13 @@ from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.layers.far import FarSoftmax
 from respike.layers.mixer import Mixer
-from respike.layers.softmax import FullSoftmax, WindowSoftmax
-from respike.layers.span import Span
-from respike.material import Trial, Vocabulary
-from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
-from respike.models.state import DecoderState
+from respike.layers.softmax import WindowSoftmax
+from respike.material import Vocabulary
+from respike.models.decoder import Decoder
 from respike.recipe import Recipe, SourceShape
+from respike.selection.student import Group, Probe, RecallProbe, Student, TextProbe
 from respike.tasks import Task, make_trials
 from respike.tokenizer import Tokenizer
-
-Group = tuple[int, int]
-"""(layer, KV group)."""
 
 POSITION_STRIDE = 4
 """KL is measured at every fourth position: a quarter of the memory for the reference's logits."""
@@ -100,134 +96,6 @@ class Selection:
             "recall_damage_nats": named(self.recall_damage),
             "rounds": rounds,
         }
-
-
-class _Probe:
-    """Hidden states in, one number out; the lower the better."""
-
-    def __init__(self, decoder: Decoder, tokens: Tensor, positions: Tensor) -> None:
-        self.decoder, self.tokens, self.positions = decoder, tokens, positions
-
-    def value(self, hidden: Tensor) -> float:
-        """Mean over sequences and positions."""
-        values = [
-            self.one(row, hidden[row : row + 1, self.positions]) for row in range(len(hidden))
-        ]
-        return float(torch.stack(values).mean())
-
-    def one(self, row: int, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class _TextProbe(_Probe):
-    """KL to the original beyond the window."""
-
-    def __init__(self, decoder: Decoder, tokens: Tensor, positions: Tensor) -> None:
-        super().__init__(decoder, tokens, positions)
-        self.reference: list[Tensor] = []
-
-    def remember(self, hidden: Tensor) -> None:
-        """Take the original's hidden states as the reference."""
-        self.reference = [
-            self.decoder.head(row[None, self.positions])[0].float().log_softmax(-1)
-            for row in hidden
-        ]
-
-    def one(self, row: int, hidden: Tensor) -> Tensor:
-        log_q = self.decoder.head(hidden)[0].float().log_softmax(-1)
-        log_p = self.reference[row]
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
-class _RecallProbe(_Probe):
-    """Nats per answer token of a recall task; its answers stand at equal places in all trials."""
-
-    def __init__(self, decoder: Decoder, trials: Sequence[Trial]) -> None:
-        device = decoder.embedding.device
-        # Every second answer of a long one: neighbours say the same.
-        answers = trials[0].answers[:: 1 + (len(trials[0].answers) > 16)]
-        super().__init__(
-            decoder,
-            torch.tensor([t.tokens for t in trials], device=device),
-            torch.tensor(answers, device=device) - 1,
-        )
-
-    def one(self, row: int, hidden: Tensor) -> Tensor:
-        logits = self.decoder.head(hidden)[0].float()
-        target = self.tokens[row, self.positions + 1]
-        return torch.nn.functional.cross_entropy(logits, target)
-
-
-class _Student:
-    """The decoder with some groups full, all others as ``rest``; measures with shared prefixes."""
-
-    def __init__(self, decoder: Decoder, rest: Sequence[Mixer], probes: list[_Probe]) -> None:
-        self.decoder, self.rest, self.probes = decoder, rest, probes
-        self.groups = range(decoder.config.num_key_value_heads)
-        self.full: set[Group] = set()
-
-    def arrange(self, full: set[Group]) -> None:
-        """Make exactly ``full`` full and remember every layer's input."""
-        self.full = full
-        for layer in range(len(self.decoder.layers)):
-            self._set(layer, full)
-        self.inputs: list[tuple[list[Span], list[Tensor]]] = []
-        for probe in self.probes:
-            state = self.decoder.init_state(len(probe.tokens))
-            spans = self._spans(state, probe.tokens.shape[1])
-            x = self.decoder.model.embed_tokens(probe.tokens)
-            trail = [x]
-            for index in range(len(self.decoder.layers)):
-                x = self._run(index, x, spans)
-                trail.append(x)
-            self.inputs.append((spans, trail))
-
-    def _set(self, layer: int, full: set[Group]) -> None:
-        kept = [g for g in self.groups if (layer, g) in full]
-        rest = [g for g in self.groups if (layer, g) not in full]
-        parts: list[tuple[list[int], Mixer]] = [(kept, FullSoftmax())] if kept else []
-        if rest:
-            mixer = self.rest[layer]
-            some = mixer.of_groups(rest) if isinstance(mixer, FarSoftmax) else mixer
-            parts.append((rest, some))
-        self.decoder.layers[layer].self_attn.set_mixers(parts)
-
-    def _spans(self, state: DecoderState, num_tokens: int) -> list[Span]:
-        """The chunks a layer works through, as in a prefill: a window then costs what it sees."""
-        spans = []
-        for begin in range(0, num_tokens, PREFILL_CHUNK_TOKENS):
-            size = min(PREFILL_CHUNK_TOKENS, num_tokens - begin)
-            spans.append(self.decoder.span(state, size))
-            state = DecoderState((), state.tokens_seen + size)
-        return spans
-
-    def _run(self, index: int, x: Tensor, spans: list[Span]) -> Tensor:
-        layer = self.decoder.layers[index]
-        state = layer.init_state(len(x), x)
-        sizes = [s.num_tokens for s in spans]
-        outputs = []
-        for span, piece in zip(spans, torch.split(x, sizes, 1), strict=True):
-            out, state = layer(piece, span, state)
-            outputs.append(out)
-        return torch.cat(outputs, 1)
-
-    def values(self) -> list[float]:
-        """Each probe's value as arranged."""
-        return [p.value(trail[-1]) for p, (_, trail) in zip(self.probes, self.inputs, strict=True)]
-
-    def values_with(self, group: Group, probes: list[int]) -> list[float]:
-        """Values of some probes with one group switched; only layers from its own on are run."""
-        layer = group[0]
-        self._set(layer, self.full ^ {group})
-        values = []
-        for number in probes:
-            spans, trail = self.inputs[number]
-            x = trail[layer]
-            for index in range(layer, len(self.decoder.layers)):
-                x = self._run(index, x, spans)
-            values.append(self.probes[number].value(x))
-        self._set(layer, self.full)
-        return values
 
 
 def select(
@@ -337,7 +205,7 @@ def _prepare(
     contexts: Tensor,
     budget: Budget,
     rest: Sequence[Mixer],
-) -> _Student:
+) -> Student:
     """Probes, and the student arranged as the original."""
     device = decoder.embedding.device
     lag = budget.window_tokens + 64
@@ -345,16 +213,16 @@ def _prepare(
     tasks = [(Task("copy", lag), budget.copy_trials)]
     # Early in a text of the same length, so that the number is well outside the window.
     tasks.append((Task("passkey", 2 * lag, 0.1), budget.passkey_trials))
-    recalls: list[_Probe] = [
-        _RecallProbe(decoder, make_trials(vocabulary, task, trials, seed=budget.seed))
+    recalls: list[Probe] = [
+        RecallProbe(decoder, make_trials(vocabulary, task, trials, seed=budget.seed))
         for task, trials in tasks
         if trials
     ]
     beyond = torch.arange(
         budget.window_tokens, contexts.shape[1] - 1, POSITION_STRIDE, device=device
     )
-    text = _TextProbe(decoder, contexts.to(device), beyond)
-    student = _Student(decoder, rest, [text, *recalls])
+    text = TextProbe(decoder, contexts.to(device), beyond)
+    student = Student(decoder, rest, [text, *recalls])
     depth, groups = decoder.config.num_hidden_layers, decoder.config.num_key_value_heads
     student.arrange({(i, g) for i in range(depth) for g in range(groups)})
     text.remember(student.inputs[0][1][-1])
@@ -375,7 +243,7 @@ def _promising(every: list[Group], budget: Budget, result: Selection) -> list[Gr
 
 
 def _round(
-    student: _Student,
+    student: Student,
     groups: list[Group],
     budget: Budget,
     result: Selection,
