@@ -85,7 +85,9 @@ class Stage(Frozen):
     transfer   Each layer's attention, on the original's own inputs, gives the original's output:
                without ``train`` head by head behind the window, else as it joins the residual.
     distil     The whole model gives the original's next-token distribution.
-    length     As distil, with states carried from row to row of a long document.
+    length     As distil, with states carried from row to row of a long document. Beyond the length
+               that the original was trained for it has nothing to teach: there only the answers of
+               recall tasks are learnt, from the data.
     finetune   The data's own next token (of conversations: what the assistant says).
     """
 
@@ -120,6 +122,15 @@ class Stage(Frozen):
     """Weight of the balance loss, summed over layers, of models whose tokens choose experts or
     partitions: see `respike.models.balance`. SpikingBrain2.0's."""
     window_dropout: WindowDropout = WindowDropout(first_frac=0, last_frac=0)
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between two places at which a run can stop and go on.
+
+        Carried states are dropped there, so that a run that stopped and one that did not do the
+        same.
+        """
+        return 64 if self.kind == "length" else 16
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,6 @@
 """What a step minimises: per-layer transfer, distillation of logits, or the data's own tokens.
 
-Every function adds the gradients of one micro-batch's share of the step's loss and returns that
+Every objective adds the gradients of one micro-batch's share of the step's loss and returns that
 share. Letters: B rows, T tokens, N = B * T, D model width, H query heads, K head dim.
 """
 
@@ -57,6 +57,24 @@ class Carried:
         return Carried(self.student.at(first), self.teacher.at(first))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a micro-batch, and of the step that it is a part of.
+
+    Attributes:
+        chosen: Positions whose logits count, bool (B, T).
+        told: Positions where the data's next token is wanted in place of the original's
+            distribution, likewise; None: nowhere.
+        total: Positions that count in the whole step, on all processes.
+        reads_only: Nothing counts here, and no process waits for gradients.
+    """
+
+    chosen: Tensor
+    told: Tensor | None
+    total: int
+    reads_only: bool = False
+
+
 def predicting(mask: Tensor) -> Tensor:
     """Of tokens (B, T) to be predicted, the places whose logits predict them: one before each."""
     before = torch.roll(mask, -1, 1)
@@ -75,22 +93,41 @@ def choose_positions(batch: Batch, stage: Stage, seed: str) -> Tensor:
     return counts & (some | answers)
 
 
+def beyond_original(batch: Batch, original_tokens: int, read_tokens: int) -> tuple[Tensor, Tensor]:
+    """Where a stage that carries states cannot ask the original, and answers that the data tells.
+
+    Args:
+        batch: The whole step's.
+        original_tokens: Length that the original was trained for.
+        read_tokens: Tokens of each row that were read with the states as they are carried: a
+            document that began before them has lost its beginning.
+
+    Returns:
+        Positions whose next token is further from where reading began than the original can look,
+        and those among them that predict an answer in a document read from its beginning; bool
+        (B, T) both.
+    """
+    cut = batch.continues & (batch.positions[:, 0] > read_tokens)
+    cut_tokens = cut[:, None] & (batch.documents == 1)
+    missed = torch.where(cut_tokens, batch.positions[:, :1] - read_tokens, 0)
+    beyond = batch.positions - missed + 1 >= original_tokens
+    return beyond, beyond & predicting(batch.answers) & ~cut_tokens
+
+
 def distil(
     pair: Pair,
     batch: Batch,
-    chosen: Tensor,
-    total: int,
+    asked: Asked,
     short: tuple[set[int], int],
     carried: Carried | None,
     penalty: Penalty,
 ) -> float:
-    """Share of the mean KL(original || student) over ``total`` chosen positions, nats.
+    """Share of the mean KL(original || student) over the chosen positions, nats.
 
     Args:
         pair: The models.
         batch: A micro-batch.
-        chosen: From `choose_positions`.
-        total: Chosen positions of the whole step, on all processes.
+        asked: Where.
         short: Layers whose window is short, and how short.
         carried: States to go on with; None starts each document afresh.
         penalty: What is added to the loss, and not to the share.
@@ -99,14 +136,23 @@ def distil(
     reference = teacher_hidden(
         pair.teacher, batch.tokens, parts, None if carried is None else carried.teacher
     )
+    packed = Packed(pair.student, batch.tokens, parts, None if carried is None else carried.student)
+    if asked.reads_only:
+        with torch.no_grad():
+            packed.hidden()
+        return 0.0
+    taught = asked.chosen if asked.told is None else asked.chosen & ~asked.told
     with ExitStack() as stack:
         stack.enter_context(short_windows(pair.student, *short))
-        lanes = None if carried is None else carried.student
-        hidden = Packed(pair.student, batch.tokens, parts, lanes).hidden()
-        normed = pair.student.model.norm(hidden[chosen])
+        hidden, norm = packed.hidden(), pair.student.model.norm
         with torch.no_grad():
-            wanted = pair.teacher.model.norm(reference[chosen])
-        loss = summed_kl(normed, pair.head, wanted, pair.teacher_head) / max(total, 1)
+            wanted = pair.teacher.model.norm(reference[taught])
+        loss = summed_kl(norm(hidden[taught]), pair.head, wanted, pair.teacher_head)
+        if asked.told is not None:
+            told = asked.chosen & asked.told
+            target = torch.roll(batch.tokens, -1, 1)[told].to(hidden.device)
+            loss = loss + summed_nats(norm(hidden[told]), pair.head, target)
+        loss = loss / max(asked.total, 1)
         (loss + penalty()).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 

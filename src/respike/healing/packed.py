@@ -185,11 +185,16 @@ class Packed:
 def teacher_hidden(
     teacher: Decoder, tokens: Tensor, parts: Sequence[Segment], lanes: Lanes | None
 ) -> Tensor:
-    """`Packed.hidden` of a decoder that is not trained, by its engine: (B, T, D)."""
+    """`Packed.hidden` of a decoder that is not trained, by its engine: (B, T, D).
+
+    A state it carries that is longer than it was trained for goes no further: zeros from there.
+    """
     like = teacher.embedding
     out = like.new_zeros(*tokens.shape, like.shape[1])
     for part in parts:
         state = None if lanes is None else lanes.before(teacher, part)
+        if state and int(state.tokens_seen[0]) >= teacher.config.max_position_embeddings:
+            continue
         piece = tokens[part.row : part.row + 1, part.begin : part.end].to(like.device)
         hidden, state = teacher.hidden(piece, state)
         out[part.row, part.begin : part.end] = hidden[0]

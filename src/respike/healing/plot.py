@@ -35,7 +35,11 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     for stage in dict.fromkeys(line["stage"] for line in steps):
         mine = [line for line in steps if line["stage"] == stage]
         x = [line["tokens"] / 1e6 for line in mine]
-        (line,) = axes[0].plot(x, _smooth([line["loss"] for line in mine]), label=stage)
+        known = [
+            (at, line["loss"]) for at, line in zip(x, mine, strict=True) if line["loss"] is not None
+        ]
+        at, losses = map(list, zip(*known, strict=True)) if known else ([], [])
+        (line,) = axes[0].plot(at, _smooth(losses), label=stage)
         axes[3].plot(x, [v["tokens_per_second"] for v in mine], color=line.get_color(), lw=0.8)
     if steps:
         axes[0].set_yscale("log")

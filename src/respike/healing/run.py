@@ -26,7 +26,7 @@ from respike.healing.objectives import Pair
 from respike.healing.parallel import World, join_world
 from respike.healing.trainable import prepare as prepare_student
 from respike.healing.trainable import shut_gates
-from respike.healing.trainer import CHECKPOINT_STEPS, Trainer
+from respike.healing.trainer import Trainer
 from respike.healing.weights import fast_copy, merge, plain_weights, trained_spikes
 from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer
 from respike.tokenizer import Tokenizer
@@ -278,7 +278,7 @@ def run_leg(course: Course, minutes: float | None = None, progress: Step | None 
     """Train until the course is done or the time is up; whether it is done.
 
     The course stops only where it can go on from with the same bits, which is every
-    `CHECKPOINT_STEPS` steps; after a kill it goes on from the newest checkpoint on disk.
+    `Stage.checkpoint_steps` steps; after a kill it goes on from the newest checkpoint on disk.
     """
     trainer, begun = course.trainer, time.monotonic()
     saved = begun
@@ -287,8 +287,9 @@ def run_leg(course: Course, minutes: float | None = None, progress: Step | None 
         course.log.step(line)
         if progress:
             where, steps = trainer.where, trainer.all_steps
-            progress(where.total_steps, steps, f"{line['stage']} {line['loss']:.4f}")
-        if trainer.where.total_steps % CHECKPOINT_STEPS and not trainer.done:
+            loss = "reading" if line["loss"] is None else f"{line['loss']:.4f}"
+            progress(where.total_steps, steps, f"{line['stage']} {loss}")
+        if not trainer.may_stop:
             continue
         trainer.renew_lanes()
         if trainer.done or _due(course):

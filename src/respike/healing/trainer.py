@@ -11,8 +11,10 @@ from torch import Tensor
 from respike.data import Batch, Curriculum, Loader, RecallSource, TextSource, TokenStore
 from respike.healing.config import Healing, Stage
 from respike.healing.objectives import (
+    Asked,
     Carried,
     Pair,
+    beyond_original,
     choose_positions,
     distil,
     finetune,
@@ -26,10 +28,6 @@ from respike.healing.parallel import World
 from respike.healing.penalties import Penalties, Penalty
 from respike.healing.trainable import all_trained, trained_names
 from respike.tokenizer import Tokenizer
-
-CHECKPOINT_STEPS = 16
-"""Steps between two places at which a run can stop and go on. Carried states are dropped there, so
-that a run that stopped and one that did not do the same."""
 
 
 @dataclass
@@ -131,6 +129,11 @@ class Trainer:
         """Nothing is left to do."""
         return self.where.total_steps >= self.all_steps
 
+    @property
+    def may_stop(self) -> bool:
+        """The run can go on from here with the same bits."""
+        return self.done or self.where.step % self.stage.checkpoint_steps == 0
+
     def step(self) -> dict[str, Any]:
         """One step; what the log says of it."""
         begun = time.perf_counter()
@@ -138,8 +141,10 @@ class Trainer:
         batch = next(self.loader)
         penalties = Penalties(self.pair.student, stage, where.step)
         loss = self._gradients(batch, penalties)
-        norm = self.optimiser.step(where.step, stage.steps)
-        self.average.update()
+        norm = 0.0
+        if loss is not None:  # else moments would go on moving what nothing was said about
+            norm = self.optimiser.step(where.step, stage.steps)
+            self.average.update()
         seconds = time.perf_counter() - begun
         where.step += 1
         where.total_steps += 1
@@ -160,11 +165,19 @@ class Trainer:
             self.begin_stage()
         return line
 
-    def _gradients(self, batch: Batch, penalties: Penalties) -> float:
-        """The whole step's loss and gradients, micro-batch by micro-batch, over all processes."""
+    def _gradients(self, batch: Batch, penalties: Penalties) -> float | None:
+        """The whole step's loss and gradients, micro-batch by micro-batch, over all processes.
+
+        None: the step only read what later steps ask about.
+        """
         stage, where, healing = self.stage, self.where, self.healing
         key = f"positions {healing.seed}/{where.stage}/{where.step}"
-        chosen = choose_positions(batch, stage, key)
+        chosen, beyond = choose_positions(batch, stage, key), None
+        if self.carried is not None:
+            read_tokens = where.step % stage.checkpoint_steps * stage.context_tokens
+            trained_tokens = self.pair.teacher.config.max_position_embeddings
+            beyond, answers = beyond_original(batch, trained_tokens, read_tokens)
+            chosen &= ~beyond | answers
         counted = predicting(batch.loss_mask) if stage.kind == "finetune" else chosen
         total = int(counted.sum())
         world = self.world
@@ -182,14 +195,17 @@ class Trainer:
                     if stage.kind == "finetune":
                         loss += finetune(self.pair, micro, total, penalty)
                     else:
-                        some = chosen[first + begin : first + begin + stage.micro_rows]
-                        loss += self._distil(micro, some, total, number, begin, penalty)
+                        rows = slice(first + begin, first + begin + stage.micro_rows)
+                        some, told = chosen[rows], None if beyond is None else beyond[rows]
+                        alone = world.size == 1 or not total
+                        asked = Asked(some, told, total, alone and not some.any())
+                        loss += self._distil(micro, asked, number, begin, penalty)
             for tensor in self.optimiser.trained:
                 tensor.collect(world.size)  # FSDP averages over processes; losses are shares
-        return world.total(loss)
+        return world.total(loss) if total else None
 
     def _distil(
-        self, micro: Batch, chosen: Tensor, total: int, number: int, begin: int, penalty: Penalty
+        self, micro: Batch, asked: Asked, number: int, begin: int, penalty: Penalty
     ) -> float:
         """`distil` on the micro-batch ``number`` of the step, whose first row is ``begin``."""
         stage, student = self.stage, self.pair.student
@@ -197,7 +213,7 @@ class Trainer:
             student, self.healing, stage.window_dropout, self.where.step, stage.steps, number
         )
         lanes = None if self.carried is None else self.carried.at(begin)
-        return distil(self.pair, micro, chosen, total, short, lanes, penalty)
+        return distil(self.pair, micro, asked, short, lanes, penalty)
 
     def renew_lanes(self) -> None:
         """Forget carried states: to be called at every place where a run may stop."""
