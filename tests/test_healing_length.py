@@ -1,4 +1,4 @@
-"""The stage `length`: states go from row to row, and what the original cannot know the data says."""
+"""The stage `length`: states go from row to row; what the original cannot know, the data says."""
 
 import json
 from pathlib import Path
