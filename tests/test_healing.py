@@ -21,7 +21,7 @@ from respike.healing import Healing, Request, apply, heal, load_healing
 from respike.healing.config import Judging, Stage, builtin_healings
 from respike.healing.judge import Verdict, is_better
 from respike.healing.losses import summed_kl, summed_nats
-from respike.healing.objectives import choose_positions
+from respike.healing.objectives import weigh_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
 from respike.healing.run import converted_folder, models
@@ -167,16 +167,17 @@ def test_losses_and_their_gradients_are_those_of_plain_logits(kind: str) -> None
     head, their_head = (torch.randn(19, 7, generator=r) for _ in range(2))
     hidden, theirs = (torch.randn(11, 7, generator=r) for _ in range(2))
     target = torch.randint(19, (11,), generator=r)
+    weights = torch.rand(11, generator=r)
     mine = hidden.clone().requires_grad_()
     plain = hidden.clone().requires_grad_()
     log_q = (plain @ head.T).log_softmax(-1)
     if kind == "kl":
-        found = summed_kl(mine, head, theirs, their_head)
+        found = summed_kl(mine, head, theirs, their_head, weights)
         log_p = (theirs @ their_head.T).log_softmax(-1)
-        expected = (log_p.exp() * (log_p - log_q)).sum()
+        expected = (weights[:, None] * log_p.exp() * (log_p - log_q)).sum()
     else:
-        found = summed_nats(mine, head, target)
-        expected = -log_q.gather(1, target[:, None]).sum()
+        found = summed_nats(mine, head, target, weights)
+        expected = -(weights * log_q.gather(1, target[:, None])[:, 0]).sum()
     found.backward()
     expected.backward()
     assert_close(found, expected)
@@ -189,13 +190,29 @@ def test_all_answers_are_looked_at_and_nothing_that_does_not_count() -> None:
     batch.loss_mask[:, [0, 20]] = False
     batch.answers[1, 30:35] = True
     stage = Stage(kind="distil", tokens=1, sampled_frac=0.2)
-    chosen = choose_positions(batch, stage, "a")
+    weights = weigh_positions(batch, stage, "a")
+    chosen = weights > 0
     assert chosen[1, 29:34].all()
     assert not chosen[:, 19].any()
     assert not chosen[:, 49].any()
     assert 10 < int(chosen.sum()) < 60
-    assert torch.equal(chosen, choose_positions(batch, stage, "a"))
-    assert not torch.equal(chosen, choose_positions(batch, stage, "b"))
+    assert (weights[chosen] == 1).all()
+    assert torch.equal(weights, weigh_positions(batch, stage, "a"))
+    assert not torch.equal(weights, weigh_positions(batch, stage, "b"))
+
+
+def test_a_sample_of_few_answers_weighs_as_much_as_one_of_many() -> None:
+    batch = packed_batch(random_tokens(2, 50), [[1] * 20 + [2] * 30] * 2, [False] * 2)
+    batch.answers[0, 10:12] = True
+    batch.answers[0, 30:40] = True
+    batch.answers[1, 21:50] = True
+    stage = Stage(kind="distil", tokens=1, sampled_frac=1.0, sample_weight=16)
+    weights = weigh_positions(batch, stage, "a")
+    assert (weights[0, 9:11] == 8).all()
+    assert (weights[0, 29:39] == 1.6).all()
+    assert (weights[1, 20:49] == 1).all()
+    weights[0, 9:11] = weights[0, 29:39] = 1
+    assert ((weights == 1) | (weights == 0)).all()
 
 
 def test_rates_rise_then_fall_to_their_share() -> None:

@@ -130,12 +130,12 @@ def test_told_answers_pull_towards_the_data_and_the_rest_towards_the_original(
         tensor.requires_grad_(False)
     pair.student.layers[1].self_attn.v_proj.weight.requires_grad_()
     batch = next(batches(source)).rows(slice(0, 1))
-    chosen = torch.zeros_like(batch.loss_mask)
-    chosen[0, [5, 9, 20]] = True
-    told = torch.zeros_like(chosen)
+    weights = torch.zeros(batch.loss_mask.shape)
+    weights[0, [5, 9, 20]] = torch.tensor([1.0, 4.0, 2.0])
+    told = torch.zeros_like(batch.loss_mask)
     told[0, [9, 30]] = True
     loss = distil(
-        pair, batch, Asked(chosen, told, 3), (set(), 1), Carried(Lanes({}), Lanes({})),
+        pair, batch, Asked(weights, told, 7.0), (set(), 1), Carried(Lanes({}), Lanes({})),
         lambda: torch.zeros(()),
     )  # fmt: skip
     logits = [
@@ -145,9 +145,9 @@ def test_told_answers_pull_towards_the_data_and_the_rest_towards_the_original(
         for m in (pair.student, pair.original)
     ]  # fmt: skip
     mine, theirs = logits
-    kl = sum((theirs[t].exp() * (theirs[t] - mine[t])).sum() for t in (5, 20))
-    nats = -mine[9, batch.tokens[0, 10]]
-    assert loss == pytest.approx(float(kl + nats) / 3, rel=1e-3)
+    kl = sum(w * (theirs[t].exp() * (theirs[t] - mine[t])).sum() for t, w in ((5, 1), (20, 2)))
+    nats = -4 * mine[9, batch.tokens[0, 10]]
+    assert loss == pytest.approx(float(kl + nats) / 7, rel=1e-3)
     assert pair.student.layers[1].self_attn.v_proj.weight.grad.abs().sum() > 0
 
 

@@ -118,6 +118,9 @@ class Stage(Frozen):
     """Of the peak rates, at the end of a cosine."""
     sampled_frac: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of positions whose logits are compared; answers of recall tasks always are."""
+    sample_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Answers of one recall sample weigh together at least as much as this many positions: a
+    passkey is five tokens among thousands. 0: each answer weighs as much as any position."""
     balance: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Weight of the balance loss, summed over layers, of models whose tokens choose experts or
     partitions: see `respike.models.balance`. SpikingBrain2.0's."""

@@ -22,24 +22,30 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        target: Tensor,
+        target_head: Tensor | None,
+        weights: Tensor,
     ) -> Tensor:
         grad = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for begin in range(0, len(hidden), HEAD_ROWS):
             rows = slice(begin, begin + HEAD_ROWS)
             log_q = linear(hidden[rows], head).float().log_softmax(-1)
             q = log_q.exp()
-            if weight is None:  # target: token ids
+            if target_head is None:  # target: token ids
                 index = target[rows, None]
-                total -= log_q.gather(1, index).double().sum()
+                each = -log_q.gather(1, index)[:, 0]
                 q.scatter_add_(1, index, torch.full_like(index, -1, dtype=q.dtype))
             else:  # target: the original's hidden states
-                log_p = linear(target[rows], weight).float().log_softmax(-1)
+                log_p = linear(target[rows], target_head).float().log_softmax(-1)
                 p = log_p.exp()
-                total += (p * log_p.sub_(log_q)).sum(-1).double().sum()
+                each = (p * log_p.sub_(log_q)).sum(-1)
                 q -= p
-            grad[rows] = q.to(hidden.dtype) @ head
+            total += (each.double() * weights[rows]).sum()
+            grad[rows] = (q.to(hidden.dtype) @ head) * weights[rows, None]
         ctx.save_for_backward(grad)
         return total.float()
 
@@ -47,24 +53,27 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * scale.to(grad.dtype), None, None, None
+        return grad * scale.to(grad.dtype), None, None, None, None
 
 
-def summed_kl(hidden: Tensor, head: Tensor, reference: Tensor, reference_head: Tensor) -> Tensor:
-    """Sum over rows of KL(reference || model), nats, with a gradient for ``hidden``.
+def summed_kl(
+    hidden: Tensor, head: Tensor, reference: Tensor, reference_head: Tensor, weights: Tensor
+) -> Tensor:
+    """Weighted sum over rows of KL(reference || model), nats, with a gradient for ``hidden``.
 
     Args:
         hidden: After the model's last norm (N, D).
         head: Its output matrix (V, D), frozen.
         reference: Likewise of the original (N, D).
         reference_head: Its output matrix.
+        weights: Of the rows (N,).
     """
-    return _HeadLoss.apply(hidden, head, reference, reference_head)  # type: ignore[no-any-return, no-untyped-call]
+    return _HeadLoss.apply(hidden, head, reference, reference_head, weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def summed_nats(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    """Sum over rows of the negative log-likelihood of ``tokens`` (N,), nats; see `summed_kl`."""
-    return _HeadLoss.apply(hidden, head, tokens, None)  # type: ignore[no-any-return, no-untyped-call]
+def summed_nats(hidden: Tensor, head: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Likewise of the negative log-likelihood of ``tokens`` (N,), nats; see `summed_kl`."""
+    return _HeadLoss.apply(hidden, head, tokens, None, weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def relative_error(out: Tensor, target: Tensor) -> Tensor:

@@ -62,16 +62,16 @@ class Asked:
     """What is asked of a micro-batch, and of the step that it is a part of.
 
     Attributes:
-        chosen: Positions whose logits count, bool (B, T).
+        weights: Of positions (B, T); those of weight 0 are not looked at.
         told: Positions where the data's next token is wanted in place of the original's
             distribution, likewise; None: nowhere.
-        total: Positions that count in the whole step, on all processes.
+        total: Sum of the weights of the whole step, on all processes.
         reads_only: Nothing counts here, and no process waits for gradients.
     """
 
-    chosen: Tensor
+    weights: Tensor
     told: Tensor | None
-    total: int
+    total: float
     reads_only: bool = False
 
 
@@ -82,15 +82,21 @@ def predicting(mask: Tensor) -> Tensor:
     return before
 
 
-def choose_positions(batch: Batch, stage: Stage, seed: str) -> Tensor:
-    """Which logits a step looks at, bool (B, T): all answers, and a share of the rest.
+def weigh_positions(batch: Batch, stage: Stage, seed: str) -> Tensor:
+    """What a step's logits weigh (B, T): all answers, a share of the rest at 1, and others at 0.
 
     Logits at t - 1 predict token t, so a chosen position is followed by a token that counts.
     """
     counts, answers = predicting(batch.loss_mask), predicting(batch.answers)
     draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
     some = torch.rand(counts.shape, generator=draw) < stage.sampled_frac
-    return counts & (some | answers)
+    weights = (counts & some).float()
+    answers &= counts
+    documents = batch.documents.long()
+    found = torch.zeros(len(documents), int(documents.max()) + 1)
+    found.scatter_add_(1, documents, answers.float())
+    each = (stage.sample_weight / found.clamp(min=1)).clamp(min=1).gather(1, documents)
+    return torch.where(answers, each, weights)
 
 
 def beyond_original(batch: Batch, original_tokens: int, read_tokens: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +128,7 @@ def distil(
     carried: Carried | None,
     penalty: Penalty,
 ) -> float:
-    """Share of the mean KL(original || student) over the chosen positions, nats.
+    """Share of the weighted mean KL(original || student) over the chosen positions, nats.
 
     Args:
         pair: The models.
@@ -141,29 +147,35 @@ def distil(
         with torch.no_grad():
             packed.hidden()
         return 0.0
-    taught = asked.chosen if asked.told is None else asked.chosen & ~asked.told
+    chosen = asked.weights > 0
+    taught = chosen if asked.told is None else chosen & ~asked.told
     with ExitStack() as stack:
         stack.enter_context(short_windows(pair.student, *short))
         hidden, norm = packed.hidden(), pair.student.model.norm
+        weights = asked.weights.to(hidden.device)
         with torch.no_grad():
             wanted = pair.teacher.model.norm(reference[taught])
-        loss = summed_kl(norm(hidden[taught]), pair.head, wanted, pair.teacher_head)
+        loss = summed_kl(
+            norm(hidden[taught]), pair.head, wanted, pair.teacher_head, weights[taught]
+        )
         if asked.told is not None:
-            told = asked.chosen & asked.told
+            told = chosen & asked.told
             target = torch.roll(batch.tokens, -1, 1)[told].to(hidden.device)
-            loss = loss + summed_nats(norm(hidden[told]), pair.head, target)
-        loss = loss / max(asked.total, 1)
+            loss = loss + summed_nats(norm(hidden[told]), pair.head, target, weights[told])
+        loss = loss / max(asked.total, 1.0)
         (loss + penalty()).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
 
-def finetune(pair: Pair, batch: Batch, total: int, penalty: Penalty) -> float:
+def finetune(pair: Pair, batch: Batch, total: float, penalty: Penalty) -> float:
     """Share of the mean negative log-likelihood of ``total`` tokens that count, nats."""
     parts = segments(batch)
     hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
     counts = predicting(batch.loss_mask)
     target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
-    loss = summed_nats(pair.student.model.norm(hidden[counts]), pair.head, target) / max(total, 1)
+    alike = torch.ones(target.shape, device=target.device)
+    loss = summed_nats(pair.student.model.norm(hidden[counts]), pair.head, target, alike)
+    loss = loss / max(total, 1.0)
     (loss + penalty()).backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 

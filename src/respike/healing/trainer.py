@@ -15,12 +15,12 @@ from respike.healing.objectives import (
     Carried,
     Pair,
     beyond_original,
-    choose_positions,
     distil,
     finetune,
     predicting,
     short_layers,
     transfer,
+    weigh_positions,
 )
 from respike.healing.optimiser import Average, Optimiser
 from respike.healing.packed import Lanes
@@ -172,14 +172,14 @@ class Trainer:
         """
         stage, where, healing = self.stage, self.where, self.healing
         key = f"positions {healing.seed}/{where.stage}/{where.step}"
-        chosen, beyond = choose_positions(batch, stage, key), None
+        weights, beyond = weigh_positions(batch, stage, key), None
         if self.carried is not None:
             read_tokens = where.step % stage.checkpoint_steps * stage.context_tokens
             trained_tokens = self.pair.teacher.config.max_position_embeddings
             beyond, answers = beyond_original(batch, trained_tokens, read_tokens)
-            chosen &= ~beyond | answers
-        counted = predicting(batch.loss_mask) if stage.kind == "finetune" else chosen
-        total = int(counted.sum())
+            weights *= ~beyond | answers
+        counted = predicting(batch.loss_mask) if stage.kind == "finetune" else weights
+        total = float(counted.sum())
         world = self.world
         mine = batch.shard(world.rank, world.size)
         first = world.rank * len(mine.tokens)
@@ -196,7 +196,7 @@ class Trainer:
                         loss += finetune(self.pair, micro, total, penalty)
                     else:
                         rows = slice(first + begin, first + begin + stage.micro_rows)
-                        some, told = chosen[rows], None if beyond is None else beyond[rows]
+                        some, told = weights[rows], None if beyond is None else beyond[rows]
                         alone = world.size == 1 or not total
                         asked = Asked(some, told, total, alone and not some.any())
                         loss += self._distil(micro, asked, number, begin, penalty)
