@@ -72,7 +72,7 @@ ARMS = (
         for name, recall in (("as it is", True), ("no recall data", False))
     ),
     Arm("one sink", ("sink_tokens=1",)),
-    Arm("no memory", ("memory=off",)),
+    Arm("no memory", ("memory=none",)),
 )
 
 
