@@ -442,6 +442,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(
         ("stages.0.tokns=3", ("tokns", "did you mean `tokens`")),
         ("stages.0.rows=3", ("micro_rows",)),
         ("stages.0.kind=distill", ("kind", "distil")),
+        ("stages.0.sample_weight=9", ("sample_weight", "transfer")),
         ("stages.9.rows=3", ("--set", "no such place")),
         ("seed", ("--set", "KEY=VALUE")),
     ],

@@ -148,6 +148,8 @@ class Stage(Frozen):
             raise ValueError("a transfer stage trains attention and nothing else of the source")
         if self.kind == "transfer" and self.silence:
             raise ValueError("a transfer stage runs no neurons, it cannot ask for silence")
+        if self.sample_weight and self.kind not in ("distil", "length"):
+            raise ValueError(f"a {self.kind} stage compares no logits, sample_weight means nothing")
         for name, how in self.train.items():
             if name.endswith("norm") and how != "full":
                 raise ValueError(f"{name} is a vector: train it in full")
