@@ -776,8 +776,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import respike.conversion.shards as shards
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 
 def slow(*_, **__):
     print("writing", flush=True)
