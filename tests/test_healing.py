@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from refusal import one_line
 from respike.checkpoint import open_checkpoint
+from respike.checkpoint.families import is_new
 from respike.conversion import convert, plan
 from respike.data import Batch
 from respike.errors import DataError, UnsupportedError, UsageError
@@ -21,7 +22,7 @@ from respike.healing import Healing, Request, apply, heal, load_healing
 from respike.healing.config import Judging, Stage, builtin_healings
 from respike.healing.judge import Verdict, is_better
 from respike.healing.losses import summed_kl, summed_nats
-from respike.healing.objectives import weigh_positions
+from respike.healing.objectives import memory_left_out, weigh_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
 from respike.healing.run import converted_folder, models
@@ -65,6 +66,7 @@ def course(**changes: Any) -> Healing:
             "kind": "distil", "tokens": 24 * 96, "context_tokens": 48, "rows": 2,
             "train": {"v_proj": "full", "o_proj": 3}, "rate": 3e-3, "memory_rate": 3e-3,
             "recall": RECALL, "window_dropout": {"first_frac": 0.5, "window_tokens": 4},
+            "memory_dropout": {"first_frac": 0.6},
         },
     ]  # fmt: skip
     fields = {"heal": 1, "name": "tiny", "stages": stages, "judge": JUDGE, "heldout_frac": 0.3}
@@ -358,6 +360,33 @@ def test_a_control_is_trained_alike_and_its_memories_stay_shut(
     assert all((m.beta == -torch.inf).all() for m in far)
 
 
+def test_steps_without_memories_leave_what_they_have_learnt_alone(
+    converted: Path, text: Path, tmp_path: Path
+) -> None:
+    stage = {**course().stages[1].model_dump(), "memory_dropout": {"first_frac": 1, "last_frac": 1}}
+    heal(request(converted, text, tmp_path / "out"), course(stages=[stage]))
+    assert {line["memory"] for line in steps(tmp_path / "out")} == {"off"}
+    before, after = (load(folder).decoder for folder in (converted, tmp_path / "out"))
+    changed = {
+        is_new(before.config, name)
+        for name, tensor in before.state_dict().items()
+        if not torch.equal(tensor, after.state_dict()[name])
+    }
+    assert changed == {False}
+
+
+def test_memories_are_left_out_as_often_as_asked_at_each_step() -> None:
+    dropout = {"first_frac": 1.0, "last_frac": 0.0}
+    stage = Stage(kind="distil", tokens=4096 * 1000, rows=1, context_tokens=4096,
+                  memory_dropout=dropout)  # fmt: skip
+    healing = course(stages=[stage.model_dump()])
+    out = [memory_left_out(healing, stage, step) for step in range(1000)]
+    assert sum(out[:200]) == pytest.approx(180, abs=15)
+    assert sum(out[-200:]) == pytest.approx(20, abs=15)
+    assert out == [memory_left_out(healing, stage, step) for step in range(1000)]
+    assert not memory_left_out(healing, Stage(kind="distil", tokens=1), 0)
+
+
 def test_two_processes_give_the_losses_and_weights_of_one(
     converted: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -417,7 +446,12 @@ def test_what_cannot_be_healed_is_refused(
     with pytest.raises(DataError) as data_error:
         apply(Request(other, tmp_path / "d"), Path(healed[1]["difference"]))
     one_line(data_error.value, "belongs to another converted model")
-    assert not any((tmp_path / name).exists() for name in "abcd")
+    bare = tmp_path / "bare"
+    convert(plan(save_tiny(tmp_path / "like"), load_recipe("constant", (*SETTINGS, "memory=none"))), bare)
+    with pytest.raises(UnsupportedError) as refused:
+        heal(Request(bare, tmp_path / "e", (str(text),)), course())
+    one_line(refused.value, "memory_dropout")
+    assert not any((tmp_path / name).exists() for name in "abcde")
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(
@@ -443,6 +477,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(
         ("stages.0.rows=3", ("micro_rows",)),
         ("stages.0.kind=distill", ("kind", "distil")),
         ("stages.0.sample_weight=9", ("sample_weight", "transfer")),
+        ("stages.0.memory_dropout={last_frac: 1}", ("memory_dropout", "transfer")),
         ("stages.9.rows=3", ("--set", "no such place")),
         ("seed", ("--set", "KEY=VALUE")),
     ],

@@ -39,17 +39,40 @@ class RecallOptions(Frozen):
     doubling_samples: int = Field(default=200, ge=1)
 
 
-class WindowDropout(Frozen):
+class Dropout(Frozen):
+    """A share of a stage's draws, in a straight line from its first step to its last."""
+
+    first_frac: Frac = 0.0
+    """Share of the draws at the stage's beginning."""
+    last_frac: Frac = 0.0
+    """At its end."""
+
+    @property
+    def happens(self) -> bool:
+        """Whether anything is ever dropped."""
+        return self.first_frac > 0 or self.last_frac > 0
+
+    def frac(self, step: int, steps: int) -> float:
+        """The share at a step of a stage."""
+        return self.first_frac + (self.last_frac - self.first_frac) * step / max(steps, 1)
+
+
+class WindowDropout(Dropout):
     """In some layers of some batches the window is short, so that the memory must work.
 
-    Beside a memory that has projections of its own the softmax is left out altogether.
+    Drawn for each layer and micro-batch. Beside a memory that has projections of its own the
+    softmax is left out altogether.
     """
 
-    first_frac: Frac = 0.25
-    """Share of (layer, micro-batch) pairs at the stage's beginning."""
-    last_frac: Frac = 0.1
-    """At its end."""
     window_tokens: int = Field(default=64, ge=1)
+
+
+class MemoryDropout(Dropout):
+    """Some steps are taken with all memories off, so that window and softmax do what they can.
+
+    Drawn for each step. Beside a memory, which gives what text needs, V and O learn less recall
+    than without (docs/log.md, 2026-11-29).
+    """
 
 
 class Silence(Frozen):
@@ -124,7 +147,8 @@ class Stage(Frozen):
     balance: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Weight of the balance loss, summed over layers, of models whose tokens choose experts or
     partitions: see `respike.models.balance`. SpikingBrain2.0's."""
-    window_dropout: WindowDropout = WindowDropout(first_frac=0, last_frac=0)
+    window_dropout: WindowDropout = WindowDropout()
+    memory_dropout: MemoryDropout = MemoryDropout()
 
     @property
     def checkpoint_steps(self) -> int:
@@ -150,6 +174,8 @@ class Stage(Frozen):
             raise ValueError("a transfer stage runs no neurons, it cannot ask for silence")
         if self.sample_weight and self.kind not in ("distil", "length"):
             raise ValueError(f"a {self.kind} stage compares no logits, sample_weight means nothing")
+        if self.memory_dropout.happens and self.kind != "distil":
+            raise ValueError(f"a {self.kind} stage cannot leave memories out: memory_dropout")
         for name, how in self.train.items():
             if name.endswith("norm") and how != "full":
                 raise ValueError(f"{name} is a vector: train it in full")

@@ -269,7 +269,13 @@ def short_layers(
     decoder: Decoder, healing: Healing, dropout: WindowDropout, step: int, of: int, micro: int
 ) -> tuple[set[int], int]:
     """Which layers have a short window in a micro-batch, and how short it is."""
-    share = dropout.first_frac + (dropout.last_frac - dropout.first_frac) * step / max(of, 1)
+    share = dropout.frac(step, of)
     draw = random.Random(f"window {healing.seed}/{step}/{micro}")
     chosen = {i for i in range(len(decoder.layers)) if draw.random() < share}
     return chosen, dropout.window_tokens
+
+
+def memory_left_out(healing: Healing, stage: Stage, step: int) -> bool:
+    """Whether a step is taken with memories off: the same answer in every process."""
+    draw = random.Random(f"memory {healing.seed}/{step}")
+    return draw.random() < stage.memory_dropout.frac(step, stage.steps)

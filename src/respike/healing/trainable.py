@@ -16,6 +16,7 @@ from respike.errors import UnsupportedError, UsageError
 from respike.healing.config import Healing, Stage
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank
+from respike.models.ablation import has_part
 from respike.models.decoder import Decoder
 
 Kind = Literal["new", "source", "band"]
@@ -92,6 +93,12 @@ def _refuse(decoder: Decoder, healing: Healing) -> None:
         raise UnsupportedError(
             "a control without memories, of a model that has no far memory to shut",
             hint="leave out memory=off",
+        )
+    if any(stage.memory_dropout.happens for stage in healing.stages) and not has_part(
+        decoder, "memory"
+    ):
+        raise UnsupportedError(
+            "memory_dropout, of a model that has no memory to leave out", hint="leave it out"
         )
     if sunk and "transfer" in kinds:
         raise UnsupportedError(

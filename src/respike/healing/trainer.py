@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from respike.healing.objectives import (
     beyond_original,
     distil,
     finetune,
+    memory_left_out,
     predicting,
     short_layers,
     transfer,
@@ -27,6 +29,7 @@ from respike.healing.packed import Lanes
 from respike.healing.parallel import World
 from respike.healing.penalties import Penalties, Penalty
 from respike.healing.trainable import all_trained, trained_names
+from respike.models.ablation import without
 from respike.tokenizer import Tokenizer
 
 
@@ -140,7 +143,9 @@ class Trainer:
         where, stage = self.where, self.stage
         batch = next(self.loader)
         penalties = Penalties(self.pair.student, stage, where.step)
-        loss = self._gradients(batch, penalties)
+        memory_off = memory_left_out(self.healing, stage, where.step)
+        with without(self.pair.student, "memory") if memory_off else nullcontext():
+            loss = self._gradients(batch, penalties, memory_off)
         norm = 0.0
         if loss is not None:  # else moments would go on moving what nothing was said about
             norm = self.optimiser.step(where.step, stage.steps)
@@ -158,6 +163,7 @@ class Trainer:
             "loss": loss,
             "gradient_norm": norm,
             "tokens_per_second": tokens / seconds,
+            **({"memory": "off"} if memory_off else {}),
             **penalties.figures(self.world),
         }
         if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
@@ -165,7 +171,7 @@ class Trainer:
             self.begin_stage()
         return line
 
-    def _gradients(self, batch: Batch, penalties: Penalties) -> float | None:
+    def _gradients(self, batch: Batch, penalties: Penalties, memory_off: bool) -> float | None:
         """The whole step's loss and gradients, micro-batch by micro-batch, over all processes.
 
         None: the step only read what later steps ask about.
@@ -199,19 +205,25 @@ class Trainer:
                         some, told = weights[rows], None if beyond is None else beyond[rows]
                         alone = world.size == 1 or not total
                         asked = Asked(some, told, total, alone and not some.any())
-                        loss += self._distil(micro, asked, number, begin, penalty)
+                        short = None if memory_off else number
+                        loss += self._distil(micro, asked, short, begin, penalty)
             for tensor in self.optimiser.trained:
                 tensor.collect(world.size)  # FSDP averages over processes; losses are shares
         return world.total(loss) if total else None
 
     def _distil(
-        self, micro: Batch, asked: Asked, number: int, begin: int, penalty: Penalty
+        self, micro: Batch, asked: Asked, number: int | None, begin: int, penalty: Penalty
     ) -> float:
-        """`distil` on the micro-batch ``number`` of the step, whose first row is ``begin``."""
+        """`distil` on the micro-batch ``number`` of the step, whose first row is ``begin``.
+
+        Without a number all windows stay long: no memory is there to fill in.
+        """
         stage, student = self.stage, self.pair.student
-        short = short_layers(
-            student, self.healing, stage.window_dropout, self.where.step, stage.steps, number
-        )
+        short: tuple[set[int], int] = set(), 0
+        if number is not None:
+            short = short_layers(
+                student, self.healing, stage.window_dropout, self.where.step, stage.steps, number
+            )
         lanes = None if self.carried is None else self.carried.at(begin)
         return distil(self.pair, micro, asked, short, lanes, penalty)
 

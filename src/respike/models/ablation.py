@@ -12,6 +12,11 @@ from respike.layers.mixer import Mixer
 from respike.models.decoder import Decoder
 
 
+def has_part(decoder: Decoder, part: str) -> bool:
+    """Whether some mixer of the decoder has such a part to switch off."""
+    return any(part in module.parts for module in decoder.modules() if isinstance(module, Mixer))
+
+
 @contextmanager
 def without(decoder: Decoder, part: str) -> Iterator[Decoder]:
     """The decoder with a part of its mixers switched off while the block runs.
@@ -25,7 +30,7 @@ def without(decoder: Decoder, part: str) -> Iterator[Decoder]:
     """
     # Mixers may hold mixers, and layers may share one: each is met once here.
     before = [(module, module.off) for module in decoder.modules() if isinstance(module, Mixer)]
-    if not any(part in mixer.parts for mixer, _ in before):
+    if not has_part(decoder, part):
         raise UsageError(f"no mixer of this model has a {part} to switch off")
     try:
         for mixer, off in before:
