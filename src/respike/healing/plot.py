@@ -32,14 +32,14 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     axes = axes[0]
     if spikes:
         _silence(axes[4], steps, verdicts)
-    for stage in dict.fromkeys(line["stage"] for line in steps):
-        mine = [line for line in steps if line["stage"] == stage]
+    for kind in dict.fromkeys(map(_kind, steps)):
+        mine = [line for line in steps if _kind(line) == kind]
         x = [line["tokens"] / 1e6 for line in mine]
         known = [
             (at, line["loss"]) for at, line in zip(x, mine, strict=True) if line["loss"] is not None
         ]
         at, losses = map(list, zip(*known, strict=True)) if known else ([], [])
-        (line,) = axes[0].plot(at, _smooth(losses), label=stage)
+        (line,) = axes[0].plot(at, _smooth(losses), label=kind)
         axes[3].plot(x, [v["tokens_per_second"] for v in mine], color=line.get_color(), lw=0.8)
     if steps:
         axes[0].set_yscale("log")
@@ -63,6 +63,12 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("million tokens of training")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _kind(step: dict[str, Any]) -> str:
+    """Steps of a stage with memories off have losses of their own."""
+    stage: str = step["stage"]
+    return f"{stage}, memory off" if step.get("memory") == "off" else stage
 
 
 def _silence(axis: Any, steps: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> None:
