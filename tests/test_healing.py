@@ -22,7 +22,7 @@ from respike.healing import Healing, Request, apply, heal, load_healing
 from respike.healing.config import Judging, Stage, builtin_healings
 from respike.healing.judge import Verdict, is_better
 from respike.healing.losses import summed_kl, summed_nats
-from respike.healing.objectives import memory_left_out, weigh_positions
+from respike.healing.objectives import memory_is_off, weigh_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
 from respike.healing.run import converted_folder, models
@@ -56,20 +56,23 @@ JUDGE = {
 }  # fmt: skip
 
 
+TRANSFER = {
+    "kind": "transfer", "tokens": 16 * 96, "context_tokens": 48, "rows": 2, "memory_rate": 3e-3,
+    "recall": RECALL,
+}  # fmt: skip
+DISTIL = {
+    "kind": "distil", "tokens": 24 * 96, "context_tokens": 48, "rows": 2,
+    "train": {"v_proj": "full", "o_proj": 3}, "rate": 3e-3, "memory_rate": 3e-3,
+    "recall": RECALL, "window_dropout": {"first_frac": 0.5, "window_tokens": 4},
+    "memory_dropout": {"first_frac": 0.6},
+}  # fmt: skip
+
+
 def course(**changes: Any) -> Healing:
-    stages = [
-        {
-            "kind": "transfer", "tokens": 16 * 96, "context_tokens": 48, "rows": 2,
-            "memory_rate": 3e-3, "recall": RECALL,
-        },
-        {
-            "kind": "distil", "tokens": 24 * 96, "context_tokens": 48, "rows": 2,
-            "train": {"v_proj": "full", "o_proj": 3}, "rate": 3e-3, "memory_rate": 3e-3,
-            "recall": RECALL, "window_dropout": {"first_frac": 0.5, "window_tokens": 4},
-            "memory_dropout": {"first_frac": 0.6},
-        },
-    ]  # fmt: skip
-    fields = {"heal": 1, "name": "tiny", "stages": stages, "judge": JUDGE, "heldout_frac": 0.3}
+    fields = {
+        "heal": 1, "name": "tiny", "stages": [TRANSFER, DISTIL], "judge": JUDGE,
+        "heldout_frac": 0.3,
+    }  # fmt: skip
     return Healing.model_validate(fields | changes)
 
 
@@ -353,8 +356,8 @@ def test_carried_states_and_conversations_train(converted: Path, tmp_path: Path)
 def test_a_control_is_trained_alike_and_its_memories_stay_shut(
     converted: Path, text: Path, tmp_path: Path
 ) -> None:
-    stages = [course().stages[1].model_dump()]
-    heal(request(converted, text, tmp_path / "out"), course(memory="off", stages=stages))
+    heal(request(converted, text, tmp_path / "out"), course(memory="off", stages=[DISTIL]))
+    assert {line["memory"] for line in steps(tmp_path / "out")} == {"off"}
     decoder = load(tmp_path / "out").decoder
     far = [m for m in decoder.modules() if isinstance(m, FarSoftmax)]
     assert all((m.beta == -torch.inf).all() for m in far)
@@ -363,8 +366,10 @@ def test_a_control_is_trained_alike_and_its_memories_stay_shut(
 def test_steps_without_memories_leave_what_they_have_learnt_alone(
     converted: Path, text: Path, tmp_path: Path
 ) -> None:
-    stage = {**course().stages[1].model_dump(), "memory_dropout": {"first_frac": 1, "last_frac": 1}}
-    heal(request(converted, text, tmp_path / "out"), course(stages=[stage]))
+    stage = DISTIL | {"memory_dropout": {"first_frac": 1, "last_frac": 1}}
+    asked = request(converted, text, tmp_path / "out")
+    while not heal(asked, course(stages=[stage]), leg_minutes=0.0)["done"]:
+        pass  # also a checkpoint knows no moments of theirs
     assert {line["memory"] for line in steps(tmp_path / "out")} == {"off"}
     before, after = (load(folder).decoder for folder in (converted, tmp_path / "out"))
     changed = {
@@ -375,16 +380,24 @@ def test_steps_without_memories_leave_what_they_have_learnt_alone(
     assert changed == {False}
 
 
+def test_a_model_without_memories_is_trained_as_if_all_steps_were_without(
+    text: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe("constant", (*SETTINGS, "memory=none"))
+    convert(plan(save_tiny(tmp_path / "source"), recipe), tmp_path / "bare")
+    heal(request(tmp_path / "bare", text, tmp_path / "out"), course(stages=[DISTIL]))
+    assert not any("memory" in line for line in steps(tmp_path / "out"))
+
+
 def test_memories_are_left_out_as_often_as_asked_at_each_step() -> None:
     dropout = {"first_frac": 1.0, "last_frac": 0.0}
-    stage = Stage(kind="distil", tokens=4096 * 1000, rows=1, context_tokens=4096,
-                  memory_dropout=dropout)  # fmt: skip
-    healing = course(stages=[stage.model_dump()])
-    out = [memory_left_out(healing, stage, step) for step in range(1000)]
+    healing = course(stages=[DISTIL | {"tokens": 96 * 1000, "memory_dropout": dropout}])
+    stage = healing.stages[0]
+    out = [memory_is_off(healing, stage, step) for step in range(1000)]
     assert sum(out[:200]) == pytest.approx(180, abs=15)
     assert sum(out[-200:]) == pytest.approx(20, abs=15)
-    assert out == [memory_left_out(healing, stage, step) for step in range(1000)]
-    assert not memory_left_out(healing, Stage(kind="distil", tokens=1), 0)
+    assert out == [memory_is_off(healing, stage, step) for step in range(1000)]
+    assert not memory_is_off(healing, Stage(kind="distil", tokens=1), 0)
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(
@@ -446,11 +459,12 @@ def test_what_cannot_be_healed_is_refused(
     with pytest.raises(DataError) as data_error:
         apply(Request(other, tmp_path / "d"), Path(healed[1]["difference"]))
     one_line(data_error.value, "belongs to another converted model")
-    bare = tmp_path / "bare"
-    convert(plan(save_tiny(tmp_path / "like"), load_recipe("constant", (*SETTINGS, "memory=none"))), bare)
+    alone = tmp_path / "alone"
+    convert(plan(save_tiny(tmp_path / "like"), load_recipe("spikingbrain-7b")), alone)
     with pytest.raises(UnsupportedError) as refused:
-        heal(Request(bare, tmp_path / "e", (str(text),)), course())
+        heal(Request(alone, tmp_path / "e", (str(text),)), course())
     one_line(refused.value, "memory_dropout")
+    assert "stages.1.memory_dropout" in str(refused.value.hint)
     assert not any((tmp_path / name).exists() for name in "abcde")
 
 
@@ -478,6 +492,8 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(
         ("stages.0.kind=distill", ("kind", "distil")),
         ("stages.0.sample_weight=9", ("sample_weight", "transfer")),
         ("stages.0.memory_dropout={last_frac: 1}", ("memory_dropout", "transfer")),
+        ("stages.0={kind: distil, tokens: 9, memory_dropout: {last_frac: 1}}", ("train",)),
+        ("stages.0.window_dropout={last_frc: 1}", ("last_frc", "did you mean `last_frac`")),
         ("stages.9.rows=3", ("--set", "no such place")),
         ("seed", ("--set", "KEY=VALUE")),
     ],

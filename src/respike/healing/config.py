@@ -40,12 +40,12 @@ class RecallOptions(Frozen):
 
 
 class Dropout(Frozen):
-    """A share of a stage's draws, in a straight line from its first step to its last."""
+    """How often something is left out, in a straight line from a stage's beginning to its end."""
 
     first_frac: Frac = 0.0
-    """Share of the draws at the stage's beginning."""
+    """Share of the draws at the stage's first step."""
     last_frac: Frac = 0.0
-    """At its end."""
+    """Behind its last."""
 
     @property
     def happens(self) -> bool:
@@ -54,14 +54,14 @@ class Dropout(Frozen):
 
     def frac(self, step: int, steps: int) -> float:
         """The share at a step of a stage."""
-        return self.first_frac + (self.last_frac - self.first_frac) * step / max(steps, 1)
+        return self.first_frac + (self.last_frac - self.first_frac) * step / steps
 
 
 class WindowDropout(Dropout):
     """In some layers of some batches the window is short, so that the memory must work.
 
-    Drawn for each layer and micro-batch. Beside a memory that has projections of its own the
-    softmax is left out altogether.
+    Drawn for each layer and micro-batch of the steps whose memories are on. Beside a memory that
+    has projections of its own the softmax is left out altogether.
     """
 
     window_tokens: int = Field(default=64, ge=1)
@@ -175,7 +175,9 @@ class Stage(Frozen):
         if self.sample_weight and self.kind not in ("distil", "length"):
             raise ValueError(f"a {self.kind} stage compares no logits, sample_weight means nothing")
         if self.memory_dropout.happens and self.kind != "distil":
-            raise ValueError(f"a {self.kind} stage cannot leave memories out: memory_dropout")
+            raise ValueError(f"memory_dropout is for distil stages, this one is {self.kind}")
+        if self.memory_dropout.happens and not self.train:
+            raise ValueError("memory_dropout with nothing in train: without memories none learns")
         for name, how in self.train.items():
             if name.endswith("norm") and how != "full":
                 raise ValueError(f"{name} is a vector: train it in full")
@@ -266,7 +268,7 @@ def load_healing(name: str, overrides: tuple[str, ...] = ()) -> Healing:
         where = ".".join(map(str, first["loc"]))
         message, hint = first["msg"], None
         if first["type"] == "extra_forbidden":
-            schemas = (Healing, Stage, Silence, Judging)
+            schemas = (Healing, Stage, Silence, Judging, RecallOptions, WindowDropout)
             known = [name for schema in schemas for name in schema.model_fields]
             message = "no such key"
             hint = did_you_mean(str(first["loc"][-1]), known)

@@ -275,7 +275,7 @@ def short_layers(
     return chosen, dropout.window_tokens
 
 
-def memory_left_out(healing: Healing, stage: Stage, step: int) -> bool:
+def memory_is_off(healing: Healing, stage: Stage, step: int) -> bool:
     """Whether a step is taken with memories off: the same answer in every process."""
     draw = random.Random(f"memory {healing.seed}/{step}")
     return draw.random() < stage.memory_dropout.frac(step, stage.steps)

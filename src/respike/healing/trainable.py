@@ -16,7 +16,7 @@ from respike.errors import UnsupportedError, UsageError
 from respike.healing.config import Healing, Stage
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank
-from respike.models.ablation import has_part
+from respike.layers.mixer import Mixer
 from respike.models.decoder import Decoder
 
 Kind = Literal["new", "source", "band"]
@@ -94,12 +94,12 @@ def _refuse(decoder: Decoder, healing: Healing) -> None:
             "a control without memories, of a model that has no far memory to shut",
             hint="leave out memory=off",
         )
-    if any(stage.memory_dropout.happens for stage in healing.stages) and not has_part(
-        decoder, "memory"
-    ):
-        raise UnsupportedError(
-            "memory_dropout, of a model that has no memory to leave out", hint="leave it out"
-        )
+    for number, stage in enumerate(healing.stages):
+        if stage.memory_dropout.happens and _only_remembers(decoder):
+            raise UnsupportedError(
+                "memory_dropout, of attention that is only a memory, or merged with one",
+                hint=f"--set 'stages.{number}.memory_dropout={{}}'",
+            )
     if sunk and "transfer" in kinds:
         raise UnsupportedError(
             "kind transfer with learned sinks: the original has nothing in their place", hint=hint
@@ -109,6 +109,13 @@ def _refuse(decoder: Decoder, healing: Healing) -> None:
             "kind length (states that go on) with learned sinks or attention beside attention",
             hint=hint,
         )
+
+
+def _only_remembers(decoder: Decoder) -> bool:
+    """Whether some mixer without its memory is not the attention of the source any more."""
+    return any(
+        module.parts == {"memory"} for module in decoder.modules() if isinstance(module, Mixer)
+    )
 
 
 def _homes(layer: nn.Module, projection: str) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from respike.healing.objectives import (
     beyond_original,
     distil,
     finetune,
-    memory_left_out,
+    memory_is_off,
     predicting,
     short_layers,
     transfer,
@@ -29,7 +29,7 @@ from respike.healing.packed import Lanes
 from respike.healing.parallel import World
 from respike.healing.penalties import Penalties, Penalty
 from respike.healing.trainable import all_trained, trained_names
-from respike.models.ablation import without
+from respike.models.ablation import has_part, without
 from respike.tokenizer import Tokenizer
 
 
@@ -73,6 +73,7 @@ class Trainer:
     ) -> None:
         self.pair, self.healing, self.world = pair, healing, world
         self.store, self.tokenizer = store, tokenizer
+        self.has_memory = has_part(pair.student, "memory")
         world.shard(pair.student)
         self.trained = all_trained(pair.student, healing)
         self.average = Average(self.trained, healing.ema_decay)
@@ -143,7 +144,7 @@ class Trainer:
         where, stage = self.where, self.stage
         batch = next(self.loader)
         penalties = Penalties(self.pair.student, stage, where.step)
-        memory_off = memory_left_out(self.healing, stage, where.step)
+        memory_off = self.has_memory and memory_is_off(self.healing, stage, where.step)
         with without(self.pair.student, "memory") if memory_off else nullcontext():
             loss = self._gradients(batch, penalties, memory_off)
         norm = 0.0
@@ -163,7 +164,7 @@ class Trainer:
             "loss": loss,
             "gradient_norm": norm,
             "tokens_per_second": tokens / seconds,
-            **({"memory": "off"} if memory_off else {}),
+            **({"memory": "off"} if memory_off or self.healing.memory == "off" else {}),
             **penalties.figures(self.world),
         }
         if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
@@ -205,25 +206,23 @@ class Trainer:
                         some, told = weights[rows], None if beyond is None else beyond[rows]
                         alone = world.size == 1 or not total
                         asked = Asked(some, told, total, alone and not some.any())
-                        short = None if memory_off else number
+                        short = (set(), 0) if memory_off else self._short(number)
                         loss += self._distil(micro, asked, short, begin, penalty)
             for tensor in self.optimiser.trained:
                 tensor.collect(world.size)  # FSDP averages over processes; losses are shares
         return world.total(loss) if total else None
 
-    def _distil(
-        self, micro: Batch, asked: Asked, number: int | None, begin: int, penalty: Penalty
-    ) -> float:
-        """`distil` on the micro-batch ``number`` of the step, whose first row is ``begin``.
+    def _short(self, micro: int) -> tuple[set[int], int]:
+        """Layers with short windows in a micro-batch of the step, and how short."""
+        stage, step = self.stage, self.where.step
+        return short_layers(
+            self.pair.student, self.healing, stage.window_dropout, step, stage.steps, micro
+        )
 
-        Without a number all windows stay long: no memory is there to fill in.
-        """
-        stage, student = self.stage, self.pair.student
-        short: tuple[set[int], int] = set(), 0
-        if number is not None:
-            short = short_layers(
-                student, self.healing, stage.window_dropout, self.where.step, stage.steps, number
-            )
+    def _distil(
+        self, micro: Batch, asked: Asked, short: tuple[set[int], int], begin: int, penalty: Penalty
+    ) -> float:
+        """`distil` on a micro-batch of the step, whose first row is ``begin``."""
         lanes = None if self.carried is None else self.carried.at(begin)
         return distil(self.pair, micro, asked, short, lanes, penalty)
 
