@@ -19,6 +19,7 @@ from respike.healing import Healing, Request, apply, heal
 from respike.healing.config import Stage
 from respike.healing.objectives import transfer
 from respike.healing.packed import Packed, segments, short_windows
+from respike.healing.parallel import World
 from respike.healing.run import converted_folder, models
 from respike.healing.trainable import prepare, trained_names
 from respike.loading import load_decoder
@@ -238,3 +239,14 @@ def test_the_original_of_a_folder_with_sinks_has_none(source: Path, tmp_path: Pa
     tokens = random_tokens(1, 9)
     assert_close(pair.original(tokens)[0], load_decoder(open_checkpoint(source))(tokens)[0])
     assert pair.student.config.layers[0].mixers[0].sink_tokens == 2  # type: ignore[union-attr]
+
+
+def test_learned_sinks_are_trained_in_one_process(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("respike.healing.run.join_world", lambda: World(0, 2))
+    twin("spikingbrain-76b", source, tmp_path / "model")
+    with pytest.raises(UnsupportedError) as error:
+        heal(Request(tmp_path / "model", tmp_path / "out", ("text",)), course(DISTIL))
+    one_line(error.value, "learned sinks")
+    assert not (tmp_path / "out.healing").exists()

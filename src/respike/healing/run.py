@@ -205,9 +205,10 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
     """
     folder = converted_folder(request.model)
     world = join_world()
-    if world.size > 1 and folder.config.spikes:
+    alone = "that spikes" if folder.config.spikes else "with learned sinks"
+    if world.size > 1 and (folder.config.spikes or folder.config.learned_sinks):
         raise UnsupportedError(
-            f"{request.model}: training a model that spikes in {world.size} processes",
+            f"{request.model}: training a model {alone} in {world.size} processes",
             hint="run it in one, without torchrun",
         )
     work = request.out.with_name(request.out.name + ".healing")
