@@ -177,7 +177,7 @@ class Stage(Frozen):
         if self.memory_dropout.happens and self.kind != "distil":
             raise ValueError(f"memory_dropout is for distil stages, this one is {self.kind}")
         if self.memory_dropout.happens and not self.train:
-            raise ValueError("memory_dropout needs something in train: with memories off nothing else learns")
+            raise ValueError("memory_dropout needs train: with memories off nothing else learns")
         for name, how in self.train.items():
             if name.endswith("norm") and how != "full":
                 raise ValueError(f"{name} is a vector: train it in full")
