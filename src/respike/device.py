@@ -62,6 +62,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
+def compute_dtype() -> str:
+    """The short name of the dtype that this machine trains in fastest: bf16 or f32.
+
+    A processor that does not multiply bf16 emulates it: four times slower than f32 (docs/log.md).
+    """
+    if torch.accelerator.is_available():
+        return "bf16"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if any(able.get(f"{kind}bf16") for kind in ("avx512_", "amx_", "")) else "f32"
+
+
 def set_threads(num_threads: int | None) -> int:
     """Use ``num_threads`` threads (None: all cores this process may run on); returns the number."""
     if num_threads is None:

@@ -61,9 +61,10 @@ def heal_command(model: str, out: str, **options: Any) -> None:
     """Train the converted MODEL to do what its original does; write the healed folder OUT.
 
     The original is the source that MODEL was converted from; of a MODEL that spikes, the same
-    without its neurons. The course runs in bfloat16 on all
-    cores and can be interrupted at any moment: OUT.healing holds where it stands, and the same
-    command goes on from there. `torchrun --nproc-per-node N -m respike heal ...` shares the work.
+    without its neurons. The course runs on all cores, in bf16 where
+    this machine multiplies it and else in f32, and can be interrupted at any moment: OUT.healing
+    holds where it stands, and the same command goes on from there.
+    `torchrun --nproc-per-node N -m respike heal ...` shares the work.
     """
     from respike.device import set_threads
     from respike.healing import Request, apply, heal, load_healing, summary
@@ -117,6 +118,7 @@ def _text(report: dict[str, Any]) -> str:
         facts += [
             ("steps", f"{report['steps']:,} of {report['all_steps']:,}"),
             ("tokens", f"{report['tokens']:,}{_share(report)}"),
+            ("computes in", report["compute"]),
             ("minutes", f"{report['seconds'] / 60:.1f}"),
             ("tokens a second", f"{report['tokens_per_second']:.0f}"),
         ]
@@ -159,4 +161,5 @@ def _course(report: dict[str, Any]) -> str:
         for n, stage in enumerate(report["stages"], start=1)
     ]
     header = ("stage", "kind", "tokens", "steps", "a step", "trains, beside memories")
-    return f"{pairs([('course', report['name'])])}\n\n{table(header, rows)}"
+    facts = pairs([("course", report["name"]), ("computes in", report["compute"])])
+    return f"{facts}\n\n{table(header, rows)}"

@@ -23,7 +23,7 @@ from respike.conversion.plan import Plan
 from respike.conversion.shards import SHARD_BYTES, write_json, write_shards
 from respike.device import get_dtype
 from respike.errors import CheckpointError, UsageError
-from respike.loading import Progress, load_decoder, load_tokenizer
+from respike.loading import Progress, fast_decoder, load_tokenizer
 from respike.recipe import dump_recipe
 from respike.text import calibration_contexts, contexts
 
@@ -205,7 +205,7 @@ def _calibrated(
     tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
     searched, checked = with_recall(text, tokens)
     half_life = plan.recipe.far.half_life_tokens
-    original = load_decoder(plan.source)
+    original = fast_decoder(plan.source)
     fitted, heads = calibrate(original, plan.config, searched, checked, half_life, progress)
     facts = {
         "text": [Path(path).name for path in data] or ["Python's language reference"],

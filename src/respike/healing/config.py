@@ -8,6 +8,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from respike.config import Frozen
+from respike.device import compute_dtype
 from respike.errors import UsageError, did_you_mean
 from respike.overrides import set_value
 from respike.tasks import FAMILIES
@@ -25,6 +26,11 @@ StageKind = Literal["transfer", "distil", "length", "finetune"]
 def _switch(value: object) -> object:
     """YAML reads on and off without quotes as true and false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _fastest(value: object) -> object:
+    """A course says what it computes in, so that it goes on alike."""
+    return compute_dtype() if value == "auto" else value
 
 
 class RecallOptions(Frozen):
@@ -211,8 +217,11 @@ class Healing(Frozen):
     seed: int = Field(default=0, ge=0, lt=1 << 31)
     memory: Annotated[Literal["on", "off"], BeforeValidator(_switch)] = "on"
     """off: the control. Memories are shut while training, everything else is alike."""
-    compute: Literal["bf16", "f32"] = "bf16"
-    """What the models compute in. Masters, moments and averages are float32 in any case."""
+    compute: Annotated[Literal["bf16", "f32"], BeforeValidator(_fastest)] = Field(
+        default="auto", validate_default=True
+    )
+    """What the models compute in; auto: what this machine trains in fastest. Masters, moments and
+    averages are float32 in any case."""
     heldout_frac: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents that is never trained on."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98

@@ -39,7 +39,12 @@ DIFFERENCE = "difference.safetensors"
 def summary(healing: Healing) -> dict[str, Any]:
     """What a course would do, for ``--dry-run``."""
     stages = [{**stage.model_dump(mode="json"), "steps": stage.steps} for stage in healing.stages]
-    return {"name": healing.name, "tokens": healing.tokens, "stages": stages}
+    return {
+        "name": healing.name,
+        "compute": healing.compute,
+        "tokens": healing.tokens,
+        "stages": stages,
+    }
 
 
 def heal(
@@ -87,6 +92,7 @@ def _report(course: Course) -> dict[str, Any]:
     report: dict[str, Any] = {
         "name": healing.name,
         "seed": healing.seed,
+        "compute": healing.compute,
         "steps": where.total_steps,
         "all_steps": trainer.all_steps,
         "tokens": where.tokens,
@@ -133,7 +139,8 @@ def apply(request: Request, difference: Path) -> dict[str, Any]:
     Args:
         request: Which converted folder, and where to; without data.
         difference: From a course, ``OUT.healing/difference.safetensors``. The weights are bit for
-            bit those of the course.
+            bit those of the course; half-lives of far memories are not trained, so they are
+            the converted folder's.
 
     Raises:
         DataError: The difference belongs to another model.
