@@ -576,6 +576,7 @@ def test_doctor_reports_the_machine_and_a_reason_for_each_kernel(respike: Progra
     figures = succeeded(respike("doctor", "--json")).json
     assert figures["respike"] == __version__
     assert figures["devices"][0] == "cpu"
+    assert figures["courses_compute_in"] in ("bf16", "f32")
     for kernel in figures["kernels"]:
         assert all(kernel["others"].values())
     text = succeeded(respike("doctor")).out

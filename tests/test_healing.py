@@ -71,7 +71,7 @@ DISTIL = {
 def course(**changes: Any) -> Healing:
     fields = {
         "heal": 1, "name": "tiny", "stages": [TRANSFER, DISTIL], "judge": JUDGE,
-        "heldout_frac": 0.3,
+        "heldout_frac": 0.3, "compute": "bf16",
     }  # fmt: skip
     return Healing.model_validate(fields | changes)
 
@@ -333,6 +333,23 @@ def test_a_difference_gives_the_healed_weights_bit_for_bit(
     assert weights(tmp_path / "model") == weights(out)
 
 
+def test_half_lives_are_those_of_the_folder_and_not_trained(
+    healed: tuple[Path, dict[str, Any]], converted: Path, tmp_path: Path
+) -> None:
+    source = save_tiny(tmp_path / "source")
+    recipe = load_recipe("constant", (*SETTINGS, "far.half_life_tokens=64"))
+    convert(plan(source, recipe), tmp_path / "short")
+    apply(Request(tmp_path / "short", tmp_path / "model"), Path(healed[1]["difference"]))
+    folders = healed[0], tmp_path / "model", converted
+    kept, given, began = (load_decoder(converted_folder(folder)) for folder in folders)
+    other = {name for name, p in kept.named_parameters() if not p.equal(given.get_parameter(name))}
+    assert other
+    for name in other:
+        assert name.endswith("log2_half_life")
+        assert (given.get_parameter(name) == 6).all()
+        assert kept.get_parameter(name).equal(began.get_parameter(name))
+
+
 def test_carried_states_and_conversations_train(converted: Path, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     rows = [
@@ -509,6 +526,20 @@ def test_a_malformed_course_says_where(change: str, words: tuple[str, ...]) -> N
 def test_a_switch_is_one_with_and_without_quotes() -> None:
     for value in ("off", "'off'", "on"):
         assert load_healing("quick", (f"memory={value}",)).memory == value.strip("'")
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("bf16", "bf16"), ("avx512_vnni", "f32")],
+)
+def test_a_course_computes_in_what_the_processor_multiplies(
+    able: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "avx512_f": True})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert load_healing("quick").compute == dtype
+    assert load_healing("quick", ("compute=bf16",)).compute == "bf16"
+    assert load_healing("quick", ("compute=f32",)).compute == "f32"
 
 
 def test_every_built_in_course_is_one() -> None:

@@ -143,7 +143,13 @@ def doctor_command(as_json: bool) -> None:
     import torch
 
     from respike import __version__
-    from respike.device import available_devices, build_of_torch, set_threads, vendor_packages
+    from respike.device import (
+        available_devices,
+        build_of_torch,
+        compute_dtype,
+        set_threads,
+        vendor_packages,
+    )
     from respike.ops import backends
 
     plain = {
@@ -155,6 +161,7 @@ def doctor_command(as_json: bool) -> None:
         "threads": set_threads(None),
         "devices": available_devices(),
         "engine": _engine(),
+        "courses_compute_in": compute_dtype(),
         "cpu_features": sorted(k for k, v in backends.cpu_features().items() if v),
         "amx": backends.amx_status(),
         "vendor_packages": vendor_packages(),
