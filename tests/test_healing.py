@@ -453,6 +453,10 @@ def test_a_course_goes_on_only_with_what_it_began_with(
     with pytest.raises(UsageError) as error:
         heal(asked, course(seed=1), leg_minutes=0.0)
     one_line(error.value, "model.healing", "another healing")
+    assert "--set" not in str(error.value.hint)
+    with pytest.raises(UsageError) as error:
+        heal(asked, course(compute="f32"), leg_minutes=0.0)
+    assert "--set compute=bf16" in str(error.value.hint)
 
 
 def test_what_cannot_be_healed_is_refused(

@@ -17,6 +17,7 @@ from torch import Tensor
 from respike.checkpoint import Folder, fingerprint, open_checkpoint, read_json
 from respike.config import ModelConfig, SpikeConfig, full_layers
 from respike.data import TokenStore, prepare
+from respike.device import get_dtype
 from respike.errors import UnsupportedError, UsageError
 from respike.healing.checkpoint import load_checkpoint, save_checkpoint
 from respike.healing.config import Healing
@@ -32,6 +33,9 @@ from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer
 from respike.tokenizer import Tokenizer
 
 CHECKPOINT_SECONDS = 300
+
+JUDGED_IN = "bf16"
+"""As a difference is stored and a healed folder runs, whatever its course computes in."""
 """Time after which the next place to stop is written to disk."""
 
 Step = Callable[[int, int, str], None]
@@ -233,7 +237,7 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
     if course.start is None:
         if progress:
             progress(0, trainer.all_steps, "measuring the converted model")
-        course.start = judge.measure(fast_decoder(folder, dtype=healing.compute))
+        course.start = judge.measure(fast_decoder(folder, dtype=JUDGED_IN))
         course.log.verdict(0, 0, course.start, kept=False)
     return course
 
@@ -251,11 +255,13 @@ def _same_course(path: Path, identity: dict[str, Any], world: World) -> None:
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
         for name, mine in identity.items():
-            if held.get(name) != mine:
-                raise UsageError(
-                    f"{path.parent}: holds a course with another {name}",
-                    hint="give the same options as before, or remove it to begin again",
-                )
+            theirs = held.get(name)
+            if theirs == mine:
+                continue
+            hint = "give the same options as before, or remove it to begin again"
+            if name == "healing" and theirs | {"compute": mine["compute"]} == mine:
+                hint = f"it was begun in {theirs['compute']}: --set compute={theirs['compute']}"
+            raise UsageError(f"{path.parent}: holds a course with another {name}", hint=hint)
     elif world.first:
         path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
 
@@ -327,7 +333,8 @@ def _judge(course: Course, progress: Step | None) -> None:
     weights = merge(plain_weights(student, world), trained)
     spikes = trained_spikes(course.spikes, trained)
     config = student.config.model_copy(update={"spikes": spikes})
-    verdict = course.judge.measure(fast_copy(config, weights))
+    rounded = {n: t.to(get_dtype(JUDGED_IN)) for n, t in weights.items()}
+    verdict = course.judge.measure(fast_copy(config, rounded))
     assert course.start is not None
     kept = is_better(verdict, course.best, course.start, trainer.healing.judge)
     if kept:
