@@ -70,7 +70,7 @@ def compute_dtype() -> str:
     if torch.accelerator.is_available():
         return "bf16"
     able = torch.cpu.get_capabilities()
-    return "bf16" if any(able.get(f"{kind}bf16") for kind in ("avx512_", "amx_", "")) else "f32"
+    return "bf16" if any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16"))) else "f32"
 
 
 def set_threads(num_threads: int | None) -> int:

@@ -172,7 +172,7 @@ def _healed_folder(
         kept: dict[str, Any] = {name: before[name] for name in names if name in before}
         if plan.config.spikes is not None:
             original = fast_decoder(original_of(source, request.original), dtype="bf16")
-            decoder = fast_copy(plan.config, {n: t.bfloat16() for n, t in weights.items()})
+            decoder = fast_copy(plan.config, weights)
             kept["spikes"] = recount(decoder, original, load_tokenizer(source))
         return kept | {"converted_fingerprint": before["fingerprint"], "healing": facts}
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from respike.checkpoint import Folder, fingerprint, open_checkpoint, read_json
 from respike.config import ModelConfig, SpikeConfig, full_layers
 from respike.data import TokenStore, prepare
-from respike.device import get_dtype
 from respike.errors import UnsupportedError, UsageError
 from respike.healing.checkpoint import load_checkpoint, save_checkpoint
 from respike.healing.config import Healing
@@ -33,9 +32,6 @@ from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer
 from respike.tokenizer import Tokenizer
 
 CHECKPOINT_SECONDS = 300
-
-JUDGED_IN = "bf16"
-"""As a difference is stored and a healed folder runs, whatever its course computes in."""
 """Time after which the next place to stop is written to disk."""
 
 Step = Callable[[int, int, str], None]
@@ -237,7 +233,7 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
     if course.start is None:
         if progress:
             progress(0, trainer.all_steps, "measuring the converted model")
-        course.start = judge.measure(fast_decoder(folder, dtype=JUDGED_IN))
+        course.start = judge.measure(fast_decoder(folder, dtype="bf16"))
         course.log.verdict(0, 0, course.start, kept=False)
     return course
 
@@ -333,8 +329,7 @@ def _judge(course: Course, progress: Step | None) -> None:
     weights = merge(plain_weights(student, world), trained)
     spikes = trained_spikes(course.spikes, trained)
     config = student.config.model_copy(update={"spikes": spikes})
-    rounded = {n: t.to(get_dtype(JUDGED_IN)) for n, t in weights.items()}
-    verdict = course.judge.measure(fast_copy(config, rounded))
+    verdict = course.judge.measure(fast_copy(config, weights))
     assert course.start is not None
     kept = is_better(verdict, course.best, course.start, trainer.healing.judge)
     if kept:

@@ -67,10 +67,14 @@ def trained_spikes(spikes: SpikeConfig | None, trained: Mapping[str, Tensor]) ->
 
 
 def fast_copy(config: ModelConfig, weights: Mapping[str, Tensor]) -> Decoder:
-    """A decoder of some weights that runs as fast as this machine can, as a loaded folder would."""
+    """A decoder of some weights that runs as fast as this machine can, as a loaded folder would.
+
+    In bf16, as a healed folder is stored, whatever its course computes in.
+    """
     with torch.device("meta"):
         decoder = Decoder(config)
-    decoder.load_state_dict({n: t.clone() for n, t in weights.items()}, strict=True, assign=True)
+    rounded = {n: t.to(torch.bfloat16, copy=True) for n, t in weights.items()}
+    decoder.load_state_dict(rounded, strict=True, assign=True)
     if config.spikes:
         install_spikes(decoder, config.spikes)
     decoder.requires_grad_(False).eval()
