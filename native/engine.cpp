@@ -228,6 +228,7 @@ void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffe
   grown(mass_, rows * shape_.heads);
   near_used_ = 0;
   softmax_jobs_.clear();
+  kept_jobs_.clear();
   far_jobs_.clear();
   for (size_t m = 0; m < mixers.size(); ++m) {
     if (mixers[m].turns == nullptr) {
@@ -241,6 +242,8 @@ void Engine<T>::mix(const Call& call, size_t layer, const MixerBuffers<T>* buffe
   }
   softmax(call.level, call.threads, softmax_jobs_.data(),
           static_cast<int64_t>(softmax_jobs_.size()));
+  attend_kept(call.level, call.threads, kept_jobs_.data(),
+              static_cast<int64_t>(kept_jobs_.size()));
   far(call.level, call.threads, far_jobs_.data(), static_cast<int64_t>(far_jobs_.size()));
 }
 
@@ -330,6 +333,11 @@ void Engine<T>::add_jobs(const Call& call, const MixerWeights& mixer,
         far_jobs_.push_back(far_job(call, mixer, job, near, b, i));
         far_jobs_.back().memory =
             buffers.memory + static_cast<int64_t>(place) * mixer.far.features * (dim + 1);
+        if (mixer.far.kept > 0) {
+          kept_jobs_.push_back(kept_job(mixer, buffers, job, near, place, i));
+          const int64_t first = kept_jobs_.back().rule.first_lost(mixer.far.kept) - job.start;
+          far_jobs_.back().first_real = std::clamp<int64_t>(first, 0, job.tokens);
+        }
       }
       softmax_jobs_.push_back(job);
     }
@@ -364,6 +372,39 @@ FarJob<T> Engine<T>::far_job(const Call& call, const MixerWeights& mixer,
   job.features = far.features;
   job.key_dim = softmax.head_dim;
   job.value_dim = softmax.value_dim;
+  return job;
+}
+
+template <class T>
+KeptJob<T> Engine<T>::kept_job(const MixerWeights& mixer, const MixerBuffers<T>& buffers,
+                               const SoftmaxJob<T>& softmax, const Near& near, size_t place,
+                               size_t i) const {
+  const int64_t dim = softmax.head_dim, places = mixer.far.kept;
+  const auto first = static_cast<int64_t>(place) * places;
+  KeptJob<T> job{};
+  job.rule = {mixer.window, mixer.sinks, mixer.sink_reach};
+  job.start = softmax.start;
+  job.first_leaving = near.first_leaving;
+  job.q = softmax.q;
+  job.q_stride = softmax.q_stride;
+  job.turned = near.leaving_turned;
+  job.plain = near.leaving_k;
+  job.values = near.leaving_v;
+  job.k = buffers.kept_k + first * dim;
+  job.plain_k = buffers.kept_plain_k + first * dim;
+  job.v = buffers.kept_v + first * dim;
+  job.worth = buffers.kept_worth + first;
+  job.position = buffers.kept_position + first;
+  job.places = places;
+  job.weight = mixer.far.keep_weight + static_cast<int64_t>(i) * dim;
+  job.near = softmax.out;
+  job.near_stride = softmax.out_stride;
+  job.near_log_mass = softmax.log_mass;
+  job.mass_stride = softmax.mass_stride;
+  job.tokens = softmax.tokens;
+  job.heads = softmax.heads;
+  job.dim = dim;
+  job.scale = softmax.scale;
   return job;
 }
 
@@ -420,6 +461,8 @@ typename Engine<T>::Near Engine<T>::within_window(const Call& call, const MixerW
   near.first_leaving = std::min(std::max<int64_t>(window - begin, 0) + new_sinks, valid);
   near.leaving_k = leaving_k;
   near.leaving_v = values - near.first_leaving * dim;
+  T* const keys = values + (window + call.span.tokens) * dim;
+  near.leaving_turned = keys - near.first_leaving * dim;
 
   if (valid == 1) {
     if (end > begin) {
@@ -427,6 +470,7 @@ typename Engine<T>::Near Engine<T>::within_window(const Call& call, const MixerW
       if (near.first_leaving == 0) {
         rotate_back(call, mixer, b, 0, 1, ring_k + slot * dim, leaving_k);
         std::copy_n(ring_v + slot * dim, dim, values);
+        std::copy_n(ring_k + slot * dim, dim, keys);
       }
       std::copy_n(new_k, dim, ring_k + slot * dim);
       std::copy_n(new_v, dim, ring_v + slot * dim);
@@ -435,7 +479,6 @@ typename Engine<T>::Near Engine<T>::within_window(const Call& call, const MixerW
     near.all_seen = true;
     return near;
   }
-  T* const keys = values + (window + call.span.tokens) * dim;
   const int64_t old = begin - first;
   each_run(window, first, old, [&](int64_t slot, int64_t done, int64_t length) {
     std::copy_n(ring_k + slot * dim, length * dim, keys + done * dim);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "blocks.hpp"
+#include "keep.hpp"
 #include "kernels.hpp"
 #include "recurrent.hpp"
 #include "softmax.hpp"
@@ -37,6 +38,8 @@ struct FarWeights {
   const float* beta;
   const float* log_decay;
   std::int64_t features;  // 0: no far memory
+  const float* keep_weight;  // (groups, K)
+  std::int64_t kept;         // tokens that stay as they are; 0: none do
 };
 
 // Softmax for some KV groups: over everything before (window 0), over sinks and a window, or over
@@ -75,6 +78,9 @@ struct MixerBuffers {
   T* v;
   std::int64_t slots;
   float* memory;  // (B, groups, features, K + 1)
+  T *kept_k, *kept_plain_k, *kept_v;  // (B, groups, kept, K)
+  float* kept_worth;                  // (B, groups, kept)
+  std::int64_t* kept_position;        // likewise
   T* summaries;   // of blocks (B, groups, summary_slots, K)
   std::int64_t summary_slots;
 };
@@ -132,8 +138,9 @@ class Engine {
     std::int64_t first;          // position of the first key
     bool all_seen;               // by the only query; keys are in no order
     std::int64_t first_leaving;  // the first step at which a token leaves
-    const T* leaving_k;          // not rotated
-    const T* leaving_v;
+    T* leaving_k;                // not rotated
+    T* leaving_v;
+    const T* leaving_turned;     // keys, rotated
   };
 
   void project(const Call& call, std::size_t layer);
@@ -142,6 +149,9 @@ class Engine {
   void add_jobs(const Call& call, const MixerWeights& mixer, const MixerBuffers<T>& buffers);
   FarJob<T> far_job(const Call& call, const MixerWeights& mixer, const SoftmaxJob<T>& softmax,
                     const Near& near, std::size_t b, std::size_t i) const;
+  KeptJob<T> kept_job(const MixerWeights& mixer, const MixerBuffers<T>& buffers,
+                      const SoftmaxJob<T>& softmax, const Near& near, std::size_t place,
+                      std::size_t i) const;
   void add_blocks(const Call& call, const MixerWeights& mixer, const MixerBuffers<T>& buffers);
   Near all_before(const Call& call, const MixerBuffers<T>& mine, std::size_t b, std::int64_t g);
   Near within_window(const Call& call, const MixerWeights& mixer, const MixerBuffers<T>& mine,
@@ -169,6 +179,7 @@ class Engine {
   std::size_t near_used_ = 0;
   std::vector<float> mass_;
   std::vector<SoftmaxJob<T>> softmax_jobs_;
+  std::vector<KeptJob<T>> kept_jobs_;
   std::vector<FarJob<T>> far_jobs_;
   std::vector<std::int32_t> counts_;
   std::vector<float> steps_;

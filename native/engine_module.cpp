@@ -44,7 +44,8 @@ respike::MixerWeights mixer(nb::handle item) {
           nb::cast<int64_t>(m[2]),
           nb::cast<int64_t>(m[3]),
           {pointer<const float>(far[0]), pointer<const float>(far[1]), pointer<const float>(far[2]),
-           pointer<const float>(far[3]), pointer<const float>(far[4]), nb::cast<int64_t>(far[5])},
+           pointer<const float>(far[3]), pointer<const float>(far[4]), nb::cast<int64_t>(far[5]), pointer<const float>(far[6]),
+           nb::cast<int64_t>(far[7])},
           m[5].is_none() ? nullptr : nb::cast<const respike::BlockTurns*>(m[5]),
           block_rule(nb::cast<BlockRuleNumbers>(m[6]))};
 }
@@ -107,11 +108,14 @@ void bind(nb::module_& m, const char* name) {
           [](Engine& self, int level, int threads, Counts start, Counts valid, int64_t tokens,
              const nb::tuple& work, std::size_t first, std::size_t last, const Counts& buffers) {
             std::vector<respike::MixerBuffers<T>> states;
-            for (std::size_t i = 0; i + 5 < buffers.size(); i += 6) {
-              states.push_back({reinterpret_cast<T*>(buffers[i]),
-                                reinterpret_cast<T*>(buffers[i + 1]), buffers[i + 2],
-                                reinterpret_cast<float*>(buffers[i + 3]),
-                                reinterpret_cast<T*>(buffers[i + 4]), buffers[i + 5]});
+            for (std::size_t i = 0; i + 10 < buffers.size(); i += 11) {
+              const int64_t* each = buffers.data() + i;
+              states.push_back({reinterpret_cast<T*>(each[0]), reinterpret_cast<T*>(each[1]),
+                                each[2], reinterpret_cast<float*>(each[3]),
+                                reinterpret_cast<T*>(each[4]), reinterpret_cast<T*>(each[5]),
+                                reinterpret_cast<T*>(each[6]), reinterpret_cast<float*>(each[7]),
+                                reinterpret_cast<int64_t*>(each[8]), reinterpret_cast<T*>(each[9]),
+                                each[10]});
             }
             const respike::EngineSpan span{std::move(start), std::move(valid), tokens};
             const auto space = workspace<T>(work);

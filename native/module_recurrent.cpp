@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "keep.hpp"
 #include "module_far.hpp"
 #include "recurrent.hpp"
 
@@ -101,6 +102,33 @@ void far(int level, int threads, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_
                static_cast<int64_t>(jobs.size()));
 }
 
+// Addresses of worth (B, T, G), start and valid (B, 2), worth and position of the held (B, G, M),
+// and, to be filled, held (B, G, N + 1, M), until (B, G, M + T) and lost (B, T, G).
+void keep(const std::array<uintptr_t, 7>& buffers, const std::array<int64_t, 4>& sizes,
+          int64_t every, const Three& rule) {
+  const auto& [batch, steps, groups, places] = sizes;
+  const auto [worth, span, held_worth, held_position, held, until, lost] = buffers;
+  const int64_t lists = (steps + every - 1) / every + 1;
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t row = b * groups + g, first = b * steps * groups + g;
+      respike::KeepJob job{};
+      job.worth = at<const float>(worth, first);
+      job.lost = at<int64_t>(lost, first);
+      job.stride = groups;
+      job.start = *at<const int64_t>(span, 2 * b);
+      job.valid = *at<const int64_t>(span, 2 * b + 1);
+      job.steps = steps;
+      job.held_worth = at<const float>(held_worth, row * places);
+      job.held_position = at<const int64_t>(held_position, row * places);
+      job.places = places;
+      job.held = at<int64_t>(held, row * lists * places);
+      job.until = at<int64_t>(until, row * (places + steps));
+      respike::keep({rule[0], rule[1], rule[2]}, job, every);
+    }
+  }
+}
+
 template <class T>
 void bind(nb::module_& m, const std::string& suffix) {
   using unlocked = nb::call_guard<nb::gil_scoped_release>;
@@ -117,6 +145,8 @@ void bind(nb::module_& m, const std::string& suffix) {
 }  // namespace
 
 void bind_recurrent(nb::module_& m) {
+  m.def("keep", &keep, nb::call_guard<nb::gil_scoped_release>(), "buffers"_a, "sizes"_a, "every"_a,
+        "rule"_a);
   bind<float>(m, "_f32");
   bind<respike::bf16>(m, "_bf16");
 }

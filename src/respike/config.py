@@ -23,6 +23,7 @@ ReachTokens = Annotated[int, Field(gt=0, le=1 << 32)]
 BlockTokens = Annotated[int, Field(gt=0, le=1 << 12)]
 BlockCount = Annotated[int, Field(gt=0, le=1 << 16)]
 FeatureCount = Annotated[int, Field(gt=0, le=1 << 12)]
+KeptCount = Annotated[int, Field(ge=0, le=1 << 12)]
 GateRank = Annotated[int, Field(gt=0, le=1 << 12)]
 GateNormalizer = Annotated[float, Field(ge=2**-10, le=1 << 10)]
 PartitionCount = Annotated[int, Field(gt=0, le=256)]
@@ -67,12 +68,16 @@ class RopeConfig(Frozen):
     """factors: one divisor per frequency, as GGUF's ``rope_freqs.weight`` stores llama3's."""
 
 
-class FarMemory(Frozen):
+class FarMemory(Lean):
     """Linear memory of what has left the window, under the window's softmax denominator."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"kept_tokens"})
 
     kind: Literal["far"] = "far"
     features: FeatureCount
     """Prototypes of keys, for each KV group."""
+    kept_tokens: KeptCount = 0
+    """Tokens of each KV group that stay as they are; see `respike.ops.keep`."""
 
 
 class GlaMemory(Frozen):
@@ -152,6 +157,13 @@ class WindowMixer(Frozen):
     """Largest distance at which a sink is seen; see `respike.layers.softmax`."""
     memory: AnyMemory | None = None
     """far shares the softmax's denominator; any other is normed and added beside the window."""
+
+    @model_validator(mode="after")
+    def _kept_tokens_are_reached(self) -> "WindowMixer":
+        far = self.memory is not None and self.memory.kind == "far"
+        if far and self.memory.kept_tokens and self.sink_reach_tokens <= self.window_tokens:
+            raise ValueError("kept_tokens need sink_reach_tokens above window_tokens")
+        return self
 
 
 class LinearMixer(Frozen):

@@ -38,12 +38,12 @@ def apply_recipe(recipe: Recipe, source: ModelConfig) -> ModelConfig:
     _check_groups(recipe, source.num_hidden_layers, source.num_key_value_heads)
     _check_moe(recipe, source)
     _check_sinks(recipe, source)
-    layers = tuple(_layer(recipe, source, index) for index in range(source.num_hidden_layers))
     tie = source.tie_word_embeddings or recipe.retie
-    changes = {"layers": layers, "tie_word_embeddings": tie}
+    changes: dict[str, Any] = {"tie_word_embeddings": tie}
     if recipe.learned_sinks.count:
         changes["learned_sinks"] = recipe.learned_sinks.count
     try:
+        changes["layers"] = tuple(_layer(recipe, source, i) for i in range(source.num_hidden_layers))
         return ModelConfig.model_validate({**dict(source), **changes})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
@@ -188,7 +188,7 @@ def _memory(recipe: Recipe, source: ModelConfig, rule: Rule, index: int) -> AnyM
 
 def _named(name: MemoryName, recipe: Recipe, source: ModelConfig) -> AnyMemory | None:
     if name == "far":
-        return FarMemory(features=recipe.far.features)
+        return FarMemory(features=recipe.far.features, kept_tokens=recipe.far.kept_tokens)
     if name == "gla":
         gla = recipe.gla
         return GlaMemory(

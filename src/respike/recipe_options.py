@@ -13,6 +13,7 @@ from respike.config import (
     BlockTokens,
     ExpertCount,
     FeatureCount,
+    KeptCount,
     Fraction,
     Frozen,
     GateNormalizer,
@@ -85,6 +86,8 @@ class FarOptions(Frozen):
 
     features: FeatureCount = 64
     """Prototypes of each KV group."""
+    kept_tokens: KeptCount = 0
+    """Tokens of each KV group that stay as they are beside them; see `respike.ops.keep`."""
     half_life_tokens: HalfLife = 8192.0
     """Tokens after which half of a memory is left."""
     calibration_tokens: int = Field(default=0, ge=0, le=1 << 24)

@@ -240,6 +240,8 @@ def mixer_tensors(config: ModelConfig, part: Mixer) -> Iterator[tuple[str, tuple
         yield "query_weight", (heads, features, head)
         yield "beta", (heads,)
         yield "log2_half_life", (groups,)
+        if memory.kept_tokens:
+            yield "keep_weight", (groups, head)
         return
     norms = ("norm",) if part.mixer == "linear" else ("window_norm", "memory_norm")
     for name in norms:

@@ -160,7 +160,8 @@ def _words(part: Mixer) -> str:
 
 def _memory_words(memory: AnyMemory) -> str:
     if memory.kind == "far":
-        return f"far memory of {memory.features}"
+        kept = f"{memory.kept_tokens} kept tokens + " if memory.kept_tokens else ""
+        return f"{kept}far memory of {memory.features}"
     if memory.kind == "sse":
         of = f"{memory.chosen} of {memory.partitions} partitions"
         return f"sparse gated delta ({of}, {memory.gate} gate)"

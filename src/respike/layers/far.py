@@ -5,6 +5,7 @@ Letters: B batch, T tokens, H query heads, G KV groups, F prototypes, K head dim
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from respike.layers.mixer import Mixer
 from respike.layers.softmax import WindowSoftmax
 from respike.layers.span import Span
-from respike.layers.state import MemoryState, PairState
+from respike.layers.state import KeptState, MemoryState, PairState, WindowState
 from respike.ops.far import Prototypes, far, far_read, share_denominator
+from respike.ops.keep import Rule, attend_kept, keep
 
 
 class FarSoftmax(Mixer):
@@ -24,12 +26,18 @@ class FarSoftmax(Mixer):
     A head with ``beta`` of -inf is shut: its output is the window's, bit for bit. While all are
     shut the memory is not even kept.
 
+    With ``kept_tokens``, those of most worth, ``keep_weight k``, stay as they are when they leave
+    the window, and queries see them at their true distance (`respike.ops.keep`); the memory takes
+    what is let go. They are the memory's, so where it is switched off they are too.
+
     Args:
         window: The softmax over sinks and window.
         num_heads: H of the groups this mixer serves.
         num_groups: G.
         head_dim: K.
         features: F.
+        kept_tokens: M, tokens of each group that stay as they are; needs sinks that are seen
+            further away than the window reaches.
     """
 
     parts = frozenset({"window", "memory"})
@@ -42,14 +50,17 @@ class FarSoftmax(Mixer):
         num_groups: int,
         head_dim: int,
         features: int,
+        kept_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.kept_tokens = window, kept_tokens
         self.key_weight = nn.Parameter(torch.zeros(num_groups, features, head_dim))
         self.key_bias = nn.Parameter(torch.zeros(num_groups, features))
         self.query_weight = nn.Parameter(torch.zeros(num_heads, features, head_dim))
         self.beta = nn.Parameter(torch.full((num_heads,), -torch.inf))
         self.log2_half_life = nn.Parameter(torch.zeros(num_groups))
+        if kept_tokens:
+            self.keep_weight = nn.Parameter(torch.zeros(num_groups, head_dim))
         self.watch = False
         self.share: Tensor | None = None
         """With ``watch``: memory's share of each query's attention (B, T, H) in the last call."""
@@ -61,7 +72,7 @@ class FarSoftmax(Mixer):
         heads = [g * rep + r for g in groups for r in range(rep)]
         part = FarSoftmax(
             self.window, num_heads=len(heads), num_groups=len(groups), head_dim=head_dim,
-            features=features,
+            features=features, kept_tokens=self.kept_tokens,
         )  # fmt: skip
         for name, own in self.named_parameters(recurse=False):
             of_heads = name in ("query_weight", "beta")
@@ -70,34 +81,91 @@ class FarSoftmax(Mixer):
 
     def init_state(self, batch: int, groups: int, head_dim: int, like: Tensor) -> PairState:
         """See `Mixer.init_state`."""
-        return PairState(
-            self.window.init_state(batch, groups, head_dim, like),
-            MemoryState.empty(batch, groups, self.key_weight.shape[1], head_dim + 1, like),
-        )
+        memory = MemoryState.empty(batch, groups, self.key_weight.shape[1], head_dim + 1, like)
+        if self.kept_tokens:
+            memory = KeptState.none_kept(memory, self.kept_tokens, like)
+        return PairState(self.window.init_state(batch, groups, head_dim, like), memory)
 
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, span: Span, state: PairState
     ) -> tuple[Tensor, PairState]:
         """See `Mixer.forward`."""
         del x
-        k, v = span.rotate(k).transpose(1, 2), v.transpose(1, 2)
-        if "memory" in self.off or bool((self.beta == -torch.inf).all()):
+        if "memory" in self.off or (self.is_shut and not self.kept_tokens):
+            k, v = span.rotate(k).transpose(1, 2), v.transpose(1, 2)
             near, window = self.window.near(q, k, v, span, state.window, self.off)
             return near.attend(), PairState(window, state.memory)
-        leaving = state.window.leaving(k, v, span)
-        near, window = self.window.near(q, k, v, span, state.window, self.off)
-        seen = near.attend_with_mass()
+        seen, leaving, after = self.seen(q, k, v, span, state)
         if self.watch:
             mean, mass, memory = self.recall(q, leaving, span, state.memory.memory)
             out, share = share_denominator(*seen, mean, mass)
             self.share = share.detach()
         else:
-            k = span.rotate_back(leaving[0], self.window.window_tokens)
-            first = self.window.sink_tokens + self.window.window_tokens - span.start
-            real = torch.stack((first, span.valid), 1)
-            before = state.memory.memory
-            out, memory = far(q, k, leaving[1], real, self.prototypes(), before, seen)
-        return out, PairState(window, MemoryState(memory))
+            memory = state.memory.memory
+            out, memory = far(q, leaving.k, leaving.v, leaving.real, self.prototypes(), memory, seen)
+        after.memory.memory = memory.detach()
+        return out, after
+
+    @property
+    def is_shut(self) -> bool:
+        """No head reads its memory."""
+        return bool((self.beta == -torch.inf).all())
+
+    def seen(
+        self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: PairState
+    ) -> tuple[tuple[Tensor, Tensor], "Leaving", PairState]:
+        """What queries make of the tokens that they see as they are.
+
+        Args:
+            q: Queries (B, T, H, K), not rotated.
+            k: Keys (B, T, G, K), likewise.
+            v: Values, likewise.
+            span: Where the tokens stand.
+            state: Before the span; consumed.
+
+        Returns:
+            Their mean value (B, T, H, K) and the logarithm of their softmax's denominator
+            (B, T, H); what goes to the memory; and the state after the span but for that memory.
+        """
+        k, v = span.rotate(k).transpose(1, 2), v.transpose(1, 2)
+        left_k, left_v, _ = state.window.leaving(k, v, span)
+        near, window = self.window.near(q, k, v, span, state.window, self.off)
+        seen = near.attend_with_mass()
+        plain_k = span.rotate_back(left_k, self.window.window_tokens)
+        first = self.window.sink_tokens + self.window.window_tokens
+        if not self.kept_tokens:
+            leaving = Leaving(plain_k, left_v, torch.stack((first - span.start, span.valid), 1))
+            return seen, leaving, PairState(window, MemoryState(state.memory.memory))
+        return self._keep(q, (left_k, plain_k, left_v), span, state.memory, seen, window)
+
+    def _keep(
+        self,
+        q: Tensor,
+        left: tuple[Tensor, Tensor, Tensor],
+        span: Span,
+        memory: KeptState,
+        seen: tuple[Tensor, Tensor],
+        window: WindowState,
+    ) -> tuple[tuple[Tensor, Tensor], "Leaving", PairState]:
+        """`seen` with the kept tokens, of what the window's softmax has seen and what left it."""
+        limits = self.window
+        rule = Rule(limits.window_tokens, limits.sink_tokens, limits.sink_reach_tokens)
+        worth = (left[1].detach().float() * self.keep_weight.float()).sum(-1)
+        steps = torch.stack((span.start, span.valid), 1)
+        places = keep(worth, steps, memory.worth, memory.position, rule)
+        position = (span.positions - limits.window_tokens).to(worth.device)[:, None]
+        fresh = (*(x.transpose(1, 2) for x in (*left, worth)), position.expand_as(places.lost.mT))
+        candidates = [torch.cat(pair, 2) for pair in zip(memory.kept(), fresh, strict=True)]
+        k, plain_k, v, *_ = candidates
+        mean, mass = attend_kept(span.rotate(q), k, v, places)
+        out, _ = share_denominator(*seen, mean, mass)
+        joint = torch.logaddexp(seen[1], mass)
+        lost_k, lost_v = (_chosen(x, places.lost.mT).transpose(1, 2) for x in (plain_k, v))
+        first = rule.first_lost(self.kept_tokens) - span.start
+        held = places.held[:, :, -1]
+        kept = [_chosen(x, held, none) for x, none in zip(candidates, KeptState.vacant, strict=True)]
+        after = PairState(window, KeptState(memory.memory, *kept))
+        return (out, joint), Leaving(lost_k, lost_v, torch.stack((first, span.valid), 1)), after
 
     def prototypes(self) -> Prototypes:
         """What the memory has learnt, as the op takes it."""
@@ -105,21 +173,20 @@ class FarSoftmax(Mixer):
         return Prototypes(self.key_weight, self.key_bias, self.query_weight, self.beta, rate)
 
     def recall(
-        self, q: Tensor, leaving: tuple[Tensor, Tensor, Tensor], span: Span, memory: Tensor
+        self, q: Tensor, leaving: "Leaving", span: Span, memory: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What queries (B, T, H, K), not rotated, find: see `respike.ops.far.far_read`.
 
         Args:
             q: The queries.
-            leaving: From `WindowState.leaving`.
+            leaving: From `seen`.
             span: Where the tokens stand.
             memory: Before the span.
         """
-        k, v, real = leaving
-        k = span.rotate_back(k, self.window.window_tokens)
-        return far_read(
-            self.log_query(q), self.key_features(k, real), v, self._log_decay(span), memory
-        )
+        step = torch.arange(span.num_tokens)
+        real = (step >= leaving.real[:, :1]) & (step < leaving.real[:, 1:])
+        features = self.key_features(leaving.k, real.to(q.device))
+        return far_read(self.log_query(q), features, leaving.v, self._log_decay(span), memory)
 
     def log_query(self, q: Tensor) -> Tensor:
         """How much queries (B, T, H, K), not rotated, like each prototype: (B, T, H, F)."""
@@ -139,3 +206,24 @@ class FarSoftmax(Mixer):
         if span.padding is not None:
             aged = aged.masked_fill(span.padding[:, :, None, None], 0)
         return aged * rate[:, None]
+
+
+class Leaving(NamedTuple):
+    """What a far memory takes in, one token a step.
+
+    Attributes:
+        k: Keys (B, T, G, K), not rotated.
+        v: Values.
+        real: For each row (B, 2), on the processor: the first step with a token, and the first that
+            is padding.
+    """
+
+    k: Tensor
+    v: Tensor
+    real: Tensor
+
+
+def _chosen(x: Tensor, index: Tensor, nobody: int = 0) -> Tensor:
+    """Of candidates (B, G, C, ...), those of ``index`` (B, G, N), and ``nobody`` for -1."""
+    index = index.view(*index.shape, *(1,) * (x.ndim - 3)).expand(*index.shape, *x.shape[3:])
+    return x.gather(2, index.clamp(min=0)).where(index >= 0, nobody)

@@ -257,6 +257,70 @@ class MemoryState:
         self.memory = tensors["memory"]
 
 
+class KeptState(MemoryState):
+    """A far memory, and the tokens that it keeps as they are; see `respike.ops.keep`.
+
+    Attributes:
+        k: Keys of the kept tokens (B, G, M, K), rotated.
+        plain_k: The same, not rotated, as the memory will take them.
+        v: Values.
+        worth: (B, G, M), float32.
+        position: (B, G, M), int64; -1 where a place is empty.
+    """
+
+    parts = ("k", "plain_k", "v", "worth", "position")
+    vacant = (0, 0, 0, 0, -1)
+    """What an empty place holds of each."""
+
+    def __init__(self, memory: Tensor, *kept: Tensor) -> None:
+        super().__init__(memory)
+        self.k, self.plain_k, self.v, self.worth, self.position = (x.detach() for x in kept)
+
+    @classmethod
+    def none_kept(cls, memory: MemoryState, kept_tokens: int, like: Tensor) -> "KeptState":
+        """Beside an empty memory, M empty places; dtype and device of ``like``."""
+        B, G, _, values = memory.memory.shape
+        k = like.new_zeros(B, G, kept_tokens, values - 1)
+        worth = k.new_zeros(B, G, kept_tokens, dtype=torch.float32)
+        position = torch.full_like(worth, -1, dtype=torch.int64)
+        return cls(memory.memory, k, k.clone(), k.clone(), worth, position)
+
+    def kept(self) -> list[Tensor]:
+        """The kept tokens' tensors, in the order of ``parts``."""
+        return [getattr(self, name) for name in self.parts]
+
+    def nbytes(self, num_tokens: int) -> int:
+        """See `MixerState.nbytes`: all places are allocated."""
+        return super().nbytes(num_tokens) + sum(x[0].numel() * x.element_size() for x in self.kept())
+
+    def clone(self) -> "KeptState":
+        """See `MixerState.clone`."""
+        return KeptState(self.memory.clone(), *(x.clone() for x in self.kept()))
+
+    def rows(self, index: slice, num_tokens: int | None = None) -> "KeptState":
+        """See `MixerState.rows`."""
+        del num_tokens
+        return KeptState(self.memory[index], *(x[index] for x in self.kept()))
+
+    @classmethod
+    def join(cls, states: Sequence["MemoryState"]) -> "KeptState":
+        """See `MixerState.join`."""
+        kept = [s.kept() for s in states if isinstance(s, KeptState)]
+        memory = torch.cat([s.memory for s in states])
+        return cls(memory, *(torch.cat(x) for x in zip(*kept, strict=True)))
+
+    def tensors(self, num_tokens: int) -> dict[str, Tensor]:
+        """See `MixerState.tensors`."""
+        names = (f"kept_{name}" for name in self.parts)
+        return super().tensors(num_tokens) | dict(zip(names, self.kept(), strict=True))
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """See `MixerState.restore`."""
+        super().restore(tensors)
+        for name in self.parts:
+            setattr(self, name, tensors[f"kept_{name}"])
+
+
 class PairState:
     """A softmax's state, mostly a window's, and a memory's."""
 
@@ -281,7 +345,7 @@ class PairState:
         """See `MixerState.join`."""
         return cls(
             type(states[0].window).join([s.window for s in states]),
-            MemoryState.join([s.memory for s in states]),
+            type(states[0].memory).join([s.memory for s in states]),
         )
 
     def tensors(self, num_tokens: int) -> dict[str, Tensor]:
@@ -290,6 +354,5 @@ class PairState:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `MixerState.restore`."""
-        memory = tensors.pop("memory")
         self.window.restore(tensors)
-        self.memory.restore({"memory": memory})
+        self.memory.restore(tensors)

@@ -66,6 +66,7 @@ def build_mixer(config: ModelConfig, part: configs.Mixer) -> Mixer:
             num_groups=len(part.groups),
             head_dim=head_dim,
             features=part.memory.features,
+            kept_tokens=part.memory.kept_tokens,
         )
     memory = build_memory(config, part.memory, len(part.groups))
     return WindowBesideMemory(window, memory, head_dim, eps)

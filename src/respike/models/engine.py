@@ -27,7 +27,7 @@ from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.spikes import SpikeLinear
-from respike.layers.state import KVState, MixerState, PairState, WindowState
+from respike.layers.state import KeptState, KVState, MixerState, PairState, WindowState
 from respike.ops import backends
 from respike.ops.block_rule import block_turns
 from respike.ops.spike_linear import spike_weights
@@ -280,7 +280,7 @@ class Engine:
         return absmax, k, *((0, 0) if band is None else (self._keep(band), len(band)))
 
     def _mixer(self, groups: list[int], mixer: Mixer) -> tuple[Any, ...]:
-        none = (0, 0, 0, 0, 0, 0)
+        none = (0,) * 8
         whole = (None, (0,) * 7)
         if isinstance(mixer, FullSoftmax):
             return groups, 0, 0, 0, none, *whole
@@ -291,12 +291,15 @@ class Engine:
             return groups, 0, 0, 0, none, turns, numbers
         window = cast(WindowSoftmax, mixer.window if isinstance(mixer, FarSoftmax) else mixer)
         limits = (window.window_tokens, window.sink_tokens, window.sink_reach_tokens)
-        if not isinstance(mixer, FarSoftmax) or bool((mixer.beta == -torch.inf).all()):
+        if not isinstance(mixer, FarSoftmax) or (mixer.is_shut and not mixer.kept_tokens):
             return groups, *limits, none, *whole
         decay = -math.log(2) * torch.exp2(-mixer.log2_half_life.float())
         parameters = (mixer.key_weight, mixer.key_bias, mixer.query_weight, mixer.beta, decay)
         far = tuple(self._keep(parameter.float().contiguous()) for parameter in parameters)
-        return groups, *limits, (*far, mixer.key_weight.shape[1]), *whole
+        kept = (0, 0)
+        if mixer.kept_tokens:
+            kept = self._keep(mixer.keep_weight.float().contiguous()), mixer.kept_tokens
+        return groups, *limits, (*far, mixer.key_weight.shape[1], *kept), *whole
 
     def _keep(self, tensor: Tensor) -> int:
         tensor = tensor.detach()
@@ -320,22 +323,23 @@ def _is_native(mixer: Mixer) -> bool:
     return not (isinstance(mixer, FarSoftmax) and mixer.watch)
 
 
-def _buffers(state: MixerState, span: Span) -> tuple[int, int, int, int, int, int]:
-    """Addresses of keys and values, slots, address of memory or summaries and how many of these."""
-    memory = 0
+def _buffers(state: MixerState, span: Span) -> tuple[int, ...]:
+    """As MixerBuffers of native/engine.hpp: addresses, 0 where there is nothing, and two counts."""
+    memory, kept = 0, [0] * len(KeptState.parts)
     if isinstance(state, BlockState):
         state.reserve(span.end)
         k, v, summaries = state.parts["k"].data, state.parts["v"].data, state.summaries.data
-        return (
-            _address(k), _address(v), k.shape[2], 0, _address(summaries), summaries.shape[2],
-        )  # fmt: skip
+        cache = _address(k), _address(v), k.shape[2]
+        return *cache, memory, *kept, _address(summaries), summaries.shape[2]
     if isinstance(state, PairState):
         memory = _address(state.memory.memory)
+        if isinstance(state.memory, KeptState):
+            kept = [_address(x) for x in state.memory.kept()]
         state = state.window
     if isinstance(state, KVState):
         state.reserve(span.end)
     assert isinstance(state, KVState | WindowState)
-    return _address(state.k), _address(state.v), state.k.shape[2], memory, 0, 0
+    return _address(state.k), _address(state.v), state.k.shape[2], memory, *kept, 0, 0
 
 
 def _address(tensor: Tensor) -> int:

@@ -46,6 +46,7 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "recurrent_gradient": (torch.float32,),
     "far": _FLOATS,
     "far_gradient": _FLOATS,
+    "keep": (torch.float32,),
     "blocks": _FLOATS,
     "blocks_gradient": _FLOATS,
     "fire": _FLOATS,

@@ -1,0 +1,223 @@
+"""Tokens that stay exact after they have left the window: which, how long, and attention to them.
+
+A far memory is right about most tokens together and wrong about the few that matter one by one.
+So each KV group keeps the M tokens of most worth as they are; what it lets go of, at most one token
+a step, its memory takes. The definition, for each group, when the query at position t is read::
+
+    token t - W leaves the window; sinks never do
+    a kept token of age R or more is let go, and the newcomer takes its place
+    else it takes an empty place if there is one
+    else, if it is worth more than the least of the kept, it takes that one's place (the first of
+    equals), which is let go
+    else it is let go itself
+    query t then sees the M kept tokens at their true distances, which are below R
+
+A token's worth depends on its key alone, so what is kept does not depend on how a text is cut.
+
+Letters: B batch, T steps, H query heads, G KV groups, K head dim, M kept tokens, C = M + T
+candidates: those kept before a span, then those that leave the window in it, one a step.
+Source: our own; that few tokens take most of attention, and are known early: H2O (Zhang et al.,
+arXiv:2306.14048). Worth from keys alone: see `respike.conversion.calibrate`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from respike.ops import backends
+
+STEPS = 64
+"""Queries that are shown one list of candidates."""
+
+
+class Rule(NamedTuple):
+    """What is the same for all groups.
+
+    Attributes:
+        window_tokens: W.
+        sink_tokens: First tokens, which never leave.
+        reach_tokens: R, above W.
+    """
+
+    window_tokens: int
+    sink_tokens: int
+    reach_tokens: int
+
+    def first_lost(self, kept_tokens: int) -> int:
+        """Position of the first query at which a token is let go; one is at each that follows."""
+        room = min(kept_tokens, self.reach_tokens - self.window_tokens)
+        return self.sink_tokens + self.window_tokens + room
+
+
+class Places(NamedTuple):
+    """Who is kept when, int64; candidates by number, -1 is nobody.
+
+    Attributes:
+        held: Of each place before steps 0, `STEPS`, .. and behind the last (B, G, N + 1, M).
+        until: The first step at which each candidate is not seen any more (B, G, C).
+        lost: Whom each step lets go (B, T, G).
+    """
+
+    held: Tensor
+    until: Tensor
+    lost: Tensor
+
+
+def keep_definition(
+    worth: Float[Tensor, "B T G"],
+    span: Int[Tensor, "B 2"],
+    held_worth: Float[Tensor, "B G M"],
+    held_position: Int[Tensor, "B G M"],
+    rule: Rule,
+) -> Places:
+    """The definition, step by step; see `keep`."""
+    B, T, G = worth.shape
+    M = held_worth.shape[2]
+    held = torch.full((B, G, -(-T // STEPS) + 1, M), -1)
+    until = torch.zeros(B, G, M + T, dtype=torch.int64)
+    lost = torch.full((B, T, G), -1)
+    for b, (start, valid) in enumerate(span.tolist()):
+        for g in range(G):
+            at = held_position[b, g].tolist()
+            worths = held_worth[b, g].tolist()
+            who = [m if at[m] >= 0 else -1 for m in range(M)]
+            for t in range(T):
+                if t % STEPS == 0:
+                    held[b, g, t // STEPS] = torch.tensor(who)
+                position = start + t - rule.window_tokens
+                if t >= valid or position < rule.sink_tokens:
+                    continue
+                mine = float(worth[b, t, g])
+                old = [m for m in range(M) if who[m] >= 0 and at[m] <= start + t - rule.reach_tokens]
+                empty = [m for m in range(M) if who[m] < 0]
+                least = min(range(M), key=worths.__getitem__)
+                goes = M + t
+                if old or empty or mine > worths[least]:
+                    place = (old or empty or [least])[0]
+                    goes, who[place], at[place], worths[place] = who[place], M + t, position, mine
+                lost[b, t, g] = goes
+                if goes >= 0:
+                    until[b, g, goes] = t
+            held[b, g, -1] = torch.tensor(who)
+            for m in who:
+                if m >= 0:
+                    until[b, g, m] = T
+    return Places(held, until, lost)
+
+
+def keep(
+    worth: Float[Tensor, "B T G"],
+    span: Int[Tensor, "B 2"],
+    held_worth: Float[Tensor, "B G M"],
+    held_position: Int[Tensor, "B G M"],
+    rule: Rule,
+) -> Places:
+    """Who is kept when, by the fastest form that can run here.
+
+    Args:
+        worth: Of the token that leaves at each step, float32; anything where none does.
+        span: Position of each row's first query, and how many of its T are no padding.
+        held_worth: Of those kept before, by place.
+        held_position: Likewise; -1 is an empty place.
+        rule: When tokens leave, and when they are too old.
+    """
+    kernels = backends.choose("keep", worth, held_worth)
+    if kernels is None:
+        return keep_torch(worth, span, held_worth, held_position, rule)
+    B, T, G = worth.shape
+    M = held_worth.shape[2]
+    held = worth.new_empty(B, G, -(-T // STEPS) + 1, M, dtype=torch.int64)
+    until = worth.new_empty(B, G, M + T, dtype=torch.int64)
+    lost = worth.new_empty(B, T, G, dtype=torch.int64)
+    inputs = [x.contiguous() for x in (worth, span, held_worth, held_position)]
+    kernels.module.keep(
+        [x.data_ptr() for x in (*inputs, held, until, lost)], (B, T, G, M), STEPS, tuple(rule)
+    )
+    return Places(held, until, lost)
+
+
+def keep_torch(
+    worth: Float[Tensor, "B T G"],
+    span: Int[Tensor, "B 2"],
+    held_worth: Float[Tensor, "B G M"],
+    held_position: Int[Tensor, "B G M"],
+    rule: Rule,
+) -> Places:
+    """`keep` for all rows and groups at once, step by step."""
+    B, T, G = worth.shape
+    M, device = held_worth.shape[2], worth.device
+    lowest = torch.finfo(torch.float32).min
+    places = torch.arange(M, device=device)
+    position, values, span = held_position, held_worth, span.to(device)
+    who = places.where(position >= 0, -1)
+    held, lost = [], []
+    until = torch.zeros(B, G, M + T + 1, dtype=torch.int64, device=device)  # the last: nobody's
+    for t in range(T):
+        if t % STEPS == 0:
+            held.append(who)
+        now = span[:, :1] + t
+        newcomer = now - rule.window_tokens
+        leaves = (t < span[:, 1:]) & (newcomer >= rule.sink_tokens)
+        old = (who >= 0) & (position <= (now - rule.reach_tokens)[..., None])
+        order = values.masked_fill(who < 0, lowest).masked_fill(old, -torch.inf)
+        least, place = order.min(-1)
+        mine = worth[:, t]
+        takes = leaves & ((least == lowest) | (mine > least))
+        here = takes[..., None] & (places == place[..., None])
+        goes = who.gather(2, place[..., None])[..., 0].where(takes, M + t).where(leaves, -1)
+        until.scatter_(2, goes.where(goes >= 0, M + T)[..., None], t)
+        who = torch.where(here, M + t, who)
+        position = torch.where(here, newcomer[..., None], position)
+        values = torch.where(here, mine[..., None], values)
+        lost.append(goes)
+    held.append(who)
+    until.scatter_(2, who.where(who >= 0, M + T), T)
+    return Places(torch.stack(held, 2), until[..., :-1], torch.stack(lost, 1))
+
+
+def attend_kept(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B G C K"],
+    v: Float[Tensor, "B G C K"],
+    places: Places,
+) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H"]]:
+    """Softmax over the kept tokens, float32: mean value, and the logarithm of the denominator.
+
+    Zeros and -inf where nothing is kept. Gradients by autograd.
+
+    Args:
+        q: Queries, rotated.
+        k: Keys of the candidates, rotated.
+        v: Their values.
+        places: From `keep`.
+    """
+    (B, T, H, K), G = q.shape, k.shape[1]
+    M, blocks = places.held.shape[3], places.held.shape[2] - 1
+    spare = blocks * STEPS - T
+    step = torch.arange(blocks * STEPS, device=k.device).view(blocks, STEPS)
+    # Whom each block may see: those held before it, then those that leave in it.
+    held = places.held[:, :, :-1].to(k.device)
+    among = torch.cat((held, (M + step).expand(B, G, -1, -1)), -1)
+    index = among.clamp(0, M + T - 1)
+    until = places.until.to(k.device).gather(2, index.flatten(2)).view(index.shape)
+    until = until.masked_fill((among < 0) | (among >= M + T), 0)
+    seen = (among - M)[..., None, :] <= step[:, :, None]
+    seen = seen & (step[:, :, None] < until[..., None, :])
+    pairs = []
+    for x in (k, v):
+        rows = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
+        pairs.append(x.float().gather(2, rows).view(*index.shape, -1))
+    asked = pad(q.float(), (0, 0, 0, 0, 0, spare)).view(B, blocks, STEPS, G, H // G, K)
+    scores = torch.einsum("bnsgrk,bgnck->bgnrsc", asked, pairs[0]) * K**-0.5
+    scores = scores.masked_fill(~seen[:, :, :, None], -torch.inf)
+    some = seen.any(-1)[:, :, :, None]
+    top = scores.detach().amax(-1).masked_fill(~some, 0)
+    weights = (scores - top[..., None]).exp()
+    total = weights.sum(-1).masked_fill(~some, 1)
+    mean = torch.einsum("bgnrsc,bgnck->bnsgrk", weights / total[..., None], pairs[1])
+    mass = (total.log() + top).masked_fill(~some, -torch.inf)
+    mass = mass.permute(0, 2, 4, 1, 3).reshape(B, blocks * STEPS, H)
+    return mean.reshape(B, blocks * STEPS, H, -1)[:, :T], mass[:, :T]

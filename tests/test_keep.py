@@ -1,0 +1,283 @@
+"""Tokens that stay exact behind a window: who they are, and attention to them, against the words.
+
+Letters: B batch, T tokens, G KV groups, R = H / G, F prototypes, K head dim, M kept tokens.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixers import (
+    CUTS,
+    Array,
+    G,
+    Inputs,
+    K,
+    double,
+    in_ragged_spans,
+    in_spans,
+    mixer_inputs,
+    normal,
+    randomise,
+    tensors_of,
+    turned,
+)
+from respike.errors import RecipeError
+from respike.layers.far import FarSoftmax
+from respike.layers.softmax import FullSoftmax, WindowSoftmax
+from respike.ops import backends
+from respike.ops.keep import STEPS, Places, Rule, keep, keep_definition, keep_torch
+from respike.recipe import load_recipe
+from respike.recipe_apply import apply_recipe
+from tiny import model_config
+from tolerance import assert_close
+
+F = 6
+HALF_LIVES = (5.0, 60.0, 1000.0)
+RULES = [(5, 2, 512, 4), (7, 3, 16, 3), (3, 0, 8, 9), (4, 4, 9, 1), (2, 1, 30, 12)]
+"""Window, sinks, reach, kept tokens: some let go for age, some for worth, one never full."""
+Forms = Callable[..., Places]
+
+
+def keeping(rule: tuple[int, int, int, int], heads: int = 3 * G) -> FarSoftmax:
+    """Random prototypes and worths, gates open."""
+    inner = WindowSoftmax(*rule[:3])
+    mixer = FarSoftmax(
+        inner, num_heads=heads, num_groups=G, head_dim=K, features=F, kept_tokens=rule[3]
+    )
+    randomise(mixer)
+    with torch.no_grad():
+        mixer.log2_half_life.copy_(torch.tensor(HALF_LIVES).log2())
+    return mixer
+
+
+def held_before(rule: Rule, places: int, starts: list[int]) -> tuple[Tensor, Tensor]:
+    """Worths and positions that could be held before positions ``starts``."""
+    worth = normal(len(starts), G, places, seed=7)
+    position = torch.full(worth.shape, -1)
+    for b, start in enumerate(starts):
+        gone = start - rule.window_tokens - rule.sink_tokens
+        for m in range(max(0, min(places, rule.reach_tokens - rule.window_tokens, gone))):
+            position[b, :, m] = start - rule.window_tokens - 1 - m
+    return worth, position
+
+
+def in_words(mixer: FarSoftmax, inputs: Inputs, row: int) -> tuple[Array, Array, list[set[int]]]:
+    """One sequence, query by query: outputs (T, H, K), memory, and what each group keeps."""
+    q, k, v = (double(z[row]) for z in inputs[1:])
+    T, H, _ = q.shape
+    R, window, M = H // G, mixer.window, mixer.kept_tokens
+    W, sinks, reach = window.window_tokens, window.sink_tokens, window.sink_reach_tokens
+    out, memories, ends = np.zeros(q.shape), np.zeros((G, F, K + 1)), []
+    for g in range(G):
+        worth = k[:, g] @ double(mixer.keep_weight[g])
+        scores = k[:, g] @ double(mixer.key_weight[g]).T + double(mixer.key_bias[g])
+        phi = np.exp(scores - scores.max(-1, keepdims=True))
+        phi /= phi.sum(-1, keepdims=True)
+        kept: set[int] = set()
+        for p in range(T):
+            memories[g] *= 0.5 ** (1 / HALF_LIVES[g])
+            new, gone = p - W, None
+            if new >= sinks:
+                old = {j for j in kept if p - j >= reach}
+                gone = old.pop() if old else None
+                kept = kept - {gone} | {new}
+                if len(kept) > M:
+                    gone = min(kept, key=lambda j: worth[j])
+                    kept -= {gone}
+            if gone is not None:
+                memories[g] += np.outer(phi[gone], [*v[gone, g], 1.0])
+            seen = [j for j in range(p + 1) if j < sinks or p - j < W or j in kept]
+            for h in range(g * R, (g + 1) * R):
+                turn = {j: min(p, reach - 1) if j < sinks else p for j in seen}
+                logits = [turned(q[p, h], turn[j]) @ turned(k[j, g], j) / math.sqrt(K) for j in seen]
+                likes = np.exp(double(mixer.query_weight[h]) @ q[p, h] + double(mixer.beta[h]))
+                sums = np.append(np.exp(logits) @ v[seen, g], np.exp(logits).sum())
+                sums += likes @ memories[g]
+                out[p, h] = sums[:-1] / sums[-1]
+        ends.append(kept)
+    return out, memories, ends
+
+
+# ---- who is kept -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [keep_torch, keep], ids=["torch", "fastest"])
+@given(
+    starts=st.lists(st.integers(0, 300), min_size=2, max_size=2),
+    tokens=st.integers(1, 2 * STEPS + 5),
+    missing=st.integers(0, 20),
+    rule=st.tuples(st.integers(1, 9), st.integers(0, 4), st.integers(1, 90)),
+    places=st.integers(1, 12),
+    coarse=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_form_keeps_whom_the_definition_keeps(
+    form: Forms,
+    starts: list[int],
+    tokens: int,
+    missing: int,
+    rule: tuple[int, int, int],
+    places: int,
+    coarse: bool,
+) -> None:
+    limits = Rule(rule[0], rule[1], rule[0] + rule[2])
+    worth = normal(2, tokens, G, seed=3)
+    held_worth, position = held_before(limits, places, starts)
+    if coarse:  # equals
+        worth, held_worth = worth.round(), held_worth.round()
+    span = torch.tensor([[starts[0], tokens], [starts[1], max(0, tokens - missing)]])
+    wanted = keep_definition(worth, span, held_worth, position, limits)
+    got = form(worth, span, held_worth, position, limits)
+    for name, mine, theirs in zip(Places._fields, got, wanted, strict=True):
+        assert torch.equal(mine, theirs), name
+    for b, (start, valid) in enumerate(span.tolist()):
+        first = max(0, limits.first_lost(places) - start)
+        assert (wanted.lost[b, :first] == -1).all()
+        assert (wanted.lost[b, first:valid] >= 0).all()
+        assert (wanted.lost[b, valid:] == -1).all()
+
+
+def test_the_kernel_is_what_runs_where_there_is_one() -> None:
+    if backends.kernels() is None:
+        pytest.skip("no native kernels here")
+    assert backends.choose("keep", torch.zeros(1)) is not None
+
+
+# ---- the mixer does what the words say -------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("rule", RULES, ids="window {0[0]} sinks {0[1]} reach {0[2]} kept {0[3]}".format)
+@pytest.mark.parametrize("R", [1, 3])
+@torch.no_grad()
+def test_the_mixer_does_what_its_words_say(
+    rule: tuple[int, int, int, int], R: int, cuts: list[int]
+) -> None:
+    mixer, inputs = keeping(rule, R * G), mixer_inputs(40, R * G)
+    got, state = in_spans(mixer, inputs, cuts)
+    for row in range(len(got)):
+        out, memory, ends = in_words(mixer, inputs, row)
+        assert_close(got[row], torch.from_numpy(out).float())
+        assert_close(state.memory.memory[row], torch.from_numpy(memory).float())
+        for g, kept in enumerate(ends):
+            assert set(state.memory.position[row, g].tolist()) - {-1} == kept
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@torch.no_grad()
+def test_room_for_all_is_full_softmax(cuts: list[int]) -> None:
+    mixer, inputs = keeping((5, 2, 512, 40)), mixer_inputs(40, 3 * G)
+    got, state = in_spans(mixer, inputs, cuts)
+    assert_close(got, in_spans(FullSoftmax(), inputs, cuts)[0])
+    assert not state.memory.memory.any()
+
+
+@torch.no_grad()
+def test_spans_longer_than_a_list_are_what_short_ones_are() -> None:
+    mixer, inputs = keeping((5, 2, 100, 7)), mixer_inputs(3 * STEPS + 11, 3 * G, rows=1)
+    whole, state = in_spans(mixer, inputs, [])
+    pieces, other = in_spans(mixer, inputs, range(1, 200, 3))
+    assert_close(whole, pieces)
+    for name, tensor in tensors_of(other).items():
+        assert_close(tensors_of(state)[name].float(), tensor.float())
+
+
+@given(
+    calls=st.lists(st.lists(st.integers(0, 14), min_size=3, max_size=3), min_size=1, max_size=5),
+    rule=st.sampled_from(RULES),
+)
+@settings(max_examples=15, deadline=None)
+@torch.no_grad()
+def test_ragged_rows_give_what_each_gives_alone(
+    calls: list[list[int]], rule: tuple[int, int, int, int]
+) -> None:
+    calls = [call for call in calls if max(call)] or [[1, 0, 2]]
+    mixer, inputs = keeping(rule), mixer_inputs(70, 3 * G, rows=3)
+    rows, state = in_ragged_spans(mixer, inputs, calls, 30.0)
+    for row, total in enumerate(map(sum, zip(*calls, strict=True))):
+        if total:
+            alone, own = in_spans(mixer, tuple(z[row : row + 1, :total] for z in inputs), [])  # type: ignore[arg-type]
+            assert_close(rows[row], alone[0])
+            for name, tensor in tensors_of(own.memory).items():
+                assert_close(tensors_of(state.memory)[name][row].float(), tensor[0].float())
+
+
+@pytest.mark.usefixtures("poison")
+@torch.no_grad()
+def test_memory_is_written_before_it_is_read() -> None:
+    mixer, inputs = keeping((5, 2, 16, 4)), mixer_inputs(40, 3 * G)
+    assert not in_spans(mixer, inputs, CUTS["spans of 1 to 13"])[0].isnan().any()
+    rows, _ = in_ragged_spans(mixer, inputs, [[9, 4], [1, 7], [0, 3]], 5.0)
+    assert not torch.cat(rows).isnan().any()
+
+
+@torch.no_grad()
+def test_what_is_kept_is_the_memorys_and_goes_with_it() -> None:
+    mixer, inputs = keeping((5, 2, 512, 4)), mixer_inputs(40, 3 * G)
+    mixer.off = frozenset({"memory"})
+    wanted, _ = in_spans(WindowSoftmax(5, 2, 512), inputs, [])
+    assert torch.equal(in_spans(mixer, inputs, [])[0], wanted)
+
+
+@torch.no_grad()
+def test_shut_heads_still_see_what_is_kept() -> None:
+    mixer, inputs = keeping((5, 2, 512, 4)), mixer_inputs(40, 3 * G)
+    mixer.beta.fill_(-math.inf)
+    out, state = in_spans(mixer, inputs, [])
+    assert (state.memory.position >= 0).all()
+    assert not torch.isclose(out, in_spans(WindowSoftmax(5, 2, 512), inputs, [])[0]).all()
+
+
+def test_gradients_are_those_of_one_softmax_over_what_is_seen() -> None:
+    """Against the slope of the loss in a direction of every input and weight but the worths."""
+    mixer, inputs = keeping((4, 1, 30, 3)), mixer_inputs(20, 3 * G)
+    leaves = [z.requires_grad_() for z in inputs[1:]]
+    fixed = ("keep_weight", "log2_half_life")
+    leaves += [p for name, p in mixer.named_parameters() if name not in fixed]
+    probe = normal(*inputs[1].shape, seed=9)
+
+    def loss() -> Tensor:
+        return (in_spans(mixer, inputs, [])[0] * probe).double().sum()
+
+    slopes, wanted = [], []
+    for i, (leaf, grad) in enumerate(zip(leaves, torch.autograd.grad(loss(), leaves), strict=True)):
+        way = normal(*leaf.shape, seed=50 + i)
+        wanted.append((grad * way).sum())
+        with torch.no_grad():
+            values = []
+            for step in (1e-3, -2e-3, 1e-3):
+                leaf += step * way
+                values.append(loss())
+        slopes.append((values[0] - values[1]).float() / 2e-3)
+    assert torch.stack(wanted).abs().min() > 0.01
+    torch.testing.assert_close(torch.stack(slopes), torch.stack(wanted), rtol=0.02, atol=0.02)
+
+
+# ---- recipes ---------------------------------------------------------------------------------
+
+
+def test_a_recipe_says_how_many_are_kept_and_none_is_written_as_before() -> None:
+    source = model_config()
+    shaped = apply_recipe(load_recipe("constant", ("far.kept_tokens=5", "window_tokens=9")), source)
+    memory = shaped.layers[0].mixers[0].memory  # type: ignore[union-attr]
+    assert memory is not None
+    assert memory.kind == "far"
+    assert memory.kept_tokens == 5
+    plain = apply_recipe(load_recipe("constant"), source).model_dump_json()
+    assert "kept_tokens" not in plain
+    with pytest.raises(RecipeError, match=r"far\.kept_tokens"):
+        load_recipe("constant", ("far.kept_tokens=-1",))
+
+
+def test_what_is_kept_must_be_within_reach() -> None:
+    recipe = load_recipe("constant", ("far.kept_tokens=5", "sink_reach_tokens=16", "window_tokens=16"))
+    with pytest.raises(RecipeError, match="kept_tokens need sink_reach_tokens above window_tokens"):
+        apply_recipe(recipe, model_config())
