@@ -35,9 +35,7 @@ struct Candidates {
 
   std::int64_t rows() const { return tokens * heads; }
   // Blocks before this one are seen at the reach, from a position.
-  std::int64_t limit(std::int64_t at) const {
-    return BlockRule::beyond(at, rule.reach, rule.block);
-  }
+  std::int64_t limit(std::int64_t at) const { return rule.held(at); }
 };
 
 // What the rows of a tile have found.

@@ -170,7 +170,7 @@ class BlockTile {
       own_.turn_query(q, 1.0f, turns_.tokens(position_ + token - base_), turns_.half(),
                       q_ + row * row_);
     });
-    if (!few() || BlockRule::beyond(last(), rule_.reach, rule_.block) == 0) return;
+    if (!few() || rule_.held(last()) == 0) return;
     std::fill(q_still_, q_still_ + rows_ * row_, 0.0f);
     each_query([&](int64_t, int64_t row, const T* q) {
       float* to = q_still_ + row * row_;
@@ -360,6 +360,11 @@ class BlockTile {
     if (reach == BlockRule::everywhere) return tokens_;
     return std::clamp(block * rule_.block + reach - position_, int64_t{0}, tokens_);
   }
+  // The same of a block that is chosen.
+  int64_t holds(int64_t block) const {
+    return std::max(stands(block, rule_.reach),
+                    std::clamp(rule_.true_tokens - position_, int64_t{0}, tokens_));
+  }
 
   void show_sinks() {
     for (int64_t b = 0; b < std::min(sinks_, far_); ++b) {
@@ -432,14 +437,14 @@ class BlockTile {
       parts_of_choice_.see_token(candidates_, lists, sinks_, far_, scores_, stride());
       return lists;
     }
-    if (BlockRule::beyond(last(), rule_.reach, rule_.block) > 0) take_queries(Way::still);
+    if (rule_.held(last()) > 0) take_queries(Way::still);
     parts_of_choice_.see_tile(candidates_, lists, sinks_, far_);
     return lists;
   }
 
   // Shows a block to tokens [first, end).
   void show_to(int64_t b, int64_t first, int64_t end) {
-    const int64_t still = std::clamp(stands(b, rule_.reach), first, std::max(first, end));
+    const int64_t still = std::clamp(holds(b), first, std::max(first, end));
     show(b * rule_.block, (b + 1) * rule_.block, Way::placed, first, still);
     show(b * rule_.block, (b + 1) * rule_.block, Way::still, still, end);
   }
@@ -447,7 +452,7 @@ class BlockTile {
   // Shows a block to the tokens that chose it, packed once for each way.
   template <class F>
   void show_some(int64_t b, const F& chose) {
-    const int64_t still = stands(b, rule_.reach), from = b * rule_.block;
+    const int64_t still = holds(b), from = b * rule_.block;
     thread_local std::vector<std::int32_t> rows;
     for (const Way way : {Way::placed, Way::still}) {
       const int64_t begin = way == Way::placed ? 0 : still;

@@ -16,7 +16,7 @@ namespace respike {
 
 // respike.ops.block_rule.BlockRule.
 struct BlockRule {
-  std::int64_t window, sinks, block, summary, top, sink_reach, reach;
+  std::int64_t window, sinks, block, summary, top, sink_reach, reach, true_tokens;
   static constexpr std::int64_t everywhere = std::numeric_limits<std::int64_t>::max();  // as reach
 
   std::int64_t sink_blocks() const { return (sinks + block - 1) / block; }
@@ -26,6 +26,10 @@ struct BlockRule {
   // Blocks before this one are seen at no more than `reach`, from a position.
   static std::int64_t beyond(std::int64_t position, std::int64_t reach, std::int64_t block) {
     return position < reach ? 0 : (position - reach) / block + 1;
+  }
+  // The same of chosen blocks.
+  std::int64_t held(std::int64_t position) const {
+    return position < true_tokens ? 0 : beyond(position, reach, block);
   }
 };
 

@@ -41,8 +41,8 @@ inline Way way_of(const BlockRule& rule, const std::uint64_t* chosen, int64_t po
   const int64_t near = rule.first_near(position), sinks = rule.sink_blocks();
   if (b >= near) return b * rule.block <= position ? placed : unseen;
   const bool is_sink = b < sinks;
-  const int64_t reach = is_sink ? rule.sink_reach : rule.reach;
-  const bool beyond = b < BlockRule::beyond(position, reach, rule.block);
+  const bool beyond = b < (is_sink ? BlockRule::beyond(position, rule.sink_reach, rule.block)
+                                   : rule.held(position));
   if (is_sink) return beyond ? sink : placed;
   const bool all = near - sinks <= rule.top;
   if (!all && (chosen[b / 64] >> (b % 64) & 1) == 0) return unseen;

@@ -397,6 +397,7 @@ KeptJob<T> Engine<T>::kept_job(const MixerWeights& mixer, const MixerBuffers<T>&
   job.position = buffers.kept_position + first;
   job.places = places;
   job.weight = mixer.far.keep_weight + static_cast<int64_t>(i) * dim;
+  job.rate = mixer.far.keep_rate[i];
   job.near = softmax.out;
   job.near_stride = softmax.out_stride;
   job.near_log_mass = softmax.log_mass;

@@ -39,6 +39,7 @@ struct FarWeights {
   const float* log_decay;
   std::int64_t features;  // 0: no far memory
   const float* keep_weight;  // (groups, K)
+  const float* keep_rate;    // (groups)
   std::int64_t kept;         // tokens that stay as they are; 0: none do
 };
 

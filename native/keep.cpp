@@ -18,6 +18,7 @@ namespace {
 // which come behind the taken ones, the first.
 int64_t place_for(const KeepRule& rule, float mine, int64_t now, const float* worth,
                   const int64_t* position, int64_t places) {
+  if (rule.window >= rule.reach) return -1;
   int64_t least = 0;
   for (int64_t m = 0; m < places; ++m) {
     if (position[m] < 0 || position[m] <= now - rule.reach) return m;

@@ -13,7 +13,7 @@ struct KeepRule {
 
   // Position of the first query at which a token is let go; one is at each that follows.
   std::int64_t first_lost(std::int64_t places) const {
-    return sinks + window + std::min(places, reach - window);
+    return sinks + window + std::max<std::int64_t>(0, std::min(places, reach - window));
   }
 };
 
@@ -47,7 +47,8 @@ struct KeptJob {
   float* worth;
   std::int64_t* position;
   std::int64_t places;
-  const float* weight;  // (dim), a key's worth
+  const float* weight;  // (dim), for the logarithm of a key's worth
+  float rate;           // what each position adds to it
   T* near;              // (tokens, heads, dim): the window's output; becomes the joint one
   std::int64_t near_stride;
   float* near_log_mass;  // (tokens, heads), likewise

@@ -120,7 +120,7 @@ void softmax(bool int8, int level, int threads, uintptr_t q, uintptr_t q_sink, c
   run(level, threads, q, q_sink, keys, sinks, out, log_mass, shape, first, start, window, scale);
 }
 
-// Window, sinks, block, summary, top, reach of sinks and of blocks; none: -1.
+// Window, sinks, block, summary, top, reach of sinks and of blocks (none: -1), true tokens.
 // shape: groups, tokens between sequences of q, heads of a group, head_dim, value_dim. Of sequence
 // b, count[b] tokens from start[b] on; summaries: address, steps from sequence to sequence and from
 // group to group; known: addresses of log_mass and chosen (or 0), words of chosen for each token.

@@ -59,6 +59,7 @@ RULES = {
     "true": replace(RULE, reach_tokens=None, summary_tokens=4, window_tokens=1, top_blocks=3),
     "no sinks": replace(RULE, sink_tokens=0, block_tokens=3, summary_tokens=1, top_blocks=1),
     "two sink blocks": replace(RULE, sink_tokens=5, sink_reach_tokens=11),
+    "true at first": replace(RULE, true_tokens=31),
     "large blocks": replace(RULE, block_tokens=10, summary_tokens=5, top_blocks=1),
 }
 
@@ -77,6 +78,7 @@ def in_words(q: Array, k: Array, v: Array, rule: BlockRule) -> tuple[Array, int]
         heads = range(g * (H // groups), (g + 1) * (H // groups))
         near = max(0, p - rule.window_tokens + 1) // size
         sinks = math.ceil(rule.sink_tokens / size)
+        held = None if p < rule.true_tokens else rule.reach_tokens
 
         def score(h: int, b: int, key: Array, reach: int | None, p: int = p) -> float:
             distance = p - b * size if reach is None else min(p - b * size, reach - 1)
@@ -87,7 +89,7 @@ def in_words(q: Array, k: Array, v: Array, rule: BlockRule) -> tuple[Array, int]
         for b, h in itertools.product(range(sinks, near), heads):
             keys = np.stack([turned(k[j, g], j) for j in range(b * size, (b + 1) * size)])
             means = keys.reshape(-1, rule.summary_tokens, K).mean(1)
-            scores[h, b] = max(score(h, b, mean, rule.reach_tokens) for mean in means)
+            scores[h, b] = max(score(h, b, mean, held) for mean in means)
         for b in range(sinks, near):
             best[b] = max(
                 scores[h, b] - math.log(sum(math.exp(scores[h, c]) for c in range(sinks, near)))
@@ -104,7 +106,7 @@ def in_words(q: Array, k: Array, v: Array, rule: BlockRule) -> tuple[Array, int]
                 elif b < sinks:
                     reach = rule.sink_reach_tokens
                 elif b in chosen:
-                    reach = rule.reach_tokens
+                    reach = held
                 else:
                     continue
                 logits.append(score(h, b, turned(k[j, g], j), reach))
@@ -246,6 +248,7 @@ SHAPES = {"6 heads of 10": (6, 2, 10, 10), "of 64": (3, 1, 64, 64), "odd": (5, 1
 """H, G, K, V."""
 WIDE = {
     "blocks of 16": BlockRule(30, 4, 16, 16, 3, 64, 90),
+    "of 16, true at first": BlockRule(30, 4, 16, 16, 3, 64, 90, 170),
     "of 6, true": BlockRule(9, 7, 6, 2, 5, 40, None),
     "of 70": BlockRule(20, 1, 70, 35, 1, 90, 75),
     "of 1": BlockRule(4, 2, 1, 1, 9, 30, 50),

@@ -20,6 +20,7 @@ MEMORIES = ("far", "gla", "tied", "delta", "sse")
 WindowTokens = Annotated[int, Field(gt=0, le=1 << 24)]
 SinkTokens = Annotated[int, Field(ge=0, le=1 << 16)]
 ReachTokens = Annotated[int, Field(gt=0, le=1 << 32)]
+TrueTokens = Annotated[int, Field(ge=0, le=1 << 32)]
 BlockTokens = Annotated[int, Field(gt=0, le=1 << 12)]
 BlockCount = Annotated[int, Field(gt=0, le=1 << 16)]
 FeatureCount = Annotated[int, Field(gt=0, le=1 << 12)]
@@ -158,13 +159,6 @@ class WindowMixer(Frozen):
     memory: AnyMemory | None = None
     """far shares the softmax's denominator; any other is normed and added beside the window."""
 
-    @model_validator(mode="after")
-    def _kept_tokens_are_reached(self) -> "WindowMixer":
-        far = self.memory is not None and self.memory.kind == "far"
-        if far and self.memory.kept_tokens and self.sink_reach_tokens <= self.window_tokens:
-            raise ValueError("kept_tokens need sink_reach_tokens above window_tokens")
-        return self
-
 
 class LinearMixer(Frozen):
     """A memory alone: linear time, constant state, no window."""
@@ -177,7 +171,7 @@ class LinearMixer(Frozen):
 class BlockMixer(Lean):
     """Softmax over sinks, a window, and the best blocks of what is older: `respike.ops.blocks`."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"by_head", "dense_decode"})
+    later: ClassVar[frozenset[str]] = frozenset({"by_head", "dense_decode", "true_tokens"})
 
     mixer: Literal["blocks"] = "blocks"
     groups: tuple[int, ...]
@@ -192,6 +186,8 @@ class BlockMixer(Lean):
     """Blocks outside the window that a token sees."""
     reach_tokens: ReachTokens | None
     """Largest distance at which a block outside the window is seen; None: all at their true one."""
+    true_tokens: TrueTokens = 0
+    """Up to this position all are seen at their true distance nonetheless."""
     cache: Literal["model", "int8"]
     """model: keys and values are kept in the model's dtype."""
     by_head: bool = False

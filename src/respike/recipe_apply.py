@@ -38,12 +38,12 @@ def apply_recipe(recipe: Recipe, source: ModelConfig) -> ModelConfig:
     _check_groups(recipe, source.num_hidden_layers, source.num_key_value_heads)
     _check_moe(recipe, source)
     _check_sinks(recipe, source)
+    layers = tuple(_layer(recipe, source, index) for index in range(source.num_hidden_layers))
     tie = source.tie_word_embeddings or recipe.retie
-    changes: dict[str, Any] = {"tie_word_embeddings": tie}
+    changes = {"layers": layers, "tie_word_embeddings": tie}
     if recipe.learned_sinks.count:
         changes["learned_sinks"] = recipe.learned_sinks.count
     try:
-        changes["layers"] = tuple(_layer(recipe, source, i) for i in range(source.num_hidden_layers))
         return ModelConfig.model_validate({**dict(source), **changes})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
@@ -141,10 +141,10 @@ def _near(recipe: Recipe, rule: Rule, source: ModelConfig) -> dict[str, Any]:
 def _blocks(
     recipe: Recipe, source: ModelConfig, groups: tuple[int, ...], near: dict[str, Any]
 ) -> BlockMixer:
-    options = recipe.blocks
+    options, trained = recipe.blocks, source.max_position_embeddings
     reach: int | None = None
     if options.reach_tokens == "trained":
-        reach = source.max_position_embeddings
+        reach = trained
     elif options.reach_tokens != "unbounded":
         reach = options.reach_tokens
     return BlockMixer(
@@ -153,6 +153,7 @@ def _blocks(
         summary_tokens=options.summary_tokens,
         top_blocks=options.top_blocks,
         reach_tokens=reach,
+        true_tokens=trained if options.true_tokens == "trained" else options.true_tokens,
         cache=options.cache,
         by_head=options.by_head,
         dense_decode=options.dense_decode,

@@ -13,14 +13,15 @@ from respike.config import (
     BlockTokens,
     ExpertCount,
     FeatureCount,
-    KeptCount,
     Fraction,
     Frozen,
     GateNormalizer,
     GateRank,
+    KeptCount,
     PartitionCount,
     ReachTokens,
     SinkTokens,
+    TrueTokens,
     WindowTokens,
 )
 
@@ -123,6 +124,8 @@ class BlockOptions(Frozen):
     reach_tokens: ReachTokens | Literal["trained", "unbounded"] = "trained"
     """Largest distance at which those are seen. trained: the source's trained length; unbounded:
     their true one."""
+    true_tokens: TrueTokens | Literal["trained"] = 0
+    """Up to this position of a text those are seen at their true distance nonetheless."""
     cache: Literal["model", "int8"] = "model"
     """model: keys and values are kept in the model's dtype."""
     by_head: bool = False

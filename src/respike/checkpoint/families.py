@@ -242,6 +242,7 @@ def mixer_tensors(config: ModelConfig, part: Mixer) -> Iterator[tuple[str, tuple
         yield "log2_half_life", (groups,)
         if memory.kept_tokens:
             yield "keep_weight", (groups, head)
+            yield "keep_log2_half_life", (groups,)
         return
     norms = ("norm",) if part.mixer == "linear" else ("window_norm", "memory_norm")
     for name in norms:

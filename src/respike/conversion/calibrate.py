@@ -3,11 +3,16 @@
 Layer by layer the original runs on some text. For each KV group with a far memory the keys are
 clustered in the metric of the group's queries, ``|k - c| = sqrt(E[(q . (k - c))^2])``: two keys
 that every query scores alike are one. Far tokens stand at many distances; a query meets the
-prototypes as the mean of itself rotated by `FAR_DISTANCES`, which is folded into its weights. If
-tokens are kept as they are, a key's worth is the linear function of it that foretells best the
-logarithm of the attention it gets when it is far: of all that the best 64 of 2,000 tokens get, those
-that it picks get 95 % (SmolLM2; attention while in the window, summed up, 92 %). Then each head's beta is searched for the least squared error of its output against the original's. On
-text that was not searched on, a head that is not better than shut is shut.
+prototypes as the mean of itself rotated by `FAR_DISTANCES`, which is folded into its weights.
+
+Where tokens are kept as they are, the logarithm of a key's worth is the linear function of it that
+foretells best the logarithm of the attention it gets when it is far (SmolLM2: the 64 of 2,000
+tokens that it picks get 95 % of what the best 64 get; those with the most attention while they were
+in the window 92 %). How fast worth halves with age is searched for: what catches the most far
+attention. What is kept is not the memory's to explain.
+
+Then each head's beta is searched for the least squared error of its output against the original's.
+On text that was not searched on, a head that is not better than shut is shut.
 
 Text alone would teach the gates to spoil copying, so `with_recall` adds sequences to copy.
 
@@ -45,6 +50,9 @@ LEAST_ASKED = 16
 """So many of them must have a key behind their window before its worth is judged."""
 LEAST_RATE = 5e-7
 """A key's share of attention below which differences mean nothing."""
+KEPT_HALF_LIVES = (512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+"""Of a kept token's worth, in tokens; those that are tried. Shorter ones look better in contexts as
+short as those of calibration, and are worse in longer ones."""
 TEXTS_PER_COPY = 3
 
 
@@ -192,6 +200,37 @@ class _Heads:
     out: Tensor
 
 
+@dataclass(frozen=True)
+class _FarAttention:
+    """What some queries of one context look at behind their window, S of its T queries.
+
+    Attributes:
+        k: Keys (T, G, K), not rotated.
+        share: Each key's of the queries' attention (G, S, T), summed over heads.
+        far: Which keys are behind the window (S, T).
+    """
+
+    k: Tensor
+    share: Tensor
+    far: Tensor
+
+    def rates(self, group: int) -> tuple[Tensor, Tensor]:
+        """Keys that were far for long enough, and their mean shares."""
+        counts = self.far.sum(0)
+        some = counts >= LEAST_ASKED
+        return self.k[some, group], self.share[group].sum(0)[some] / counts[some]
+
+    def caught(self, group: int, weight: Tensor, half_life: float, kept_tokens: int) -> float:
+        """Share that the keys have which would be kept when some of the queries ask."""
+        ages = torch.arange(len(self.k), device=weight.device) * (math.log(2) / half_life)
+        worth = self.k[:, group] @ weight + ages
+        some = slice(None, None, ASKED_EVERY)
+        kept = (
+            worth.where(self.far[some], -torch.inf).topk(min(kept_tokens, len(self.k)), -1).indices
+        )
+        return float(self.share[group, some].gather(-1, kept).sum())
+
+
 def _spans(
     decoder: Decoder, num_tokens: int, chunk_tokens: int, dtype: torch.dtype
 ) -> Iterator[Span]:
@@ -265,34 +304,36 @@ class _GroupFit:
             self.mixer.query_weight.data[mine] = _turn(prototypes, cos, -sin) * scale
 
     def _weigh(self, known: list[_Heads]) -> None:
-        """What a key of each group is worth: the logarithm of its far attention, by regression."""
-        pairs = [self._attention(x) for x in known]
+        """What a key of each group is worth, and how fast that halves; see this module's text."""
+        seen = [self._far_attention(x) for x in known]
         for n in range(len(self.groups)):
-            keys = torch.cat([k[:, n] for k, _ in pairs]).double()
-            logs = (torch.cat([rate[:, n] for _, rate in pairs]).double() + LEAST_RATE).log()
+            keys, rates = (
+                torch.cat(x).double() for x in zip(*(s.rates(n) for s in seen), strict=True)
+            )
             spread = keys.std() + 1e-9
             inputs = torch.cat((keys / spread, torch.ones(len(keys), 1, device=keys.device)), 1)
             squares = inputs.T @ inputs / len(inputs)
             squares.diagonal().add_(1e-4)
-            weight = torch.linalg.solve(squares, inputs.T @ logs / len(inputs))
-            self.mixer.keep_weight.data[n] = (weight[:-1] / spread).float()
+            logs = (rates + LEAST_RATE).log()
+            weight = torch.linalg.solve(squares, inputs.T @ logs / len(inputs))[:-1] / spread
+            self.mixer.keep_weight.data[n] = weight.float()
+            caught = [
+                sum(s.caught(n, weight.float(), half_life, self.mixer.kept_tokens) for s in seen)
+                for half_life in KEPT_HALF_LIVES
+            ]
+            best = KEPT_HALF_LIVES[max(range(len(caught)), key=caught.__getitem__)]
+            self.mixer.keep_log2_half_life.data[n] = math.log2(best)
 
-    def _attention(self, x: _Heads) -> tuple[Tensor, Tensor]:
-        """Of one context: keys (N, G, K), not rotated, that were far for a while, and the mean
-        share of attention (N, G) that some later queries gave them, summed over heads.
-        """
+    def _far_attention(self, x: _Heads) -> "_FarAttention":
         T, window = x.q.shape[1], self.part.window_tokens
         (span,) = _spans(self.original, T, T, x.q.dtype)
         position = torch.arange(T, device=x.q.device)
         asked = position[window + self.part.sink_tokens :: ASKED_EVERY]
-        q = span.rotate(x.q)[0, asked].unflatten(1, (len(self.groups), self.rep))
+        q = span.rotate(x.q)[0, asked].view(len(asked), len(self.groups), self.rep, -1)
         scores = torch.einsum("tgrk,sgk->grts", q, span.rotate(x.k)[0]) * x.q.shape[-1] ** -0.5
         scores = scores.masked_fill(position > asked[:, None], -torch.inf)
-        far = position <= asked[:, None] - window
-        counts = far.sum(0)
-        rate = scores.softmax(-1).masked_fill(~far, 0).sum((1, 2)).T / counts.clamp(min=1)[:, None]
-        some = (counts >= LEAST_ASKED) & (position >= self.part.sink_tokens)
-        return x.k[0, some], rate[some]
+        far = (position <= asked[:, None] - window) & (position >= self.part.sink_tokens)
+        return _FarAttention(x.k[0], scores.softmax(-1).sum(1) * far, far)
 
     def _curves(self, x: _Heads) -> Tensor:
         """Of one context: mean squared error, share and output square for every beta.

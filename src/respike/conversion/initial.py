@@ -10,6 +10,8 @@ from respike.checkpoint.families import LEARNED_SINKS, mixer_of
 from respike.config import ModelConfig
 from respike.recipe import Recipe
 
+KEPT_HALF_LIFE_TOKENS = 1024
+"""Of kept tokens' worth, without calibration."""
 SINK_SPREAD = 0.02
 """Of learned sinks that begin at random: as embeddings of most models began."""
 
@@ -39,6 +41,8 @@ def initial_tensor(
         return prototypes.repeat_interleave(shape[0] // len(part.groups), 0)
     if name == "beta":
         return torch.full(shape, -torch.inf)
+    if name == "keep_log2_half_life":
+        return torch.full(shape, math.log2(KEPT_HALF_LIFE_TOKENS))
     if name == "log2_half_life":
         tokens = recipe.far.half_life_tokens
         return torch.full(shape, math.log2(tokens))

@@ -26,9 +26,10 @@ class FarSoftmax(Mixer):
     A head with ``beta`` of -inf is shut: its output is the window's, bit for bit. While all are
     shut the memory is not even kept.
 
-    With ``kept_tokens``, those of most worth, ``keep_weight k``, stay as they are when they leave
-    the window, and queries see them at their true distance (`respike.ops.keep`); the memory takes
-    what is let go. They are the memory's, so where it is switched off they are too.
+    With ``kept_tokens``, those of most worth, ``exp(keep_weight k)`` that halves with age, stay as
+    they are when they leave the window, and queries see them at their true distance
+    (`respike.ops.keep`); the memory takes what is let go. They are the memory's, so where it is
+    switched off they are too.
 
     Args:
         window: The softmax over sinks and window.
@@ -36,8 +37,8 @@ class FarSoftmax(Mixer):
         num_groups: G.
         head_dim: K.
         features: F.
-        kept_tokens: M, tokens of each group that stay as they are; needs sinks that are seen
-            further away than the window reaches.
+        kept_tokens: M, tokens of each group that stay as they are, while they are no further away
+            than sinks may be seen.
     """
 
     parts = frozenset({"window", "memory"})
@@ -61,6 +62,7 @@ class FarSoftmax(Mixer):
         self.log2_half_life = nn.Parameter(torch.zeros(num_groups))
         if kept_tokens:
             self.keep_weight = nn.Parameter(torch.zeros(num_groups, head_dim))
+            self.keep_log2_half_life = nn.Parameter(torch.zeros(num_groups))
         self.watch = False
         self.share: Tensor | None = None
         """With ``watch``: memory's share of each query's attention (B, T, H) in the last call."""
@@ -102,7 +104,9 @@ class FarSoftmax(Mixer):
             self.share = share.detach()
         else:
             memory = state.memory.memory
-            out, memory = far(q, leaving.k, leaving.v, leaving.real, self.prototypes(), memory, seen)
+            out, memory = far(
+                q, leaving.k, leaving.v, leaving.real, self.prototypes(), memory, seen
+            )
         after.memory.memory = memory.detach()
         return out, after
 
@@ -133,7 +137,7 @@ class FarSoftmax(Mixer):
         seen = near.attend_with_mass()
         plain_k = span.rotate_back(left_k, self.window.window_tokens)
         first = self.window.sink_tokens + self.window.window_tokens
-        if not self.kept_tokens:
+        if not isinstance(state.memory, KeptState):
             leaving = Leaving(plain_k, left_v, torch.stack((first - span.start, span.valid), 1))
             return seen, leaving, PairState(window, MemoryState(state.memory.memory))
         return self._keep(q, (left_k, plain_k, left_v), span, state.memory, seen, window)
@@ -150,10 +154,11 @@ class FarSoftmax(Mixer):
         """`seen` with the kept tokens, of what the window's softmax has seen and what left it."""
         limits = self.window
         rule = Rule(limits.window_tokens, limits.sink_tokens, limits.sink_reach_tokens)
+        position = (span.positions - limits.window_tokens).to(q.device)[:, None]
         worth = (left[1].detach().float() * self.keep_weight.float()).sum(-1)
+        worth = worth + position.mT * self.keep_rate()
         steps = torch.stack((span.start, span.valid), 1)
         places = keep(worth, steps, memory.worth, memory.position, rule)
-        position = (span.positions - limits.window_tokens).to(worth.device)[:, None]
         fresh = (*(x.transpose(1, 2) for x in (*left, worth)), position.expand_as(places.lost.mT))
         candidates = [torch.cat(pair, 2) for pair in zip(memory.kept(), fresh, strict=True)]
         k, plain_k, v, *_ = candidates
@@ -163,7 +168,9 @@ class FarSoftmax(Mixer):
         lost_k, lost_v = (_chosen(x, places.lost.mT).transpose(1, 2) for x in (plain_k, v))
         first = rule.first_lost(self.kept_tokens) - span.start
         held = places.held[:, :, -1]
-        kept = [_chosen(x, held, none) for x, none in zip(candidates, KeptState.vacant, strict=True)]
+        kept = [
+            _chosen(x, held, none) for x, none in zip(candidates, KeptState.vacant, strict=True)
+        ]
         after = PairState(window, KeptState(memory.memory, *kept))
         return (out, joint), Leaving(lost_k, lost_v, torch.stack((first, span.valid), 1)), after
 
@@ -171,6 +178,13 @@ class FarSoftmax(Mixer):
         """What the memory has learnt, as the op takes it."""
         rate = -math.log(2) * torch.exp2(-self.log2_half_life.float())
         return Prototypes(self.key_weight, self.key_bias, self.query_weight, self.beta, rate)
+
+    def keep_rate(self) -> Tensor:
+        """What a token's position adds to the logarithm of its worth, (G) float32.
+
+        Seen from any later position that is the same as a worth that halves with age.
+        """
+        return math.log(2) * torch.exp2(-self.keep_log2_half_life.float())
 
     def recall(
         self, q: Tensor, leaving: "Leaving", span: Span, memory: Tensor

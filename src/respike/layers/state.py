@@ -291,7 +291,9 @@ class KeptState(MemoryState):
 
     def nbytes(self, num_tokens: int) -> int:
         """See `MixerState.nbytes`: all places are allocated."""
-        return super().nbytes(num_tokens) + sum(x[0].numel() * x.element_size() for x in self.kept())
+        return super().nbytes(num_tokens) + sum(
+            x[0].numel() * x.element_size() for x in self.kept()
+        )
 
     def clone(self) -> "KeptState":
         """See `MixerState.clone`."""

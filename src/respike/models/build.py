@@ -19,6 +19,7 @@ def block_rule(part: configs.BlockMixer) -> BlockRule:
         top_blocks=part.top_blocks,
         sink_reach_tokens=part.sink_reach_tokens,
         reach_tokens=part.reach_tokens,
+        true_tokens=part.true_tokens,
     )
 
 

@@ -280,8 +280,8 @@ class Engine:
         return absmax, k, *((0, 0) if band is None else (self._keep(band), len(band)))
 
     def _mixer(self, groups: list[int], mixer: Mixer) -> tuple[Any, ...]:
-        none = (0,) * 8
-        whole = (None, (0,) * 7)
+        none = (0,) * 9
+        whole = (None, (0,) * 8)
         if isinstance(mixer, FullSoftmax):
             return groups, 0, 0, 0, none, *whole
         if isinstance(mixer, BlockSoftmax):
@@ -296,9 +296,10 @@ class Engine:
         decay = -math.log(2) * torch.exp2(-mixer.log2_half_life.float())
         parameters = (mixer.key_weight, mixer.key_bias, mixer.query_weight, mixer.beta, decay)
         far = tuple(self._keep(parameter.float().contiguous()) for parameter in parameters)
-        kept = (0, 0)
+        kept: tuple[int, ...] = (0, 0, 0)
         if mixer.kept_tokens:
-            kept = self._keep(mixer.keep_weight.float().contiguous()), mixer.kept_tokens
+            worths = mixer.keep_weight.float().contiguous(), mixer.keep_rate()
+            kept = *map(self._keep, worths), mixer.kept_tokens
         return groups, *limits, (*far, mixer.key_weight.shape[1], *kept), *whole
 
     def _keep(self, tensor: Tensor) -> int:

@@ -22,6 +22,8 @@ class BlockRule:
         top_blocks: Blocks outside the window that a token sees beside the sinks'.
         sink_reach_tokens: Largest distance at which sinks are seen, plus one.
         reach_tokens: The same of chosen blocks; None: all at their true distance.
+        true_tokens: Queries at positions below see chosen blocks at their true distance all the
+            same.
     """
 
     window_tokens: int
@@ -31,6 +33,7 @@ class BlockRule:
     top_blocks: int
     sink_reach_tokens: int
     reach_tokens: int | None
+    true_tokens: int = 0
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -51,7 +54,9 @@ class BlockRule:
         true = position - blocks * self.block_tokens
         near = int(self.first_near(torch.tensor(position)))
         held = true.clamp(max=self.sink_reach_tokens - 1)
-        rest = true if self.reach_tokens is None else true.clamp(max=self.reach_tokens - 1)
+        rest = true
+        if self.reach_tokens is not None and position >= self.true_tokens:
+            rest = true.clamp(max=self.reach_tokens - 1)
         return torch.where(blocks >= near, true, torch.where(blocks < self.sink_blocks, held, rest))
 
 

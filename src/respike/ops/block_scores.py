@@ -62,13 +62,14 @@ def scores_of(
     scores = product(positions, rows.placed, torch.float32)
     starts = torch.arange(rows.blocks) * size
     far = torch.arange(rows.blocks) < rule.first_near(positions)[:, :, None]
-    for part, reach in (
-        (slice(0, rule.sink_blocks), rule.sink_reach_tokens),
-        (slice(rule.sink_blocks, None), rule.reach_tokens),
+    for part, reach, first in (
+        (slice(0, rule.sink_blocks), rule.sink_reach_tokens, 0),
+        (slice(rule.sink_blocks, None), rule.reach_tokens, rule.true_tokens),
     ):
         if reach is None:
             continue
-        beyond = (far & (positions[:, :, None] - starts >= reach))[:, :, part]
+        asked = positions[:, :, None]
+        beyond = (far & (asked >= first) & (asked - starts >= reach))[:, :, part]
         if beyond.any():
             at = torch.full_like(positions, reach - 1)
             still = product(at, rows.within[:, :, part], at_reach)

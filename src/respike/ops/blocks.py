@@ -109,7 +109,8 @@ def _seen_blocks(
     far: dict[int, int] = {}
     for b in range(near):
         is_sink = b < rule.sink_blocks
-        reach = rule.sink_reach_tokens if is_sink else rule.reach_tokens
+        held = rule.reach_tokens if p >= rule.true_tokens else None
+        reach = rule.sink_reach_tokens if is_sink else held
         distance = p - b * size if reach is None else min(p - b * size, reach - 1)
         (seen if is_sink else far)[b] = distance
     if not far:

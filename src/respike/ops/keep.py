@@ -5,6 +5,7 @@ So each KV group keeps the M tokens of most worth as they are; what it lets go o
 a step, its memory takes. The definition, for each group, when the query at position t is read::
 
     token t - W leaves the window; sinks never do
+    if that is R tokens ago it is let go at once; else
     a kept token of age R or more is let go, and the newcomer takes its place
     else it takes an empty place if there is one
     else, if it is worth more than the least of the kept, it takes that one's place (the first of
@@ -39,7 +40,7 @@ class Rule(NamedTuple):
     Attributes:
         window_tokens: W.
         sink_tokens: First tokens, which never leave.
-        reach_tokens: R, above W.
+        reach_tokens: R; nothing is kept unless it is above W.
     """
 
     window_tokens: int
@@ -48,7 +49,7 @@ class Rule(NamedTuple):
 
     def first_lost(self, kept_tokens: int) -> int:
         """Position of the first query at which a token is let go; one is at each that follows."""
-        room = min(kept_tokens, self.reach_tokens - self.window_tokens)
+        room = max(0, min(kept_tokens, self.reach_tokens - self.window_tokens))
         return self.sink_tokens + self.window_tokens + room
 
 
@@ -91,11 +92,15 @@ def keep_definition(
                 if t >= valid or position < rule.sink_tokens:
                     continue
                 mine = float(worth[b, t, g])
-                old = [m for m in range(M) if who[m] >= 0 and at[m] <= start + t - rule.reach_tokens]
+                old = [
+                    m for m in range(M) if who[m] >= 0 and at[m] <= start + t - rule.reach_tokens
+                ]
                 empty = [m for m in range(M) if who[m] < 0]
                 least = min(range(M), key=worths.__getitem__)
                 goes = M + t
-                if old or empty or mine > worths[least]:
+                if rule.window_tokens < rule.reach_tokens and (
+                    old or empty or mine > worths[least]
+                ):
                     place = (old or empty or [least])[0]
                     goes, who[place], at[place], worths[place] = who[place], M + t, position, mine
                 lost[b, t, g] = goes
@@ -165,7 +170,9 @@ def keep_torch(
         order = values.masked_fill(who < 0, lowest).masked_fill(old, -torch.inf)
         least, place = order.min(-1)
         mine = worth[:, t]
-        takes = leaves & ((least == lowest) | (mine > least))
+        takes = (
+            leaves & (rule.window_tokens < rule.reach_tokens) & ((least == lowest) | (mine > least))
+        )
         here = takes[..., None] & (places == place[..., None])
         goes = who.gather(2, place[..., None])[..., 0].where(takes, M + t).where(leaves, -1)
         until.scatter_(2, goes.where(goes >= 0, M + T)[..., None], t)
