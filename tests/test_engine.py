@@ -28,6 +28,7 @@ from tiny import (
     BLOCKS,
     BRAINS,
     FAR,
+    KEEPING,
     MEMORIES,
     MIXED,
     full,
@@ -50,6 +51,9 @@ FARS = (
 CONFIGS = {
     "softmax": model_config(MIXED),
     "far memories": model_config(FARS),
+    "kept tokens": model_config(
+        ((window(0, 1, 2, reach=40, memory=KEEPING),), (full(1), window(0, 2, memory=KEEPING)))
+    ),
     "mixers in Python": model_config(MEMORIES),
     "blocks": model_config(BLOCKS),
     "layers in Python": model_config(BRAINS, rms_norm_eps=1e-2),
@@ -87,7 +91,9 @@ def assert_same_state(got: DecoderState, expected: DecoderState) -> None:
         for a, b in zip(mine, theirs, strict=True):
             n = got.num_tokens
             for (name, x), y in zip(a.tensors(n).items(), b.tensors(n).values(), strict=True):
-                if y.any():
+                if not y.is_floating_point():
+                    assert torch.equal(x, y), name
+                elif y.any():
                     assert_close(x, y)
                 else:
                     assert not x.any(), name
@@ -109,7 +115,7 @@ def test_it_computes_what_the_decoder_does(name: str, cuts: tuple[int, ...]) -> 
         st.lists(st.integers(0, 30), min_size=B, max_size=B).filter(any), min_size=1, max_size=4
     ),
     name=st.sampled_from(
-        ["far memories", "softmax", "blocks", "mixers in Python", "layers in Python"]
+        ["far memories", "kept tokens", "softmax", "blocks", "mixers in Python", "layers in Python"]
     ),
 )
 @settings(max_examples=20, deadline=None)
@@ -129,10 +135,18 @@ def test_rows_of_unlike_length_go_on_in_either(calls: list[list[int]], name: str
 
 
 @each_product_level
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_level_computes_the_same(level: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("far memories", torch.float32),
+        ("far memories", torch.bfloat16),
+        ("kept tokens", torch.float32),  # rounded, other tokens may be worth more
+    ],
+    ids=str,
+)
+def test_every_level_computes_the_same(level: int, name: str, dtype: torch.dtype) -> None:
     """In bf16 both round, at other places: each may be as far from float32 as the other is."""
-    config, ids = CONFIGS["far memories"], random_tokens(B, T)
+    config, ids = CONFIGS[name], random_tokens(B, T)
     exact = random_decoder(config, dtype).float()
     truth = run(exact, ids)[0]
     with at_level(level):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from refusal import one_line
@@ -26,7 +27,7 @@ from respike.healing.objectives import memory_is_off, weigh_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
 from respike.healing.run import converted_folder, models
-from respike.healing.trainable import prepare
+from respike.healing.trainable import CHOSEN, prepare
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank, merged
 from respike.loading import load, load_decoder
@@ -109,6 +110,28 @@ def packed_batch(tokens: Tensor, documents: list[list[int]], continues: list[boo
         tokens, owner, torch.zeros_like(owner), mask, torch.zeros_like(mask),
         torch.zeros_like(owner), torch.tensor(continues),
     )  # fmt: skip
+
+
+# ---- tokens that memories keep
+
+
+def test_a_course_leaves_what_is_kept_to_conversion(text: Path, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    keeping = load_recipe("constant", (*SETTINGS, "far.kept_tokens=6"))
+    convert(plan(source, keeping), tmp_path / "model")
+    once = course(stages=[DISTIL | {"tokens": 8 * 96}])
+    done = heal(request(tmp_path / "model", text, tmp_path / "healed"), once)
+    before, after = (load_decoder(converted_folder(tmp_path / n)) for n in ("model", "healed"))
+    same = {n for n, p in after.named_parameters() if p.equal(before.get_parameter(n))}
+    chosen = {n for n, _ in after.named_parameters() if n.endswith(CHOSEN)}
+    assert sum(n.endswith("keep_weight") for n in chosen) >= 1
+    assert chosen <= same
+    assert any(n.endswith("query_weight") for n, _ in after.named_parameters() if n not in same)
+    with safe_open(done["difference"], framework="pt") as file:
+        assert not any(name.endswith(CHOSEN) for name in file.keys())  # noqa: SIM118
+    control = course(stages=[DISTIL], memory="off")
+    with pytest.raises(UnsupportedError, match="a model that keeps tokens"):
+        heal(request(tmp_path / "model", text, tmp_path / "control"), control)
 
 
 # ---- packed rows

@@ -111,6 +111,7 @@ MIXED: tuple[tuple[Mixer, ...], ...] = (
 """Every way to mix: one mixer, two kinds, two of a kind, groups out of order, sinks past reach."""
 
 FAR, TIED = FarMemory(features=5), TiedMemory()
+KEEPING = FarMemory(features=5, kept_tokens=6)
 GLA = GlaMemory(feature="relu", gate_rank=4, gate_normalizer=16.0)
 GLA_AS_IS = GlaMemory(feature="identity", gate_rank=7, gate_normalizer=2.0)
 DELTA, DELTA_TO_2 = (DeltaMemory(negative_eigenvalues=to_2) for to_2 in (False, True))

@@ -24,9 +24,10 @@ Kind = Literal["new", "source", "band"]
 OPENED_BETA = -10.0
 """What a shut head's beta begins at: it adds next to nothing, and can learn."""
 
-CHOSEN = "log2_half_life"
-"""Stays as the recipe has it: rows of some thousand tokens show next to nothing of a half-life of
-many more. Trained, it did not move in 1.2 million tokens (docs/log.md, 2026-11-29)."""
+CHOSEN = ("log2_half_life", "keep_weight", "keep_log2_half_life")
+"""Stay as conversion has them. Rows of some thousand tokens show next to nothing of a half-life of
+many more: trained, it did not move in 1.2 million tokens (docs/log.md, 2026-11-29). And a choice
+of what is kept has no gradient."""
 
 
 @dataclass
@@ -98,6 +99,11 @@ def _refuse(decoder: Decoder, healing: Healing) -> None:
             "a control without memories, of a model that has no far memory to shut",
             hint="leave out memory=off",
         )
+    if healing.memory == "off" and any(getattr(m, "kept_tokens", 0) for m in decoder.modules()):
+        raise UnsupportedError(
+            "a control without memories, of a model that keeps tokens: they are its memories' too",
+            hint="convert it with --set far.kept_tokens=0 for that",
+        )
     for number, stage in enumerate(healing.stages):
         if stage.memory_dropout.happens and _only_remembers(decoder):
             raise UnsupportedError(
@@ -164,7 +170,7 @@ def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[
     for name, _ in decoder.named_parameters():
         *_, projection, leaf = name.split(".")
         if is_new(decoder.config, name):
-            if healing.memory == "on" and leaf != CHOSEN:
+            if healing.memory == "on" and leaf not in CHOSEN:
                 yield name, "new"
             continue
         if leaf == "band":
