@@ -5,6 +5,7 @@ Letters: B batch, T tokens, G KV groups, R = H / G, F prototypes, K head dim, M 
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,14 +29,16 @@ from mixers import (
     tensors_of,
     turned,
 )
+from respike.account import state_bytes
 from respike.errors import RecipeError
 from respike.layers.far import FarSoftmax
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
+from respike.models.state import DecoderState
 from respike.ops import backends
 from respike.ops.keep import STEPS, Places, Rule, keep, keep_definition, keep_torch
 from respike.recipe import load_recipe
 from respike.recipe_apply import apply_recipe
-from tiny import model_config
+from tiny import KEEPING, full, model_config, random_decoder, random_tokens, window
 from tolerance import assert_close
 
 F = 6
@@ -285,3 +288,21 @@ def test_a_recipe_says_how_many_are_kept_and_none_is_written_as_before() -> None
     assert "kept_tokens" not in plain
     with pytest.raises(RecipeError, match=r"far\.kept_tokens"):
         load_recipe("constant", ("far.kept_tokens=-1",))
+
+
+# ---- states ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_state_is_as_large_as_its_account_and_goes_on_from_a_file(tmp_path: Path) -> None:
+    config = model_config(((window(0, 1, 2, memory=KEEPING),), (full(1), window(0, 2))))
+    decoder, ids = random_decoder(config), random_tokens(2, 60)
+    _, state = decoder(ids[:, :40])
+    assert state.nbytes() == 2 * state_bytes(config, 40, 4)  # of two sequences
+    state.save(tmp_path / "state", "of this model")
+    other = decoder.init_state(2)
+    other.load(tmp_path / "state", "of this model")
+    copy = DecoderState.join(state.split())
+    wanted, _ = decoder(ids[:, 40:], state)
+    for again in (other, copy):
+        assert torch.equal(decoder(ids[:, 40:], again)[0], wanted)

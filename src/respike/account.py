@@ -12,6 +12,9 @@ REPORT_LENGTHS = (1_024, 8_192, 65_536, 1_048_576)
 MEMORY_BYTES = 4
 """Bytes of a number in a linear memory: it is kept in float32 whatever the model's dtype."""
 
+PLACE_BYTES = 12
+"""Bytes of a kept token's worth and position."""
+
 SCALE_BYTES = 4
 """Bytes of the scale of a key or value that is cached in int8."""
 
@@ -31,7 +34,8 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
 
     Returns:
         ``softmax``: keys, values and summaries that grow with the sequence. ``window``: those of
-        windows and sinks. ``memory``: memories. The last two are the same at every length.
+        windows, sinks and kept tokens. ``memory``: memories. The last two are the same at every
+        length.
     """
     pair = 2 * config.head_dim * bytes_per_value
     num_tokens += config.learned_sinks
@@ -47,6 +51,8 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
             continue
         if part.mixer == "window":
             parts["window"] += groups * pair * (part.window_tokens + part.sink_tokens)
+            row = 3 * config.head_dim * bytes_per_value + PLACE_BYTES
+            parts["window"] += groups * row * kept_tokens(part)
         if part.memory is not None:
             values = memory_values(part.memory, config.head_dim)
             parts["memory"] += groups * MEMORY_BYTES * values
@@ -56,6 +62,13 @@ def state_parts(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) 
 def state_bytes(config: ModelConfig, num_tokens: int, bytes_per_value: int = 2) -> int:
     """The sum of `state_parts`."""
     return sum(state_parts(config, num_tokens, bytes_per_value).values())
+
+
+def kept_tokens(part: Mixer) -> int:
+    """Tokens that each KV group of a mixer keeps as they are behind its window."""
+    if part.mixer == "window" and part.memory is not None and part.memory.kind == "far":
+        return part.memory.kept_tokens
+    return 0
 
 
 def memory_values(memory: AnyMemory, head_dim: int) -> int:
@@ -148,7 +161,7 @@ def _seen_tokens(part: Mixer, num_tokens: int) -> int:
         return 0
     if part.mixer == "full":
         return num_tokens
-    seen = part.window_tokens + part.sink_tokens
+    seen = part.window_tokens + part.sink_tokens + kept_tokens(part)
     if part.mixer == "blocks":
         seen += part.top_blocks * part.block_tokens
     return min(num_tokens, seen)

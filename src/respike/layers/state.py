@@ -312,15 +312,16 @@ class KeptState(MemoryState):
         return cls(memory, *(torch.cat(x) for x in zip(*kept, strict=True)))
 
     def tensors(self, num_tokens: int) -> dict[str, Tensor]:
-        """See `MixerState.tensors`."""
+        """See `MixerState.tensors`: all of them (B, G, M, K or 1), as files want them."""
         names = (f"kept_{name}" for name in self.parts)
-        return super().tensors(num_tokens) | dict(zip(names, self.kept(), strict=True))
+        kept = (x.view(*x.shape[:3], -1) for x in self.kept())
+        return super().tensors(num_tokens) | dict(zip(names, kept, strict=True))
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """See `MixerState.restore`."""
         super().restore(tensors)
-        for name in self.parts:
-            setattr(self, name, tensors[f"kept_{name}"])
+        for name, mine in zip(self.parts, self.kept(), strict=True):
+            setattr(self, name, tensors[f"kept_{name}"].flatten(mine.ndim - 1))
 
 
 class PairState:
