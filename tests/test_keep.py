@@ -30,7 +30,9 @@ from mixers import (
     turned,
 )
 from respike.account import state_bytes
-from respike.errors import RecipeError
+from respike.conversion.calibrate import calibrate
+from respike.conversion.worth import ASKED_EVERY, KEPT_HALF_LIVES, FarAttention, fit_worth
+from respike.errors import RecipeError, UsageError
 from respike.layers.far import FarSoftmax
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.models.state import DecoderState
@@ -43,7 +45,7 @@ from tolerance import assert_close
 
 F = 6
 HALF_LIVES = (5.0, 60.0, 1000.0)
-KEPT_HALF_LIVES = (1000.0, 8.0, 40.0)
+WORTH_HALF_LIVES = (1000.0, 8.0, 40.0)
 RULES = [(5, 2, 512, 4), (7, 3, 16, 3), (3, 0, 8, 9), (4, 4, 9, 1), (2, 1, 30, 12), (5, 2, 5, 3)]
 """Window, sinks, reach, kept tokens: some let go for age, some for worth; one never full, one where
 nothing can be kept."""
@@ -59,7 +61,7 @@ def keeping(rule: tuple[int, int, int, int], heads: int = 3 * G) -> FarSoftmax:
     randomise(mixer)
     with torch.no_grad():
         mixer.log2_half_life.copy_(torch.tensor(HALF_LIVES).log2())
-        mixer.keep_log2_half_life.copy_(torch.tensor(KEPT_HALF_LIVES).log2())
+        mixer.keep_log2_half_life.copy_(torch.tensor(WORTH_HALF_LIVES).log2())
     return mixer
 
 
@@ -83,7 +85,7 @@ def in_words(mixer: FarSoftmax, inputs: Inputs, row: int) -> tuple[Array, Array,
     out, memories, ends = np.zeros(q.shape), np.zeros((G, F, K + 1)), []
     for g in range(G):
         ages = T - np.arange(T)
-        worth = np.exp(k[:, g] @ double(mixer.keep_weight[g])) * 0.5 ** (ages / KEPT_HALF_LIVES[g])
+        worth = np.exp(k[:, g] @ double(mixer.keep_weight[g])) * 0.5 ** (ages / WORTH_HALF_LIVES[g])
         scores = k[:, g] @ double(mixer.key_weight[g]).T + double(mixer.key_bias[g])
         phi = np.exp(scores - scores.max(-1, keepdims=True))
         phi /= phi.sum(-1, keepdims=True)
@@ -306,3 +308,74 @@ def test_a_state_is_as_large_as_its_account_and_goes_on_from_a_file(tmp_path: Pa
     wanted, _ = decoder(ids[:, 40:], state)
     for again in (other, copy):
         assert torch.equal(decoder(ids[:, 40:], again)[0], wanted)
+
+
+# ---- which are worth keeping -----------------------------------------------------------------
+
+
+def planted(T: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries (T, 1, 2, K), keys (T, 1, K) as they are and rotated.
+
+    Every seventh key has much of one direction, which every query looks for.
+    """
+    way = torch.nn.functional.normalize(normal(K, seed=1), dim=0)
+    k = 0.3 * normal(T, 1, K, seed=seed)
+    k[::7] += 3 * way
+    turned_k = k.clone()  # as at one place: what is tested is who is looked at
+    q = 3 * way + 0.3 * normal(T, 1, 2, K, seed=seed + 1)
+    return q, k, turned_k
+
+
+def test_keys_that_later_queries_look_at_are_worth_most() -> None:
+    seen = [FarAttention.of(*planted(400, seed), 9, 2) for seed in (10, 20)]
+    weight, half_life = fit_worth(seen, 0, 5)
+    fresh = planted(300, 30)[1][:, 0] @ weight
+    rest = torch.ones(300, dtype=torch.bool)
+    rest[::7] = False
+    assert fresh[~rest].min() > fresh[rest].max()
+    assert half_life in KEPT_HALF_LIVES
+
+
+def test_shares_are_those_of_far_keys_under_one_softmax() -> None:
+    q, k, turned_k = planted(60, 10)
+    seen = FarAttention.of(q, k, turned_k, 9, 2)
+    asked = range(11, 60, ASKED_EVERY)
+    wanted = torch.zeros(1, len(asked), 60)
+    for row, p in enumerate(asked):
+        for r in range(2):
+            weights = (q[p, 0, r] @ turned_k[: p + 1, 0].T / math.sqrt(K)).softmax(-1)
+            wanted[0, row, 2 : p - 8] += weights[2 : p - 8]
+    assert_close(seen.share, wanted)
+
+
+def test_what_is_caught_is_what_would_be_kept_then() -> None:
+    T, kept, half_life = 150, 4, 40.0
+    q, k, turned_k = planted(T, 10)
+    seen = FarAttention.of(q, k, turned_k, 9, 2)
+    weight = normal(K, seed=5)
+    worth = k[:, 0] @ weight + torch.arange(T) * math.log(2) / half_life
+    rule, total = Rule(9, 2, 1000), 0.0
+    leaving = worth.roll(9)[None, :, None]  # at step t the key of t - W
+    held, position = torch.zeros(1, 1, kept), torch.full((1, 1, kept), -1)
+    for row, p in list(enumerate(range(11, T, ASKED_EVERY)))[::ASKED_EVERY]:
+        span = torch.tensor([[0, p + 1]])
+        places = keep_definition(leaving[:, : p + 1], span, held, position, rule)
+        at = [m - kept - 9 for m in places.held[0, 0, -1].tolist() if m >= 0]
+        total += float(seen.share[0, row, at].sum())
+    assert seen.caught(0, weight, half_life, kept) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_calibration_fits_worths_and_says_when_contexts_are_too_short(fitted: bool) -> None:
+    original = random_decoder(model_config(((full(0, 1, 2),),)))
+    config = model_config(((window(0, 1, 2, tokens=9, sinks=2, memory=KEEPING),),))
+    text = random_tokens(4, 200 if fitted else 100)
+    if not fitted:
+        with pytest.raises(UsageError, match="calibration needs contexts of at least"):
+            calibrate(original, config, text[:2], text[2:], 64.0)
+        return
+    tensors, _ = calibrate(original, config, text[:2], text[2:], 64.0)
+    name = "model.layers.0.self_attn.mixers.0.keep_"
+    assert tensors[f"{name}weight"].isfinite().all()
+    assert tensors[f"{name}weight"].any(-1).all()
+    assert set(tensors[f"{name}log2_half_life"].exp2().tolist()) <= set(KEPT_HALF_LIVES)

@@ -156,6 +156,18 @@ def test_a_rule_of_blocks_takes_whole_layers(reach: str | int, tokens: int | Non
     assert part.reach_tokens == tokens
 
 
+def test_blocks_may_be_seen_where_they_are_inside_the_trained_length() -> None:
+    changes = ("layers.0.mixer=blocks", "blocks.reach_tokens=7")
+    (held,) = apply_recipe(load_recipe("window", changes), SOURCE).layers[0].mixers
+    assert "true_tokens" not in held.model_dump_json()
+    for said, tokens in (("trained", CONTEXT), (33, 33)):
+        recipe = load_recipe("window", (*changes, f"blocks.true_tokens={said}"))
+        (part,) = apply_recipe(recipe, SOURCE).layers[0].mixers
+        assert part == held.model_copy(update={"true_tokens": tokens})
+    with pytest.raises(RecipeError, match="true_tokens mean nothing beside reach_tokens unbounded"):
+        load_recipe("window", ("blocks.true_tokens=9", "blocks.reach_tokens=unbounded"))
+
+
 def test_full_rules_stay_full_where_kept_groups_see_blocks() -> None:
     config = apply_recipe(load_recipe("even", ("softmax=blocks",)), SOURCE)
     assert "blocks" not in {part.mixer for _, part in config.mixers()}

@@ -187,7 +187,7 @@ class BlockMixer(Lean):
     reach_tokens: ReachTokens | None
     """Largest distance at which a block outside the window is seen; None: all at their true one."""
     true_tokens: TrueTokens = 0
-    """Up to this position all are seen at their true distance nonetheless."""
+    """Below this position all are seen at their true distance nonetheless."""
     cache: Literal["model", "int8"]
     """model: keys and values are kept in the model's dtype."""
     by_head: bool = False

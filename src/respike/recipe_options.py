@@ -125,7 +125,8 @@ class BlockOptions(Frozen):
     """Largest distance at which those are seen. trained: the source's trained length; unbounded:
     their true one."""
     true_tokens: TrueTokens | Literal["trained"] = 0
-    """Up to this position of a text those are seen at their true distance nonetheless."""
+    """Below this position of a text those are seen at their true distance nonetheless. trained: the
+    source's trained length."""
     cache: Literal["model", "int8"] = "model"
     """model: keys and values are kept in the model's dtype."""
     by_head: bool = False
@@ -140,6 +141,8 @@ class BlockOptions(Frozen):
                 f"block_tokens {self.block_tokens} is not a multiple of summary_tokens "
                 f"{self.summary_tokens}"
             )
+        if self.true_tokens and self.reach_tokens == "unbounded":
+            raise ValueError("true_tokens mean nothing beside reach_tokens unbounded")
         return self
 
 

@@ -5,11 +5,8 @@ clustered in the metric of the group's queries, ``|k - c| = sqrt(E[(q . (k - c))
 that every query scores alike are one. Far tokens stand at many distances; a query meets the
 prototypes as the mean of itself rotated by `FAR_DISTANCES`, which is folded into its weights.
 
-Where tokens are kept as they are, the logarithm of a key's worth is the linear function of it that
-foretells best the logarithm of the attention it gets when it is far (SmolLM2: the 64 of 2,000
-tokens that it picks get 95 % of what the best 64 get; those with the most attention while they were
-in the window 92 %). How fast worth halves with age is searched for: what catches the most far
-attention. What is kept is not the memory's to explain.
+Where tokens are kept as they are, `respike.conversion.worth` finds which; they are not the memory's
+to explain.
 
 Then each head's beta is searched for the least squared error of its output against the original's.
 On text that was not searched on, a head that is not better than shut is shut.
@@ -29,6 +26,7 @@ import torch
 from torch import Tensor
 
 from respike.config import ModelConfig, WindowMixer
+from respike.conversion.worth import LEAST_TOKENS, FarAttention, fit_worth
 from respike.errors import UnsupportedError, UsageError
 from respike.layers.attention import Attention
 from respike.layers.far import FarSoftmax
@@ -44,15 +42,6 @@ FAR_DISTANCES = 16
 BETAS = torch.arange(-12, 12.01, 0.5)
 """Log factors on a head's memory that are tried."""
 CLUSTER_STEPS = 15
-ASKED_EVERY = 8
-"""Of a context's queries, every eighth is asked what it looks at."""
-LEAST_ASKED = 16
-"""So many of them must have a key behind their window before its worth is judged."""
-LEAST_RATE = 5e-7
-"""A key's share of attention below which differences mean nothing."""
-KEPT_HALF_LIVES = (512.0, 1024.0, 2048.0, 4096.0, 8192.0)
-"""Of a kept token's worth, in tokens; those that are tried. Shorter ones look better in contexts as
-short as those of calibration, and are worse in longer ones."""
 TEXTS_PER_COPY = 3
 
 
@@ -64,7 +53,7 @@ class HeadFit:
         layer: Its layer.
         head: Its number in the layer.
         beta: Log factor on the memory; -inf is shut.
-        error_shut: Squared error of its output without a memory, as a share of the output's
+        error_shut: Squared error of its output with its gate shut, as a share of the output's
             square, on the text that was not searched on.
         error: The same with the memory.
         share: Memory's mean share of its attention there.
@@ -143,6 +132,8 @@ def calibrate(
     ]
     parts = [part for layer in far for _, part in layer]
     least = 2 * max((part.window_tokens + part.sink_tokens for part in parts), default=0)
+    if any(part.memory.kept_tokens for part in parts):  # type: ignore[union-attr]
+        least += LEAST_TOKENS
     if searched.shape[1] < least:
         raise UsageError(
             f"calibration needs contexts of at least {least} tokens, got {searched.shape[1]}",
@@ -198,37 +189,6 @@ class _Heads:
     k: Tensor
     v: Tensor
     out: Tensor
-
-
-@dataclass(frozen=True)
-class _FarAttention:
-    """What some queries of one context look at behind their window, S of its T queries.
-
-    Attributes:
-        k: Keys (T, G, K), not rotated.
-        share: Each key's of the queries' attention (G, S, T), summed over heads.
-        far: Which keys are behind the window (S, T).
-    """
-
-    k: Tensor
-    share: Tensor
-    far: Tensor
-
-    def rates(self, group: int) -> tuple[Tensor, Tensor]:
-        """Keys that were far for long enough, and their mean shares."""
-        counts = self.far.sum(0)
-        some = counts >= LEAST_ASKED
-        return self.k[some, group], self.share[group].sum(0)[some] / counts[some]
-
-    def caught(self, group: int, weight: Tensor, half_life: float, kept_tokens: int) -> float:
-        """Share that the keys have which would be kept when some of the queries ask."""
-        ages = torch.arange(len(self.k), device=weight.device) * (math.log(2) / half_life)
-        worth = self.k[:, group] @ weight + ages
-        some = slice(None, None, ASKED_EVERY)
-        kept = (
-            worth.where(self.far[some], -torch.inf).topk(min(kept_tokens, len(self.k)), -1).indices
-        )
-        return float(self.share[group, some].gather(-1, kept).sum())
 
 
 def _spans(
@@ -304,36 +264,17 @@ class _GroupFit:
             self.mixer.query_weight.data[mine] = _turn(prototypes, cos, -sin) * scale
 
     def _weigh(self, known: list[_Heads]) -> None:
-        """What a key of each group is worth, and how fast that halves; see this module's text."""
-        seen = [self._far_attention(x) for x in known]
+        """What a key of each group is worth, and how fast that halves."""
+        seen = []
+        for x in known:
+            (span,) = _spans(self.original, x.q.shape[1], x.q.shape[1], x.q.dtype)
+            q = span.rotate(x.q)[0].unflatten(1, (len(self.groups), self.rep))  # type: ignore[no-untyped-call]
+            limits = self.part.window_tokens, self.part.sink_tokens
+            seen.append(FarAttention.of(q, x.k[0], span.rotate(x.k)[0], *limits))
         for n in range(len(self.groups)):
-            keys, rates = (
-                torch.cat(x).double() for x in zip(*(s.rates(n) for s in seen), strict=True)
-            )
-            spread = keys.std() + 1e-9
-            inputs = torch.cat((keys / spread, torch.ones(len(keys), 1, device=keys.device)), 1)
-            squares = inputs.T @ inputs / len(inputs)
-            squares.diagonal().add_(1e-4)
-            logs = (rates + LEAST_RATE).log()
-            weight = torch.linalg.solve(squares, inputs.T @ logs / len(inputs))[:-1] / spread
-            self.mixer.keep_weight.data[n] = weight.float()
-            caught = [
-                sum(s.caught(n, weight.float(), half_life, self.mixer.kept_tokens) for s in seen)
-                for half_life in KEPT_HALF_LIVES
-            ]
-            best = KEPT_HALF_LIVES[max(range(len(caught)), key=caught.__getitem__)]
-            self.mixer.keep_log2_half_life.data[n] = math.log2(best)
-
-    def _far_attention(self, x: _Heads) -> "_FarAttention":
-        T, window = x.q.shape[1], self.part.window_tokens
-        (span,) = _spans(self.original, T, T, x.q.dtype)
-        position = torch.arange(T, device=x.q.device)
-        asked = position[window + self.part.sink_tokens :: ASKED_EVERY]
-        q = span.rotate(x.q)[0, asked].view(len(asked), len(self.groups), self.rep, -1)
-        scores = torch.einsum("tgrk,sgk->grts", q, span.rotate(x.k)[0]) * x.q.shape[-1] ** -0.5
-        scores = scores.masked_fill(position > asked[:, None], -torch.inf)
-        far = (position <= asked[:, None] - window) & (position >= self.part.sink_tokens)
-        return _FarAttention(x.k[0], scores.softmax(-1).sum(1) * far, far)
+            weight, half_life = fit_worth(seen, n, self.mixer.kept_tokens)
+            self.mixer.keep_weight.data[n] = weight
+            self.mixer.keep_log2_half_life.data[n] = math.log2(half_life)
 
     def _curves(self, x: _Heads) -> Tensor:
         """Of one context: mean squared error, share and output square for every beta.

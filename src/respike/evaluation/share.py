@@ -12,7 +12,7 @@ from respike.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class MemoryShare:
-    """What one mixer's heads give to its memory.
+    """What one mixer's heads give to its memory, tokens it keeps as they are left out.
 
     Attributes:
         layer: Its layer.
@@ -50,7 +50,7 @@ def memory_shares(
                 tokens.to(decoder.embedding.device), chunk_tokens=tokens.shape[1], logits="none"
             )
         for index, groups, mixer in watched:
-            # A mixer whose heads are all shut does not even look.
+            # A mixer whose heads are all shut, and that keeps nothing, does not even look.
             fracs = torch.zeros(len(mixer.beta))
             if mixer.share is not None:
                 fracs = mixer.share[:, from_tokens:].mean((0, 1))

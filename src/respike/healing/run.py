@@ -24,8 +24,8 @@ from respike.healing.judge import Judge, Verdict, is_better
 from respike.healing.log import Log
 from respike.healing.objectives import Pair
 from respike.healing.parallel import World, join_world
+from respike.healing.trainable import held_beside
 from respike.healing.trainable import prepare as prepare_student
-from respike.healing.trainable import shut_gates
 from respike.healing.trainer import Trainer
 from respike.healing.weights import fast_copy, merge, plain_weights, trained_spikes
 from respike.loading import Weights, fast_decoder, load_decoder, load_tokenizer
@@ -324,7 +324,7 @@ def _judge(course: Course, progress: Step | None) -> None:
     if progress:
         progress(where.total_steps, trainer.all_steps, "measuring")
     student, world = trainer.pair.student, trainer.world
-    found = trainer.average.tensors() | shut_gates(student, trainer.healing)
+    found = trainer.average.tensors() | held_beside(student, trainer.healing)
     trained = {name: world.full(tensor) for name, tensor in found.items()}
     weights = merge(plain_weights(student, world), trained)
     spikes = trained_spikes(course.spikes, trained)

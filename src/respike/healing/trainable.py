@@ -24,10 +24,13 @@ Kind = Literal["new", "source", "band"]
 OPENED_BETA = -10.0
 """What a shut head's beta begins at: it adds next to nothing, and can learn."""
 
-CHOSEN = ("log2_half_life", "keep_weight", "keep_log2_half_life")
-"""Stay as conversion has them. Rows of some thousand tokens show next to nothing of a half-life of
-many more: trained, it did not move in 1.2 million tokens (docs/log.md, 2026-11-29). And a choice
-of what is kept has no gradient."""
+CHOSEN = "log2_half_life"
+"""Stays as the recipe has it: rows of some thousand tokens show next to nothing of a half-life of
+many more. Trained, it did not move in 1.2 million tokens (docs/log.md, 2026-11-29)."""
+
+FITTED = ("keep_weight", "keep_log2_half_life")
+"""Stay as calibration fitted them, as a choice of what is kept has no gradient; a difference holds
+them all the same, since what was trained goes with what was kept."""
 
 
 @dataclass
@@ -170,7 +173,7 @@ def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[
     for name, _ in decoder.named_parameters():
         *_, projection, leaf = name.split(".")
         if is_new(decoder.config, name):
-            if healing.memory == "on" and leaf not in CHOSEN:
+            if healing.memory == "on" and leaf not in (CHOSEN, *FITTED):
                 yield name, "new"
             continue
         if leaf == "band":
@@ -183,12 +186,11 @@ def trained_names(decoder: Decoder, healing: Healing, stage: Stage) -> Iterator[
             yield name, "source"
 
 
-def shut_gates(decoder: Decoder, healing: Healing) -> dict[str, Tensor]:
-    """What a control's weights have beside those that are trained: memories that stay shut."""
-    if healing.memory == "on":
-        return {}
+def held_beside(decoder: Decoder, healing: Healing) -> dict[str, Tensor]:
+    """What a course's weights have beside what it trains: worths, and a control's shut gates."""
+    leaves = FITTED if healing.memory == "on" else (*FITTED, "beta")
     return {
         name: parameter.detach()
         for name, parameter in decoder.named_parameters()
-        if name.endswith(".beta") and mixer_of(decoder.config, name) is not None
+        if name.rpartition(".")[2] in leaves and mixer_of(decoder.config, name) is not None
     }

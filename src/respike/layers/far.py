@@ -23,8 +23,8 @@ class FarSoftmax(Mixer):
 
     Keys and queries meet the prototypes without rotary positions, so a memory of any age looks
     the same: ``phi = softmax(key_weight k + key_bias)``, ``log_query = query_weight q + beta``.
-    A head with ``beta`` of -inf is shut: its output is the window's, bit for bit. While all are
-    shut the memory is not even kept.
+    A head with ``beta`` of -inf is shut: its output is that of what it sees as it is, bit for bit:
+    without kept tokens, the window's. While all are shut the memory is not even written.
 
     With ``kept_tokens``, those of most worth, ``exp(keep_weight k)`` that halves with age, stay as
     they are when they leave the window, and queries see them at their true distance
@@ -155,8 +155,8 @@ class FarSoftmax(Mixer):
         limits = self.window
         rule = Rule(limits.window_tokens, limits.sink_tokens, limits.sink_reach_tokens)
         position = (span.positions - limits.window_tokens).to(q.device)[:, None]
-        worth = (left[1].detach().float() * self.keep_weight.float()).sum(-1)
-        worth = worth + position.mT * self.keep_rate()
+        worth = (left[1].float() * self.keep_weight.float()).sum(-1)
+        worth = (worth + position.mT * self.keep_rate()).detach()
         steps = torch.stack((span.start, span.valid), 1)
         places = keep(worth, steps, memory.worth, memory.position, rule)
         fresh = (*(x.transpose(1, 2) for x in (*left, worth)), position.expand_as(places.lost.mT))

@@ -307,9 +307,8 @@ class KeptState(MemoryState):
     @classmethod
     def join(cls, states: Sequence["MemoryState"]) -> "KeptState":
         """See `MixerState.join`."""
-        kept = [s.kept() for s in states if isinstance(s, KeptState)]
-        memory = torch.cat([s.memory for s in states])
-        return cls(memory, *(torch.cat(x) for x in zip(*kept, strict=True)))
+        found = {name: [getattr(s, name) for s in states] for name in ("memory", *cls.parts)}
+        return cls(*(torch.cat(tensors) for tensors in found.values()))
 
     def tensors(self, num_tokens: int) -> dict[str, Tensor]:
         """See `MixerState.tensors`: all of them (B, G, M, K or 1), as files want them."""

@@ -1,8 +1,8 @@
 """The decoder's state: one state a mixer, and how many tokens each sequence has seen.
 
 A state file is safetensors, format "respike-state" version 1: tensors named
-``layers.{layer}.{mixer}.{k|v|memory}`` and ``tokens_seen``, the fingerprint of its model and a
-checksum. Whoever saves one may add tensors of their own; see `respike.documents.reading`.
+``layers.{layer}.{mixer}.{k|v|memory|kept_..}`` and ``tokens_seen``, the fingerprint of its model
+and a checksum. Whoever saves one may add tensors of their own; see `respike.documents.reading`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -13,7 +13,8 @@ Keys are cached rotated to their place within their block, ``j - b`` for token j
 begins at b. A query is rotated by the block's distance ``p - b``, which gives the true rotary
 score; a smaller distance makes the whole block look nearer, without touching the cache. Distances
 of blocks outside the window are held below a reach (InfLLM holds them all at one distance), so that
-no rotary distance leaves the range the weights were trained on.
+no rotary distance leaves the range the weights were trained on; below `BlockRule.true_tokens` none
+does anyway.
 
 Letters: B batch, T tokens, S slots of a cache, N blocks, M tokens or summaries of a block, Z
 summaries, H query heads, G KV groups, K key dim, V value dim, R = K / 2 frequencies.

@@ -18,7 +18,7 @@ A token's worth depends on its key alone, so what is kept does not depend on how
 Letters: B batch, T steps, H query heads, G KV groups, K head dim, M kept tokens, C = M + T
 candidates: those kept before a span, then those that leave the window in it, one a step.
 Source: our own; that few tokens take most of attention, and are known early: H2O (Zhang et al.,
-arXiv:2306.14048). Worth from keys alone: see `respike.conversion.calibrate`.
+arXiv:2306.14048). Worth from keys alone: `respike.conversion.worth`.
 """
 
 from typing import NamedTuple
