@@ -44,8 +44,8 @@ respike::MixerWeights mixer(nb::handle item) {
           nb::cast<int64_t>(m[2]),
           nb::cast<int64_t>(m[3]),
           {pointer<const float>(far[0]), pointer<const float>(far[1]), pointer<const float>(far[2]),
-           pointer<const float>(far[3]), pointer<const float>(far[4]), nb::cast<int64_t>(far[5]), pointer<const float>(far[6]),
-           pointer<const float>(far[7]), nb::cast<int64_t>(far[8])},
+           pointer<const float>(far[3]), pointer<const float>(far[4]), nb::cast<int64_t>(far[5]),
+           pointer<const float>(far[6]), pointer<const float>(far[7]), nb::cast<int64_t>(far[8])},
           m[5].is_none() ? nullptr : nb::cast<const respike::BlockTurns*>(m[5]),
           block_rule(nb::cast<BlockRuleNumbers>(m[6]))};
 }
