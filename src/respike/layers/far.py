@@ -132,7 +132,7 @@ class FarSoftmax(Mixer):
             (B, T, H); what goes to the memory; and the state after the span but for that memory.
         """
         k, v = span.rotate(k).transpose(1, 2), v.transpose(1, 2)
-        left_k, left_v, _ = state.window.leaving(k, v, span)
+        left_k, left_v = state.window.leaving(k, v, span)
         near, window = self.window.near(q, k, v, span, state.window, self.off)
         seen = near.attend_with_mass()
         plain_k = span.rotate_back(left_k, self.window.window_tokens)

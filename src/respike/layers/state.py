@@ -150,7 +150,7 @@ class WindowState:
         self.k = torch.where(fresh, k.detach().gather(2, index), self.k)
         self.v = torch.where(fresh, v.detach().gather(2, index), self.v)
 
-    def leaving(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+    def leaving(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """The tokens that leave the window while it takes in the span: one, or none, a step.
 
         To be asked before `append`. At position p it is token p - W, unless that is a sink, was
@@ -162,16 +162,14 @@ class WindowState:
             span: Where the tokens stand.
 
         Returns:
-            Keys and values (B, T, G, K), and which of them are tokens, bool (B, T).
+            Keys and values (B, T, G, K); any where none leaves.
         """
         sinks = self.sink_tokens
         window = self.k.shape[2] - sinks
         if span.offset is not None and span.num_tokens == 1:
             # The new token takes the place of the one that leaves: a copy, before it does.
             place = sinks + (span.offset - sinks) % window
-            old_k, old_v = (x[:, :, [place]].transpose(1, 2) for x in (self.k, self.v))
-            some = span.offset - window >= sinks
-            return old_k, old_v, torch.full((len(k), 1), some, device=k.device)
+            return self.k[:, :, [place]].transpose(1, 2), self.v[:, :, [place]].transpose(1, 2)
         position = span.positions - window
         real = (position >= sinks) & (span.positions < (span.start + span.valid)[:, None])
         stored = position < span.start[:, None]
@@ -182,7 +180,7 @@ class WindowState:
         index = slot.to(k.device)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         left_k = torch.cat((self.k, k), 2).gather(2, index)
         left_v = torch.cat((self.v, v), 2).gather(2, index)
-        return left_k.transpose(1, 2), left_v.transpose(1, 2), real.to(k.device)
+        return left_k.transpose(1, 2), left_v.transpose(1, 2)
 
     def nbytes(self, num_tokens: int) -> int:
         """See `MixerState.nbytes`: at most S + W tokens are held, and all slots are allocated."""
