@@ -1,7 +1,9 @@
+import os
 import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
+from zipfile import ZipFile
 
 import torch
 
@@ -19,6 +21,20 @@ def test_a_cpu_build_of_torch_brings_no_vendor_libraries() -> None:
         return  # a GPU build was asked for, and needs them
     names = {d.metadata["Name"].lower() for d in distributions()}
     assert sorted(n for n in names if n.startswith(("nvidia-", "triton", "pytorch-triton"))) == []
+
+
+def test_a_wheel_holds_the_whole_package(tmp_path: Path) -> None:
+    """`make setup` installs in place, so nothing else would miss what a wheel leaves out."""
+    build = "import sys; from scikit_build_core.build import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "RESPIKE_NATIVE": "0"}, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.iterdir()
+    held = {name for name in ZipFile(wheel).namelist() if name.startswith("respike/")}
+    files = {f for f in (ROOT / "src/respike").rglob("*") if f.is_file()}
+    there = {f.relative_to(ROOT / "src").as_posix() for f in files if "__pycache__" not in f.parts}
+    assert held == there
 
 
 def check_devices(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
