@@ -1,4 +1,4 @@
-// Tokens that stay exact behind a window: who, and attention to them, query by query.
+// Tokens that stay exact behind a window: who, and attention to them.
 #include "keep.hpp"
 
 #include <cmath>
@@ -7,6 +7,7 @@
 
 #include "pool.hpp"
 #include "scratch.hpp"
+#include "softmax.hpp"
 #include "vec.hpp"
 
 namespace respike {
@@ -27,16 +28,16 @@ int64_t place_for(const KeepRule& rule, float mine, int64_t now, const float* wo
   return mine > worth[least] ? least : -1;
 }
 
-constexpr float log2_of_e = 1.44269504f;
+constexpr int64_t tile_rows = 192;        // queries that share packed keys, as in softmax.cpp
 constexpr int64_t serial_work = 1 << 16;  // products; fewer are not worth waking a thread
 
-int64_t padded_dim(int64_t dim) { return (dim + 63) / 64 * 64; }
-int64_t padded_places(int64_t places) { return (places + 15) / 16 * 16; }
-
+// What one level does beside the parts of softmax.hpp; see keep_kernels.inc.
 template <class T>
-int64_t floats_of(const KeptJob<T>& job) {
-  return job.heads * (padded_dim(job.dim) + padded_places(job.places)) + 64;
-}
+struct KeptParts {
+  float (*worth)(const T* key, const float* weight, int64_t dim);
+  void (*join)(const KeptJob<T>& job, int64_t first, int64_t last, const float* mean,
+               const float* log_mass);
+};
 
 }  // namespace
 
@@ -80,29 +81,165 @@ void keep(const KeepRule& rule, const KeepJob& job, int64_t every) {
 #include "each_level.hpp"
 
 namespace respike {
+namespace {
+
+template <class T>
+KeptParts<T> kept_parts([[maybe_unused]] Level level) {
+#if RESPIKE_X86
+  if (level >= Level::avx512) return avx512::parts<T>();
+  if (level >= Level::avx2) return avx2::parts<T>();
+#endif
+  return portable::parts<T>();
+}
+
+// A kept token, and which tokens of a tile see it: [from, until).
+template <class T>
+struct Column {
+  const T *k, *v;
+  int64_t from, until;
+};
+
+// The tiles of a job, one after the other. A tile first finds who is kept when, then shows its
+// queries all who are kept at some time of it, and only then moves rows.
+template <class T>
+class KeptTiles {
+ public:
+  KeptTiles(Level level, const KeptJob<T>& job, float* memory)
+      : parts_(softmax_parts<T, T>(level)), finish_(softmax_parts<float, float>(level).finish),
+        own_(kept_parts<T>(level)), job_(job),
+        most_(std::clamp<int64_t>(tile_rows / job.heads, 1, job.tokens)), desk_(memory) {
+    const int64_t rows = most_ * job.heads, dim = job.dim;
+    cells_ = desk_.template take<float>(rows * query_row(dim));
+    state_ = desk_.template take<float>(state_floats(rows, dim));
+    block_.keys = desk_.template take<float>(key_panel(dim));
+    block_.values = desk_.template take<float>(value_panel(dim));
+    block_.window = without_window;
+    bias_ = desk_.template take<float>(most_ * block_keys);
+    mean_ = desk_.template take<float>(rows * dim);
+    log_mass_ = desk_.template take<float>(rows);
+    k_ = desk_.template take<T>(block_keys * dim);
+    v_ = desk_.template take<T>(block_keys * dim);
+    columns_ = desk_.template take<Column<T>>(job.places + most_);
+    column_of_ = desk_.template take<int64_t>(job.places);
+    place_of_ = desk_.template take<int64_t>(most_);
+  }
+
+  int64_t floats() const { return desk_.used(); }
+
+  void run() {
+    while (taken_ < job_.places && job_.position[taken_] >= 0) ++taken_;
+    for (int64_t first = 0; first < job_.tokens; first += most_) {
+      const int64_t last = std::min(job_.tokens, first + most_);
+      find(first, last);
+      if (count_ > 0) attend(std::max(first, columns_[0].from), last);
+      move(first, last);
+    }
+  }
+
+ private:
+  void find(int64_t first, int64_t last) {
+    count_ = taken_;
+    for (int64_t m = 0; m < taken_; ++m) {
+      columns_[m] = {job_.k + m * job_.dim, job_.v + m * job_.dim, first, last};
+      column_of_[m] = m;
+    }
+    for (int64_t t = first; t < last; ++t) {
+      int64_t& place = place_of_[t - first] = -1;
+      if (t < job_.first_leaving) continue;
+      const int64_t now = job_.start + t, position = now - job_.rule.window, row = t * job_.dim;
+      const float mine = own_.worth(job_.plain + row, job_.weight, job_.dim) +
+                         static_cast<float>(position) * job_.rate;
+      place = place_for(job_.rule, mine, now, job_.worth, job_.position, job_.places);
+      if (place < 0) continue;
+      if (place < taken_) columns_[column_of_[place]].until = t;
+      taken_ = std::max(taken_, place + 1);
+      job_.worth[place] = mine;
+      job_.position[place] = position;
+      column_of_[place] = count_;
+      columns_[count_++] = {job_.turned + row, job_.values + row, t, last};
+    }
+  }
+
+  // Every token in [first, last) sees somebody: places do not become empty.
+  void attend(int64_t first, int64_t last) {
+    const auto whole = [=](const Column<T>& c) { return c.from <= first && c.until == last; };
+    std::stable_partition(columns_, columns_ + count_, whole);
+    SoftmaxTile tile{};
+    tile.rows = (last - first) * job_.heads;
+    tile.heads = job_.heads;
+    tile.head_dim = tile.value_dim = job_.dim;
+    tile.position = block_keys;  // behind all keys of a block, which begins at 0
+    tile.factor = job_.scale * 1.44269504f;
+    tile.q = cells_;
+    clear(tile, state_);
+    parts_.load_queries(job_.q + first * job_.q_stride, job_.q_stride, last - first, tile, cells_);
+    for (int64_t begin = 0; begin < count_; begin += block_keys) {
+      const Column<T>* columns = columns_ + begin;
+      block_.count = std::min(block_keys, count_ - begin);
+      for (int64_t c = 0; c < block_.count; ++c) {
+        std::copy_n(columns[c].k, job_.dim, k_ + c * job_.dim);
+        std::copy_n(columns[c].v, job_.dim, v_ + c * job_.dim);
+      }
+      block_.bias = whole(columns[block_.count - 1]) ? nullptr : bias_;
+      for (int64_t t = first; t < last && block_.bias != nullptr; ++t) {
+        float* row = bias_ + (t - first) * block_keys;
+        for (int64_t c = 0; c < block_.count; ++c) {
+          row[c] = columns[c].from <= t && t < columns[c].until ? 0.0f : minus_infinity;
+        }
+      }
+      Keys<T> keys;
+      keys.k = k_;
+      keys.v = v_;
+      keys.stride = job_.dim;
+      keys.count = block_.count;
+      parts_.pack(keys, tile, block_);
+      parts_.attend(tile, block_, 0, tile.rows);
+    }
+    finish_(tile, mean_, job_.heads * job_.dim, log_mass_, job_.heads);
+    own_.join(job_, first, last, mean_, log_mass_);
+  }
+
+  void move(int64_t first, int64_t last) {
+    const int64_t dim = job_.dim;
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t place = place_of_[t - first];
+      if (place < 0) continue;
+      T *plain = job_.plain + t * dim, *value = job_.values + t * dim;
+      std::copy_n(job_.turned + t * dim, dim, job_.k + place * dim);
+      std::swap_ranges(plain, plain + dim, job_.plain_k + place * dim);
+      std::swap_ranges(value, value + dim, job_.v + place * dim);
+    }
+  }
+
+  const SoftmaxParts<T, T> parts_;
+  void (*const finish_)(const SoftmaxTile&, float*, int64_t, float*, int64_t);
+  const KeptParts<T> own_;
+  const KeptJob<T>& job_;
+  const int64_t most_;  // tokens of a tile
+  Desk desk_;
+  KeyBlock block_{};
+  float *cells_, *state_, *bias_, *mean_, *log_mass_;
+  T *k_, *v_;
+  Column<T>* columns_;
+  int64_t *column_of_, *place_of_;  // of a place, its last column; of a step, where who left went
+  int64_t count_ = 0, taken_ = 0;   // columns; places, which fill from the first
+};
+
+}  // namespace
 
 template <class T>
 void attend_kept(Level level, int threads, const KeptJob<T>* jobs, int64_t count) {
   thread_local std::vector<float> desks;
-  auto run = portable::run_kept<T>;
-#if RESPIKE_X86
-  if (level >= Level::avx512) {
-    run = avx512::run_kept<T>;
-  } else if (level >= Level::avx2) {
-    run = avx2::run_kept<T>;
-  }
-#else
-  (void)level;
-#endif
   int64_t desk = 0, work = 0;
   for (int64_t j = 0; j < count; ++j) {
-    desk = std::max(desk, (floats_of(jobs[j]) + 15) / 16 * 16);
+    desk = std::max(desk, KeptTiles<T>(level, jobs[j], nullptr).floats());
     work += jobs[j].tokens * jobs[j].heads * jobs[j].places * jobs[j].dim;
   }
   threads = work < serial_work ? 1 : std::clamp(threads, 1, max_threads);
   float* memory = kept(desks, desk * threads);
-  parallel_for(threads, count,
-               [&](int64_t index, int slot) { run(jobs[index], memory + slot * desk); });
+  parallel_for(threads, count, [&](int64_t index, int slot) {
+    KeptTiles<T>(level, jobs[index], memory + slot * desk).run();
+  });
 }
 
 template void attend_kept(Level, int, const KeptJob<float>*, int64_t);

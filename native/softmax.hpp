@@ -87,6 +87,7 @@ struct KeyBlock {
   const float* key_scales;     // (64), or null
   const float* value_scales;   // likewise
   Wanted wanted;               // fetched meanwhile
+  const float* bias;           // (tokens of the tile, 64), added to scores * factor, or null
 };
 
 // Numbers a row of queries takes, floats of a block and of the state of a tile.
