@@ -37,7 +37,15 @@ from respike.layers.far import FarSoftmax
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.models.state import DecoderState
 from respike.ops import backends
-from respike.ops.keep import STEPS, Places, Rule, keep, keep_definition, keep_torch
+from respike.ops.keep import (
+    STEPS,
+    Places,
+    Rule,
+    attend_kept,
+    keep,
+    keep_definition,
+    keep_torch,
+)
 from respike.recipe import load_recipe
 from respike.recipe_apply import apply_recipe
 from tiny import KEEPING, full, model_config, random_decoder, random_tokens, window
@@ -274,6 +282,41 @@ def test_gradients_are_those_of_one_softmax_over_what_is_seen() -> None:
         slopes.append((values[0] - values[1]).float() / 2e-3)
     assert torch.stack(wanted).abs().min() > 0.01
     torch.testing.assert_close(torch.stack(slopes), torch.stack(wanted), rtol=0.02, atol=0.02)
+
+
+def test_attention_to_the_kept_is_that_to_whom_each_step_sees_and_holds_no_scores() -> None:
+    """Against all queries times all candidates, by autograd; some rows see nobody."""
+    T, M, rule = 2 * STEPS + 9, 5, Rule(6, 1, 90)
+    span = torch.tensor([[0, T], [40, T]])
+    held_worth, position = held_before(rule, M, [0, 40])
+    places = keep(normal(2, T, G), span, held_worth, position, rule)
+    q = normal(2, T, 3 * G, K, seed=1).requires_grad_()
+    k, v = (normal(2, G, M + T, K, seed=i).requires_grad_() for i in (2, 3))
+
+    step = torch.arange(T)
+    seen = (torch.arange(M + T) - M <= step[:, None]) & (step[:, None] < places.until[:, :, None])
+    scores = torch.einsum("btgrk,bgck->bgrtc", q.view(2, T, G, 3, K), k) * K**-0.5
+    scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
+    some = seen.any(-1)[:, :, None].expand(-1, -1, 3, -1)
+    weights = scores.masked_fill(~some[..., None], 0).softmax(-1) * some[..., None]
+    wanted = torch.einsum("bgrtc,bgck->btgrk", weights, v).flatten(2, 3)
+    wanted_mass = scores.logsumexp(-1).permute(0, 3, 1, 2).flatten(2)
+    some = some.permute(0, 3, 1, 2).flatten(2)
+    assert not some.all()
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        mean, mass = attend_kept(q, k, v, places)
+    largest = max(x.numel() for x in saved)
+    assert largest <= max(x.numel() for x in (q, k, *places))
+    assert_close(mean, wanted)
+    assert_close(mass[some], wanted_mass[some])
+    assert (mass[~some] == -torch.inf).all()
+    probe, weight = normal(*mean.shape, seed=4), normal(*mass.shape, seed=5)[some]
+    found = torch.autograd.grad((mean * probe).sum() + mass[some] @ weight, (q, k, v))
+    loss = (wanted * probe).sum() + wanted_mass[some] @ weight
+    for mine, theirs in zip(found, torch.autograd.grad(loss, (q, k, v)), strict=True):
+        assert_close(mine, theirs)
 
 
 # ---- recipes ---------------------------------------------------------------------------------

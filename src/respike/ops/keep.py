@@ -21,12 +21,13 @@ Source: our own; that few tokens take most of attention, and are known early: H2
 arXiv:2306.14048). Worth from keys alone: `respike.conversion.worth`.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
 
@@ -193,7 +194,8 @@ def attend_kept(
 ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H"]]:
     """Softmax over the kept tokens, float32: mean value, and the logarithm of the denominator.
 
-    Zeros and -inf where nothing is kept. Gradients by autograd.
+    Zeros and -inf where nothing is kept. Gradients compute the scores anew: for the `STEPS`
+    queries that are shown one list, nothing of all queries times all candidates is ever held.
 
     Args:
         q: Queries, rotated.
@@ -201,30 +203,114 @@ def attend_kept(
         v: Their values.
         places: From `keep`.
     """
-    (B, T, H, K), G = q.shape, k.shape[1]
-    M, blocks = places.held.shape[3], places.held.shape[2] - 1
-    spare = blocks * STEPS - T
-    step = torch.arange(blocks * STEPS, device=k.device).view(blocks, STEPS)
-    # Whom each block may see: those held before it, then those that leave in it.
-    held = places.held[:, :, :-1].to(k.device)
-    among = torch.cat((held, (M + step).expand(B, G, -1, -1)), -1)
-    index = among.clamp(0, M + T - 1)
-    until = places.until.to(k.device).gather(2, index.flatten(2)).view(index.shape)
-    until = until.masked_fill((among < 0) | (among >= M + T), 0)
-    seen = (among - M)[..., None, :] <= step[:, :, None]
-    seen = seen & (step[:, :, None] < until[..., None, :])
-    pairs = []
-    for x in (k, v):
-        rows = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-        pairs.append(x.float().gather(2, rows).view(*index.shape, -1))
-    asked = pad(q.float(), (0, 0, 0, 0, 0, spare)).view(B, blocks, STEPS, G, H // G, K)
-    scores = torch.einsum("bnsgrk,bgnck->bgnrsc", asked, pairs[0]) * K**-0.5
-    scores = scores.masked_fill(~seen[:, :, :, None], -torch.inf)
-    some = seen.any(-1)[:, :, :, None]
-    top = scores.detach().amax(-1).masked_fill(~some, 0)
-    weights = (scores - top[..., None]).exp()
-    total = weights.sum(-1).masked_fill(~some, 1)
-    mean = torch.einsum("bgnrsc,bgnck->bnsgrk", weights / total[..., None], pairs[1])
-    mass = (total.log() + top).masked_fill(~some, -torch.inf)
-    mass = mass.permute(0, 2, 4, 1, 3).reshape(B, blocks * STEPS, H)
-    return mean.reshape(B, blocks * STEPS, H, -1)[:, :T], mass[:, :T]
+    if backends.needs_gradient(q, k, v):
+        mean, mass = _AttendKept.apply(places, q, k, v)  # type: ignore[no-untyped-call]
+        return mean, mass
+    return _attend_kept(q, k, v, places)
+
+
+class _AttendKept(torch.autograd.Function):
+    """The op with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Places, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        mean, mass = _attend_kept(q, k, v, places)
+        ctx.save_for_backward(q, k, v, mean, mass, *places)
+        return mean, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: Tensor, d_mass: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mean, mass, *places = ctx.saved_tensors
+        G, scale = k.shape[1], q.shape[-1] ** -0.5
+        # Of a score: its weight times (d_mean (value - mean) + d_mass).
+        constant = d_mass - (d_mean * mean).sum(-1)
+        dq = torch.zeros_like(q, dtype=torch.float32)
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        for shown in _shown(k.shape, q.shape[1], Places(*places)):
+            asked, likes = shown.queries(q, G), shown.queries(d_mean, G)
+            keys, values = shown.candidates(k), shown.candidates(v)
+            top = shown.queries(mass[..., None], G)
+            weights = shown.scores(asked, keys).sub_(top.masked_fill(top == -torch.inf, 0)).exp_()
+            shown.add(dv, weights.mT @ likes)
+            d_scores = (likes @ values.mT).add_(shown.queries(constant[..., None], G)).mul_(weights)
+            d_scores.mul_(scale)
+            shown.add(dk, d_scores.mT @ asked)
+            shown.put(dq, d_scores @ keys)
+        return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _attend_kept(q: Tensor, k: Tensor, v: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    mean = torch.zeros_like(q, dtype=torch.float32)
+    mass = torch.full_like(mean[..., :1], -torch.inf)
+    for shown in _shown(k.shape, q.shape[1], places):
+        scores = shown.scores(shown.queries(q, k.shape[1]), shown.candidates(k))
+        top = scores.amax(-1, keepdim=True)
+        top = top.masked_fill(top == -torch.inf, 0)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        shown.put(mass, total.log() + top)
+        shown.put(mean, weights @ shown.candidates(v) / total.clamp(min=1e-30))
+    return mean, mass[..., 0]
+
+
+class _Shown(NamedTuple):
+    """What is shown to the queries of some steps: lists of candidates (B, G, N).
+
+    Rows of queries are (B, G, S R, K), of candidates (B, G, N, K), all float32.
+
+    Attributes:
+        steps: The queries'.
+        among: Candidates, by number.
+        hidden: Which step does not see which (B, G, S, N).
+    """
+
+    steps: slice
+    among: Tensor
+    hidden: Tensor
+
+    def queries(self, x: Tensor, groups: int) -> Tensor:
+        """Of what every head has (B, T, H, K), the rows of these steps."""
+        x = x[:, self.steps].float()
+        x = x.reshape(*x.shape[:2], groups, -1, x.shape[-1])
+        return x.transpose(1, 2).flatten(2, 3)
+
+    def put(self, to: Tensor, rows: Tensor) -> None:
+        """Writes such rows to where they belong."""
+        there = to[:, self.steps]
+        rows = rows.view(*rows.shape[:2], there.shape[1], -1, rows.shape[-1])
+        there.copy_(rows.transpose(1, 2).flatten(2, 3))
+
+    def candidates(self, x: Tensor) -> Tensor:
+        """Of what every candidate has (B, G, C, K)."""
+        return x.gather(2, self._rows(x)).float()
+
+    def add(self, to: Tensor, rows: Tensor) -> None:
+        """Adds such rows to those of their candidates."""
+        to.scatter_add_(2, self._rows(to), rows)
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """(B, G, S R, N); -inf where a candidate is not seen."""
+        scores = (queries @ keys.mT).mul_(queries.shape[-1] ** -0.5)
+        S, N = self.hidden.shape[2:]
+        scores.view(*scores.shape[:2], S, -1, N).masked_fill_(
+            self.hidden[:, :, :, None], -torch.inf
+        )
+        return scores
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return self.among[..., None].expand(*self.among.shape, x.shape[-1])
+
+
+def _shown(shape: torch.Size, tokens: int, places: Places) -> Iterator[_Shown]:
+    """For each `STEPS` queries: who is held before them, then who leaves in them."""
+    B, G, C, _ = shape
+    first, device = C - tokens, places.until.device
+    for n, start in enumerate(range(0, tokens, STEPS)):
+        steps = torch.arange(start, min(start + STEPS, tokens), device=device)
+        among = torch.cat((places.held[:, :, n], (first + steps).expand(B, G, -1)), -1)
+        index = among.clamp(min=0)
+        until = places.until.gather(2, index).masked_fill(among < 0, 0)[..., None, :]
+        seen = (index - first)[..., None, :] <= steps[:, None]
+        seen &= steps[:, None] < until
+        yield _Shown(slice(start, start + len(steps)), index, ~seen)
