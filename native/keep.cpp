@@ -151,12 +151,13 @@ class KeptTiles {
                          static_cast<float>(position) * job_.rate;
       place = place_for(job_.rule, mine, now, job_.worth, job_.position, job_.places);
       if (place < 0) continue;
+      const bool unseen = place < taken_ && columns_[column_of_[place]].from == t;
       if (place < taken_) columns_[column_of_[place]].until = t;
+      if (!unseen) column_of_[place] = count_++;  // else nobody sees who stood here
+      columns_[column_of_[place]] = {job_.turned + row, job_.values + row, t, last};
       taken_ = std::max(taken_, place + 1);
       job_.worth[place] = mine;
       job_.position[place] = position;
-      column_of_[place] = count_;
-      columns_[count_++] = {job_.turned + row, job_.values + row, t, last};
     }
   }
 

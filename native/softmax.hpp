@@ -114,7 +114,7 @@ struct SoftmaxParts {
   // Shows a block to rows [first, last) of a tile.
   void (*attend)(const SoftmaxTile& tile, const KeyBlock& block, std::int64_t first,
                  std::int64_t last);
-  // Shows all of a block to `count` rows that lie anywhere; the same bits.
+  // Shows all of a block, without bias, to `count` rows that lie anywhere; the same bits.
   void (*attend_some)(const SoftmaxTile& tile, const KeyBlock& block, const std::int32_t* rows,
                       std::int64_t count);
   // What `other` has seen, the tile has seen too.
