@@ -64,7 +64,7 @@ def write_report(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=near(MODEL))
-    parser.add_argument("--recipe", default="retrieval-long", help="built-in name or YAML file")
+    parser.add_argument("--recipe", default="retrieval-keep", help="built-in name or YAML file")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--dtype", help="f32, bf16 or f16; default: the checkpoint's own")
     parser.add_argument("--render", type=Path, metavar="RESULTS.json", help="only the report")
