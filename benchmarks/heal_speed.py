@@ -3,27 +3,31 @@
     python benchmarks/heal_speed.py CONVERTED TOKENS [--steps 3] [-o benchmarks/results/NAME.json]
 
 CONVERTED is a folder that `respike convert` wrote; TOKENS a folder of tokens, such as
-OUT.healing/tokens. Plain finetuning is transformers' Llama or Qwen2 in bfloat16 with fused
-attention and torch's AdamW on float32 masters of every weight, next-token loss on all positions,
-one row at a time. Both take the same rows; steps alternate; the first of each is not counted.
+OUT.healing/tokens. Plain finetuning is transformers' Llama or Qwen2 with fused attention and
+torch's AdamW on float32 masters of every weight, next-token loss on all positions, one row at a
+time. Both compute in what this machine trains in fastest and take the same rows; steps alternate;
+the first of each is not counted.
 """
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from resultfile import write
 
 from respike.bench.machine import provenance
 from respike.checkpoint import open_checkpoint
 from respike.data import Loader, TextSource, open_store
-from respike.device import set_threads
+from respike.device import get_dtype, set_threads
 from respike.healing import load_healing
 from respike.healing.parallel import World
-from respike.healing.run import Converted, converted_folder, models
+from respike.healing.run import converted_folder, models, original_of
 from respike.healing.trainer import Trainer
 from respike.loading import load_decoder, load_tokenizer
 
@@ -31,7 +35,7 @@ from respike.loading import load_decoder, load_tokenizer
 class Plain:
     """transformers' own model, finetuned as anybody would."""
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: Any, dtype: str) -> None:
         import transformers
 
         config = folder.config
@@ -48,12 +52,12 @@ class Plain:
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
             "tie_word_embeddings": config.tie_word_embeddings,
             "attn_implementation": "sdpa",
-            "dtype": "bfloat16",
+            "dtype": str(get_dtype(dtype)).removeprefix("torch."),
         }
         kind = "Qwen2Config" if config.family == "qwen2" else "LlamaConfig"
         made = getattr(transformers, kind)(**fields)
-        self.model = transformers.AutoModelForCausalLM.from_config(made).to(torch.bfloat16)
-        weights = load_decoder(Converted(folder), dtype="bf16").state_dict()
+        self.model = transformers.AutoModelForCausalLM.from_config(made).to(get_dtype(dtype))
+        weights = load_decoder(original_of(folder, None), dtype=dtype).state_dict()
         self.model.load_state_dict(weights, strict=False)
         self.model.train()
         self.pairs = [(p, torch.nn.Parameter(p.detach().float())) for p in self.model.parameters()]
@@ -81,9 +85,10 @@ def main() -> None:
     parser.add_argument("tokens")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--config", default="default")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    threads = set_threads(None)
+    threads = set_threads(args.threads)
     folder = converted_folder(Path(args.converted))
     store, tokenizer = open_store(args.tokens), load_tokenizer(open_checkpoint(args.converted))
     healing = load_healing(args.config)
@@ -92,7 +97,7 @@ def main() -> None:
     trainer.where.stage = stage
     trainer.begin_stage()
     shape = healing.stages[stage]
-    plain = Plain(folder)
+    plain = Plain(folder, healing.compute)
     text = TextSource("text", store, min_document_tokens=shape.context_tokens)
     rows = Loader([(text, 1.0)], batch_size=shape.rows, context_tokens=shape.context_tokens)
     speeds: dict[str, list[float]] = {"healing": [], "plain": []}
@@ -103,12 +108,14 @@ def main() -> None:
         if number:
             speeds["healing"].append(line["tokens_per_second"])
             speeds["plain"].append(count / seconds)
-            print(f"healing {speeds['healing'][-1]:.0f}, plain {speeds['plain'][-1]:.0f} tokens/s")
+            last = {name: round(values[-1]) for name, values in speeds.items()}
+            print(", ".join(f"{name} {last[name]}" for name in last), "tokens/s", flush=True)
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     report = {
-        "command": f"python benchmarks/heal_speed.py CONVERTED TOKENS --steps {args.steps}",
+        "command": shlex.join(["python", *sys.argv]),
         **provenance(),
         "threads": threads,
+        "compute": healing.compute,
         "rows": shape.rows,
         "context_tokens": shape.context_tokens,
         "tokens_per_second": speeds,
@@ -117,7 +124,7 @@ def main() -> None:
     }
     print(json.dumps({"median": middle, "ratio": report["ratio"]}))
     if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(args.output, report)
 
 
 if __name__ == "__main__":
