@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import at_level, each_level, native
 from respike.config import RopeConfig
-from respike.models.decoder import frequencies
+from respike.models.build import frequencies
 from respike.ops.rotary import (
     rotary_frequencies,
     rotary_tables,

@@ -17,7 +17,8 @@ from respike.checkpoint.families import expected_tensors
 from respike.config import ModelConfig
 from respike.errors import UnsupportedError
 from respike.layers.span import Span
-from respike.models.decoder import DecoderLayer, frequencies
+from respike.models.build import frequencies
+from respike.models.decoder import DecoderLayer
 from respike.recipe import Recipe
 
 

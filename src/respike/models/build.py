@@ -1,12 +1,34 @@
-"""From a config to the parts of a layer that have settings of their own."""
+"""From a config to the parts of a model that have settings of their own."""
+
+import torch
+from torch import Tensor
 
 from respike import config as configs
-from respike.config import LayerConfig, ModelConfig
+from respike.config import LayerConfig, ModelConfig, RopeConfig
 from respike.layers.memory import GatedDelta, GatedLinear, Memory, TiedGate
 from respike.layers.mlp import GatedMLP
 from respike.layers.moe import ExpertMLP
 from respike.layers.sse import SparseDelta
 from respike.ops.block_rule import BlockRule
+from respike.ops.rotary import llama3_frequencies, rotary_frequencies
+
+
+def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Rotary frequencies with the source's scaling, radians per token, float64 (head_dim / 2,)."""
+    base = rotary_frequencies(head_dim, rope.theta)
+    if rope.kind == "linear":
+        return base / rope.factor
+    if rope.kind == "factors":
+        return base / torch.tensor(rope.factors, dtype=torch.float64)
+    if rope.kind == "llama3":
+        return llama3_frequencies(
+            base,
+            rope.factor,
+            rope.low_freq_factor,
+            rope.high_freq_factor,
+            rope.original_max_position_embeddings,
+        )
+    return base
 
 
 def block_rule(part: configs.BlockMixer) -> BlockRule:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from respike import config as configs
-from respike.config import LayerConfig, ModelConfig, RopeConfig
+from respike.config import LayerConfig, ModelConfig
 from respike.layers.attention import Attention
 from respike.layers.beside import Beside
 from respike.layers.blocks import BlockSoftmax
@@ -26,10 +26,9 @@ from respike.layers.norm import RMSNorm
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MixerState
-from respike.models.build import block_rule, build_memory, build_mlp
+from respike.models.build import block_rule, build_memory, build_mlp, frequencies
 from respike.models.engine import Engine
 from respike.models.state import DecoderState
-from respike.ops.rotary import llama3_frequencies, rotary_frequencies
 
 PREFILL_CHUNK_TOKENS = 512
 """Tokens a prefill works on at a time: bounds memory, and keeps a chunk's activations in cache."""
@@ -93,24 +92,6 @@ def _build_beside(config: ModelConfig, layer: LayerConfig) -> Beside | None:
         softmax_dropout=layer.beside.softmax_dropout,
         eps=config.rms_norm_eps,
     )
-
-
-def frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Rotary frequencies with the source's scaling, radians per token, float64 (head_dim / 2,)."""
-    base = rotary_frequencies(head_dim, rope.theta)
-    if rope.kind == "linear":
-        return base / rope.factor
-    if rope.kind == "factors":
-        return base / torch.tensor(rope.factors, dtype=torch.float64)
-    if rope.kind == "llama3":
-        return llama3_frequencies(
-            base,
-            rope.factor,
-            rope.low_freq_factor,
-            rope.high_freq_factor,
-            rope.original_max_position_embeddings,
-        )
-    return base
 
 
 class DecoderLayer(nn.Module):
