@@ -25,7 +25,6 @@ using std::int64_t;
 
 namespace {
 
-constexpr int64_t tile_rows = 192;          // queries that share a packed block, as in softmax.cpp
 constexpr int64_t most_tile_tokens = tile_rows;
 constexpr int64_t piece_blocks = 2048;      // candidates of a job of one tile are scored in pieces
 constexpr int64_t near_turns = 256;         // a number of blocks is this times one index, plus one
@@ -129,7 +128,7 @@ class BlockTile {
     candidates_.head_dim = K;
     candidates_.base = base_;
     candidates_.position = position_;
-    candidates_.factor = job.scale * 1.44269504f;
+    candidates_.factor = job.scale * log2_e;
     candidates_.q_stride = row_ = (K + own.step - 1) / own.step * own.step;
     for (auto& cells : cells_) cells = desk_.template take<float>(rows_ * query_row(K));
     candidates_.q = q_ = desk_.template take<float>(rows_ * row_);

@@ -28,7 +28,6 @@ int64_t place_for(const KeepRule& rule, float mine, int64_t now, const float* wo
   return mine > worth[least] ? least : -1;
 }
 
-constexpr int64_t tile_rows = 192;        // queries that share packed keys, as in softmax.cpp
 constexpr int64_t serial_work = 1 << 16;  // products; fewer are not worth waking a thread
 
 // What one level does beside the parts of softmax.hpp; see keep_kernels.inc.
@@ -170,7 +169,7 @@ class KeptTiles {
     tile.heads = job_.heads;
     tile.head_dim = tile.value_dim = job_.dim;
     tile.position = block_keys;  // behind all keys of a block, which begins at 0
-    tile.factor = job_.scale * 1.44269504f;
+    tile.factor = job_.scale * log2_e;
     tile.q = cells_;
     clear(tile, state_);
     parts_.load_queries(job_.q + first * job_.q_stride, job_.q_stride, last - first, tile, cells_);

@@ -48,7 +48,6 @@ void clear(SoftmaxTile& tile, float* state) {
 
 namespace {
 
-constexpr int64_t tile_rows = 192;        // queries that share a packed block (measured)
 constexpr int64_t piece_keys = 1024;      // keys of a piece, or more if there are too many pieces
 constexpr int64_t most_pieces = 64;       // of a job
 constexpr int64_t serial_work = 1 << 18;  // products; fewer are not worth waking a thread
@@ -125,7 +124,7 @@ SoftmaxTile tile_of(const SoftmaxJob<T, E>& job, int64_t first, int64_t last) {
   tile.head_dim = job.head_dim;
   tile.value_dim = job.value_dim;
   tile.position = job.start + first;
-  tile.factor = job.scale * 1.44269504f;
+  tile.factor = job.scale * log2_e;
   return tile;
 }
 

@@ -40,6 +40,7 @@ inline int bits_of(int mask) {
 }
 // Below this, exp gives 0 and not a subnormal number.
 constexpr float smallest_exp = -87.0f;
+constexpr float log2_e = 1.44269504f;
 
 // ---- portable: the compiler makes of it what it can
 
@@ -191,7 +192,6 @@ namespace exact = portable;
 #if RESPIKE_X86
 
 // exp(x) = 2^n exp(r) with |r| <= ln(2) / 2; a polynomial for exp(r), relative error 2e-7.
-constexpr float log2_e = 1.44269504f;
 constexpr float ln2_high = 0.693359375f;
 constexpr float ln2_low = -2.12194440e-4f;
 constexpr float exp_terms[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
