@@ -52,11 +52,11 @@ class Plain:
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
             "tie_word_embeddings": config.tie_word_embeddings,
             "attn_implementation": "sdpa",
-            "dtype": str(get_dtype(dtype)).removeprefix("torch."),
+            "dtype": get_dtype(dtype),
         }
         kind = "Qwen2Config" if config.family == "qwen2" else "LlamaConfig"
         made = getattr(transformers, kind)(**fields)
-        self.model = transformers.AutoModelForCausalLM.from_config(made).to(get_dtype(dtype))
+        self.model = transformers.AutoModelForCausalLM.from_config(made).to(made.dtype)
         weights = load_decoder(original_of(folder, None), dtype=dtype).state_dict()
         self.model.load_state_dict(weights, strict=False)
         self.model.train()
@@ -108,8 +108,8 @@ def main() -> None:
         if number:
             speeds["healing"].append(line["tokens_per_second"])
             speeds["plain"].append(count / seconds)
-            last = {name: round(values[-1]) for name, values in speeds.items()}
-            print(", ".join(f"{name} {last[name]}" for name in last), "tokens/s", flush=True)
+            last = (f"{name} {values[-1]:.0f}" for name, values in speeds.items())
+            print(", ".join(last), "tokens/s", flush=True)
     middle = {name: statistics.median(values) for name, values in speeds.items()}
     report = {
         "command": shlex.join(["python", *sys.argv]),

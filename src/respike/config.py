@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 FORMAT_VERSION: Literal[1] = 1
 """Version of ``config.json`` in a converted folder."""
 
-MEMORIES = ("far", "gla", "tied", "delta", "sse")
-"""Names a recipe may give to a memory."""
-
 # The bounds of a recipe and of a model; the upper ones are far above what makes sense.
 WindowTokens = Annotated[int, Field(gt=0, le=1 << 24)]
 SinkTokens = Annotated[int, Field(ge=0, le=1 << 16)]

@@ -1,11 +1,10 @@
 """From a recipe and a model's shape to the config of the converted model."""
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from respike.config import (
-    MEMORIES,
     AnyMemory,
     BesideConfig,
     BlockMixer,
@@ -170,7 +169,7 @@ def _memory(recipe: Recipe, source: ModelConfig, rule: Rule, index: int) -> AnyM
     """
     name = rule.memory or ("none" if rule.mixer == "full" else recipe.memory)
     if rule.mixer == "linear" and name in ("none", "far"):
-        alone = [m for m in MEMORIES if m != "far"]
+        alone = [m for m in get_args(MemoryName) if m not in ("none", "far")]
         raise RecipeError(
             f"recipe {recipe.name!r}: layer {index} is linear with memory {name!r}, "
             f"expected one of {', '.join(alone)}",
