@@ -21,6 +21,7 @@ Source: our own; that few tokens take most of attention, and are known early: H2
 arXiv:2306.14048). Worth from keys alone: `respike.conversion.worth`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ from respike.ops import backends
 
 STEPS = 64
 """Queries that are shown one list of candidates."""
+LOG2_E = math.log2(math.e)
+"""Weights are powers of two: where many are 0, `torch.exp` on processors takes twenty times as long,
+and `torch.exp2` does not."""
 
 
 class Rule(NamedTuple):
@@ -230,8 +234,8 @@ class _AttendKept(torch.autograd.Function):
         for shown in _shown(k.shape, q.shape[1], Places(*places)):
             asked, likes = shown.queries(q, G), shown.queries(d_mean, G)
             keys, values = shown.candidates(k), shown.candidates(v)
-            top = shown.queries(mass[..., None], G)
-            weights = shown.scores(asked, keys).sub_(top.masked_fill(top == -torch.inf, 0)).exp_()
+            top = shown.queries(mass[..., None], G) * LOG2_E
+            weights = shown.scores(asked, keys).sub_(top.masked_fill(top == -torch.inf, 0)).exp2_()
             shown.add(dv, weights.mT @ likes)
             d_scores = (likes @ values.mT).add_(shown.queries(constant[..., None], G)).mul_(weights)
             d_scores.mul_(scale)
@@ -247,9 +251,9 @@ def _attend_kept(q: Tensor, k: Tensor, v: Tensor, places: Places) -> tuple[Tenso
         scores = shown.scores(shown.queries(q, k.shape[1]), shown.candidates(k))
         top = scores.amax(-1, keepdim=True)
         top = top.masked_fill(top == -torch.inf, 0)
-        weights = scores.sub_(top).exp_()
+        weights = scores.sub_(top).exp2_()
         total = weights.sum(-1, keepdim=True)
-        shown.put(mass, total.log() + top)
+        shown.put(mass, total.log() + top / LOG2_E)
         shown.put(mean, weights @ shown.candidates(v) / total.clamp(min=1e-30))
     return mean, mass[..., 0]
 
@@ -262,7 +266,7 @@ class _Shown(NamedTuple):
     Attributes:
         steps: The queries'.
         among: Candidates, by number.
-        hidden: Which step does not see which (B, G, S, N).
+        hidden: To add to scores: -inf where a step does not see a candidate (B, G, S, 1, N).
     """
 
     steps: slice
@@ -283,23 +287,25 @@ class _Shown(NamedTuple):
 
     def candidates(self, x: Tensor) -> Tensor:
         """Of what every candidate has (B, G, C, K)."""
-        return x.gather(2, self._rows(x)).float()
+        rows = x.flatten(0, 2).index_select(0, self._rows(x)).float()
+        return rows.view(*self.among.shape, -1)
 
     def add(self, to: Tensor, rows: Tensor) -> None:
         """Adds such rows to those of their candidates."""
-        to.scatter_add_(2, self._rows(to), rows)
+        to.flatten(0, 2).index_add_(0, self._rows(to), rows.flatten(0, 2))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(B, G, S R, N); -inf where a candidate is not seen."""
-        scores = (queries @ keys.mT).mul_(queries.shape[-1] ** -0.5)
-        S, N = self.hidden.shape[2:]
-        scores.view(*scores.shape[:2], S, -1, N).masked_fill_(
-            self.hidden[:, :, :, None], -torch.inf
-        )
+        """In powers of two (B, G, S R, N); -inf where a candidate is not seen."""
+        scores = (queries @ keys.mT).mul_(queries.shape[-1] ** -0.5 * LOG2_E)
+        by_step = scores.view(*self.hidden.shape[:3], -1, scores.shape[-1])
+        by_step.add_(self.hidden)
         return scores
 
     def _rows(self, x: Tensor) -> Tensor:
-        return self.among[..., None].expand(*self.among.shape, x.shape[-1])
+        """Where they are among the rows of all groups; a gather of single numbers is slower."""
+        B, G, C, _ = x.shape
+        begin = torch.arange(0, B * G * C, C, device=x.device).view(B, G, 1)
+        return (self.among + begin).flatten()
 
 
 def _shown(shape: torch.Size, tokens: int, places: Places) -> Iterator[_Shown]:
@@ -313,4 +319,5 @@ def _shown(shape: torch.Size, tokens: int, places: Places) -> Iterator[_Shown]:
         until = places.until.gather(2, index).masked_fill(among < 0, 0)[..., None, :]
         seen = (index - first)[..., None, :] <= steps[:, None]
         seen &= steps[:, None] < until
-        yield _Shown(slice(start, start + len(steps)), index, ~seen)
+        hidden = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
+        yield _Shown(slice(start, start + len(steps)), index, hidden[:, :, :, None])
