@@ -442,11 +442,40 @@ def test_memories_are_left_out_as_often_as_asked_at_each_step() -> None:
     assert not memory_is_off(healing, Stage(kind="distil", tokens=1), 0)
 
 
+def test_layers_that_are_computed_again_give_the_same_bytes(
+    healed: tuple[Path, dict[str, Any]], converted: Path, text: Path, tmp_path: Path
+) -> None:
+    again = course(stages=[TRANSFER, DISTIL | {"recompute": True}])
+    heal(request(converted, text, tmp_path / "out"), again)
+    assert weights(tmp_path / "out") == weights(healed[0])
+
+
+def test_layers_that_are_computed_again_are_not_held() -> None:
+    decoder = random_decoder(model_config(LAYERS)).requires_grad_(True)
+    tokens = random_tokens(1, 64)
+    batch = packed_batch(tokens, [[1] * 64], [False])
+    held = []
+    for recompute in (False, True):
+        bytes_held = 0
+
+        def hold(x: Tensor) -> Tensor:
+            nonlocal bytes_held
+            bytes_held += x.nbytes
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
+            Packed(decoder, tokens, segments(batch), None).hidden(recompute=recompute)
+        held.append(bytes_held)
+    assert held[1] < 0.2 * held[0]
+
+
 def test_two_processes_give_the_losses_and_weights_of_one(
     converted: Path, text: Path, tmp_path: Path
 ) -> None:
     """In float32: in bfloat16 their products round otherwise, and so would their losses."""
-    settings, asked = tmp_path / "course.yaml", course(compute="f32")
+    half = DISTIL | {"tokens": 12 * 96}
+    stages = [TRANSFER, half, half | {"recompute": True}]
+    settings, asked = tmp_path / "course.yaml", course(compute="f32", stages=stages)
     settings.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
     one = heal(request(converted, text, tmp_path / "one"), asked)
     command = [
@@ -538,6 +567,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(
         ("stages.0.kind=distill", ("kind", "distil")),
         ("stages.0.sample_weight=9", ("sample_weight", "transfer")),
         ("stages.0.memory_dropout={last_frac: 1}", ("memory_dropout", "transfer")),
+        ("stages.0.recompute=true", ("recompute", "not transfer")),
         ("stages.0={kind: distil, tokens: 9, memory_dropout: {last_frac: 1}}", ("train",)),
         ("stages.0.window_dropout={last_frc: 1}", ("last_frc", "did you mean `last_frac`")),
         ("stages.9.rows=3", ("--set", "no such place")),

@@ -133,6 +133,24 @@ def test_balance_of_a_packed_row_is_the_mean_over_its_tokens() -> None:
     assert values[1] != pytest.approx(values[2], rel=1e-3)
 
 
+@pytest.mark.parametrize("layers", [SUNK, tiny.BRAINS], ids=["sinks", "merged"])
+def test_layers_that_are_computed_again_have_the_same_gradients_and_balance(layers: Any) -> None:
+    decoder = random_decoder(model_config(layers, learned_sinks=SINKS if layers is SUNK else 0))
+    names = dict(decoder.requires_grad_(True).named_parameters())
+    tokens, found = random_tokens(1, 24), []
+    parts = segments(batch_of(tokens, [[1] * 7 + [2] * 17]))
+    for recompute in (False, True):
+        with watch_balance(decoder) as balance:
+            out = Packed(decoder, tokens, parts, None).hidden(recompute=recompute)
+            loss = out.square().mean() + balance()
+            grads = torch.autograd.grad(loss, names.values(), allow_unused=True)
+        found.append((loss, dict(zip(names, grads, strict=True))))
+    assert found[0][0].equal(found[1][0])
+    for name, grad in found[0][1].items():
+        other = found[1][1][name]
+        assert (other is None) if grad is None else (grad.equal(other) and grad.any()), name
+
+
 def test_a_softmax_beside_a_memory_is_left_out_only_where_and_while_asked() -> None:
     decoder, tokens = random_decoder(model_config(tiny.BRAINS)), random_tokens(1, 12)
     before, _ = decoder.hidden(tokens)

@@ -127,6 +127,9 @@ class Stage(Frozen):
     """Rows of ``context_tokens`` in one step."""
     micro_rows: int = Field(default=1, ge=1)
     """Rows worked on at a time; divides ``rows``. Bounds the memory and changes nothing else."""
+    recompute: bool = False
+    """Layers are computed again in the backward pass, not held from the forward pass (activation
+    checkpointing): less memory, more time, the same bits. For distil and finetune stages."""
     least_document_tokens: int = Field(default=1, ge=1)
     """Shorter documents are left out: what fits the window teaches a memory nothing."""
     recall: RecallOptions = RecallOptions()
@@ -180,6 +183,8 @@ class Stage(Frozen):
             raise ValueError("a transfer stage runs no neurons, it cannot ask for silence")
         if self.sample_weight and self.kind not in ("distil", "length"):
             raise ValueError(f"a {self.kind} stage compares no logits, sample_weight means nothing")
+        if self.recompute and self.kind not in ("distil", "finetune"):
+            raise ValueError(f"recompute is for distil and finetune stages, not {self.kind}")
         if self.memory_dropout.happens and self.kind != "distil":
             raise ValueError(f"memory_dropout is for distil stages, this one is {self.kind}")
         if self.memory_dropout.happens and not self.train:

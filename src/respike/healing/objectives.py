@@ -31,12 +31,14 @@ class Pair:
         original: Layer by layer, for transfer; shares its weights' values with the student.
         teacher: Packed, for its hidden states.
         teacher_head: Output matrix of the original (V, D).
+        recompute: See `Packed.hidden`.
     """
 
     student: Decoder
     original: Decoder
     teacher: Decoder
     teacher_head: Tensor
+    recompute: bool = False
 
     @property
     def head(self) -> Tensor:
@@ -151,7 +153,7 @@ def distil(
     taught = chosen if asked.told is None else chosen & ~asked.told
     with ExitStack() as stack:
         stack.enter_context(short_windows(pair.student, *short))
-        hidden, norm = packed.hidden(), pair.student.model.norm
+        hidden, norm = packed.hidden(recompute=pair.recompute), pair.student.model.norm
         weights = asked.weights.to(hidden.device)
         with torch.no_grad():
             wanted = pair.teacher.model.norm(reference[taught])
@@ -170,7 +172,8 @@ def distil(
 def finetune(pair: Pair, batch: Batch, total: float, penalty: Penalty) -> float:
     """Share of the mean negative log-likelihood of ``total`` tokens that count, nats."""
     parts = segments(batch)
-    hidden = Packed(pair.student, batch.tokens, parts, None).hidden()
+    packed = Packed(pair.student, batch.tokens, parts, None)
+    hidden = packed.hidden(recompute=pair.recompute)
     counts = predicting(batch.loss_mask)
     target = torch.roll(batch.tokens, -1, 1)[counts].to(hidden.device)
     alike = torch.ones(target.shape, device=target.device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from respike.data import Batch
 from respike.layers.attention import Attention
@@ -139,12 +140,21 @@ class Packed:
         is_token.append(torch.ones(len(x) - place))
         return torch.cat((*pieces, x[place:]))[None], torch.cat(is_token).bool().to(x.device)
 
-    def hidden(self) -> Tensor:
-        """What `Decoder.head` turns into logits, (B, T, D)."""
+    def hidden(self, *, recompute: bool = False) -> Tensor:
+        """What `Decoder.head` turns into logits, (B, T, D).
+
+        Args:
+            recompute: The backward pass computes each layer again, so that only what goes into the
+                layers is held. Not with states that are carried, which the first pass uses up.
+        """
         x, is_token = self.embedded()
         after: list[list[tuple[MixerState, ...]]] = [[] for _ in self.parts]
         for index, layer in enumerate(self.decoder.layers):
-            x = layer.forward_with(x, self.mix(index, after))
+            mix = self.mix(index, after)
+            if recompute:
+                x = checkpoint(layer.forward_with, x, mix, use_reentrant=False)
+            else:
+                x = layer.forward_with(x, mix)
         if self.lanes is not None:
             for part, span, layers in zip(self.parts, self.spans, after, strict=True):
                 state = DecoderState(tuple(layers), torch.tensor([span.end]))

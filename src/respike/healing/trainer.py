@@ -87,6 +87,7 @@ class Trainer:
         chosen = [t for t in self.trained if t.name in names]
         for tensor in self.trained:
             tensor.tensor.requires_grad_(tensor.name in names)
+        self.pair.recompute = stage.recompute
         self.optimiser = Optimiser(chosen, stage, self.healing.clip)
         self.loader = self._loader(stage, cursor)
         self.carried = self._fresh_lanes()

@@ -35,7 +35,7 @@ from respike.ops import backends
 STEPS = 64
 """Queries that are shown one list of candidates."""
 LOG2_E = math.log2(math.e)
-"""Weights are powers of two: where many are 0, `torch.exp` on processors takes twenty times as long,
+"""Weights are powers of two: on processors `torch.exp` takes twenty times as long where many are 0,
 and `torch.exp2` does not."""
 
 
