@@ -34,6 +34,7 @@ from respike.models.packing import pack_decoder
 from respike.recipe import load_recipe
 from tiny import (
     BLOCKS,
+    CONTEXT,
     MEMORIES,
     model_config,
     random_decoder,
@@ -540,7 +541,12 @@ def test_what_cannot_be_healed_is_refused(
         heal(Request(alone, tmp_path / "e", (str(text),)), course())
     one_line(refused.value, "memory_dropout")
     assert "stages.1.memory_dropout" in str(refused.value.hint)
-    assert not any((tmp_path / name).exists() for name in "abcde")
+    long = course(stages=[TRANSFER, DISTIL | {"context_tokens": CONTEXT + 1}])
+    with pytest.raises(UnsupportedError) as refused:
+        heal(request(converted, text, tmp_path / "f"), long)
+    one_line(refused.value, "rows of 257 tokens", "trained for 256")
+    assert f"stages.1.context_tokens={CONTEXT}" in str(refused.value.hint)
+    assert not any((tmp_path / name).exists() for name in "abcdef")
 
 
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(

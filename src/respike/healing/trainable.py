@@ -107,7 +107,14 @@ def _refuse(decoder: Decoder, healing: Healing) -> None:
             "a control without memories, of a model that keeps tokens: they are its memories' too",
             hint="convert it with --set far.kept_tokens=0 for that",
         )
+    trained_tokens = decoder.config.max_position_embeddings
     for number, stage in enumerate(healing.stages):
+        if stage.kind in ("transfer", "distil") and stage.context_tokens > trained_tokens:
+            raise UnsupportedError(
+                f"rows of {stage.context_tokens:,} tokens, of an original trained for "
+                f"{trained_tokens:,}: beyond them it has nothing to teach",
+                hint=f"--set stages.{number}.context_tokens={trained_tokens}",
+            )
         if stage.memory_dropout.happens and _only_remembers(decoder):
             raise UnsupportedError(
                 "memory_dropout, of attention that is only a memory, or merged with one",
