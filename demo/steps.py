@@ -139,7 +139,7 @@ def convert_both(run: Run) -> None:
 
 
 def heal_converted(run: Run) -> None:
-    """Put in what a committed course of healing changed; the course itself takes an hour."""
+    """Put in what a committed course of healing changed; the course itself takes over an hour."""
     if run.difference is None:
         print("  no difference for this recipe in healed/: the weights stay the original's")
         run.results["healing"] = None
