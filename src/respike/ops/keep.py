@@ -230,7 +230,7 @@ class _AttendKept(torch.autograd.Function):
         # Of a score: its weight times (d_mean (value - mean) + d_mass).
         constant = d_mass - (d_mean * mean).sum(-1)
         dq = torch.zeros_like(q, dtype=torch.float32)
-        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        dk, dv = (torch.zeros(x.shape, device=x.device) for x in (k, v))
         for shown in _shown(k.shape, q.shape[1], Places(*places)):
             asked, likes = shown.queries(q, G), shown.queries(d_mean, G)
             keys, values = shown.candidates(k), shown.candidates(v)
@@ -292,7 +292,7 @@ class _Shown(NamedTuple):
 
     def add(self, to: Tensor, rows: Tensor) -> None:
         """Adds such rows to those of their candidates."""
-        to.flatten(0, 2).index_add_(0, self._rows(to), rows.flatten(0, 2))
+        to.view(-1, to.shape[-1]).index_add_(0, self._rows(to), rows.flatten(0, 2))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """In powers of two (B, G, S R, N); -inf where a candidate is not seen."""
