@@ -265,7 +265,7 @@ class _Shown(NamedTuple):
 
     Attributes:
         steps: The queries'.
-        among: Candidates, by number.
+        among: Candidates, by their row among those of all groups.
         hidden: To add to scores: -inf where a step does not see a candidate (B, G, S, 1, N).
     """
 
@@ -287,12 +287,12 @@ class _Shown(NamedTuple):
 
     def candidates(self, x: Tensor) -> Tensor:
         """Of what every candidate has (B, G, C, K)."""
-        rows = x.flatten(0, 2).index_select(0, self._rows(x)).float()
+        rows = x.flatten(0, 2).index_select(0, self.among.flatten()).float()
         return rows.view(*self.among.shape, -1)
 
     def add(self, to: Tensor, rows: Tensor) -> None:
         """Adds such rows to those of their candidates."""
-        to.view(-1, to.shape[-1]).index_add_(0, self._rows(to), rows.flatten(0, 2))
+        to.view(-1, to.shape[-1]).index_add_(0, self.among.flatten(), rows.flatten(0, 2))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """In powers of two (B, G, S R, N); -inf where a candidate is not seen."""
@@ -301,17 +301,12 @@ class _Shown(NamedTuple):
         by_step.add_(self.hidden)
         return scores
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """Where they are among the rows of all groups; a gather of single numbers is slower."""
-        B, G, C, _ = x.shape
-        begin = torch.arange(0, B * G * C, C, device=x.device).view(B, G, 1)
-        return (self.among + begin).flatten()
-
 
 def _shown(shape: torch.Size, tokens: int, places: Places) -> Iterator[_Shown]:
     """For each `STEPS` queries: who is held before them, then who leaves in them."""
     B, G, C, _ = shape
     first, device = C - tokens, places.until.device
+    group = torch.arange(0, B * G * C, C, device=device).view(B, G, 1)
     for n, start in enumerate(range(0, tokens, STEPS)):
         steps = torch.arange(start, min(start + STEPS, tokens), device=device)
         among = torch.cat((places.held[:, :, n], (first + steps).expand(B, G, -1)), -1)
@@ -320,4 +315,4 @@ def _shown(shape: torch.Size, tokens: int, places: Places) -> Iterator[_Shown]:
         seen = (index - first)[..., None, :] <= steps[:, None]
         seen &= steps[:, None] < until
         hidden = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
-        yield _Shown(slice(start, start + len(steps)), index, hidden[:, :, :, None])
+        yield _Shown(slice(start, start + len(steps)), group + index, hidden[:, :, :, None])
