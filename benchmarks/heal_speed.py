@@ -1,12 +1,13 @@
 """How fast healing trains, beside plain PyTorch finetuning of the same model on the same tokens.
 
-    python benchmarks/heal_speed.py CONVERTED TOKENS [--steps 3] [-o benchmarks/results/NAME.json]
+    python benchmarks/heal_speed.py CONVERTED TOKENS --config quick [--steps 3] [-o benchmarks/results/NAME.json]
 
 CONVERTED is a folder that `respike convert` wrote; TOKENS a folder of tokens, such as
 OUT.healing/tokens. Plain finetuning is transformers' Llama or Qwen2 with fused attention and
 torch's AdamW on float32 masters of every weight, next-token loss on all positions, one row at a
 time. Both compute in what this machine trains in fastest and take the same rows; steps alternate;
-the first of each is not counted.
+the first of each is not counted. The first steps of `default` are taken without memories, which is
+faster than the rest of it.
 """
 
 import argparse
