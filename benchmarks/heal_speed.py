@@ -1,6 +1,6 @@
 """How fast healing trains, beside plain PyTorch finetuning of the same model on the same tokens.
 
-    python benchmarks/heal_speed.py CONVERTED TOKENS --config quick [--steps 3] [-o benchmarks/results/NAME.json]
+    python benchmarks/heal_speed.py CONVERTED TOKENS --config quick [--steps 3] [-o FILE]
 
 CONVERTED is a folder that `respike convert` wrote; TOKENS a folder of tokens, such as
 OUT.healing/tokens. Plain finetuning is transformers' Llama or Qwen2 with fused attention and
