@@ -183,9 +183,11 @@ def ablations_table(result: dict[str, Any]) -> str:
                 for task in tasks
             ),
         ])  # fmt: skip
+    asked, dtypes = result["asked"], sorted({row["compute"] for row in result["rows"]})
     about = (
-        f"{result['model']}, {result['asked']['tokens']:,} tokens of training an arm. "
-        f"{result['machine']['processor']}, {result['date']}, commit {result['commit']}."
+        f"{asked['model']}, {asked['tokens']:,} tokens of training an arm, computed in "
+        f"{' or '.join(dtypes)}. {result['machine']['processor']}, {result['date']}, "
+        f"commit {result['commit']}."
     )
     return "\n".join([about, "", *markdown(header, rows)])
 
