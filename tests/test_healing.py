@@ -541,11 +541,13 @@ def test_what_cannot_be_healed_is_refused(
         heal(Request(alone, tmp_path / "e", (str(text),)), course())
     one_line(refused.value, "memory_dropout")
     assert "stages.1.memory_dropout" in str(refused.value.hint)
-    long = course(stages=[TRANSFER, DISTIL | {"context_tokens": CONTEXT + 1}])
+    longer = DISTIL["recall"] | {"last_tokens": CONTEXT + 1}
+    long = course(stages=[TRANSFER, DISTIL | {"context_tokens": CONTEXT + 1, "recall": longer}])
     with pytest.raises(UnsupportedError) as refused:
         heal(request(converted, text, tmp_path / "f"), long)
     one_line(refused.value, "rows of 257 tokens", "trained for 256")
-    assert f"stages.1.context_tokens={CONTEXT}" in str(refused.value.hint)
+    sets = [f"--set stages.1.{it}={CONTEXT}" for it in ("context_tokens", "recall.last_tokens")]
+    assert refused.value.hint == " ".join(sets)
     assert not any((tmp_path / name).exists() for name in "abcdef")
 
 

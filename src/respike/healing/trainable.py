@@ -110,10 +110,14 @@ def _refuse(decoder: Decoder, healing: Healing) -> None:
     trained_tokens = decoder.config.max_position_embeddings
     for number, stage in enumerate(healing.stages):
         if stage.kind in ("transfer", "distil") and stage.context_tokens > trained_tokens:
+            too_long = ["context_tokens"]
+            if stage.recall.last_tokens > trained_tokens:
+                too_long.append("recall.last_tokens")
+            sets = [f"--set stages.{number}.{name}={trained_tokens}" for name in too_long]
             raise UnsupportedError(
                 f"rows of {stage.context_tokens:,} tokens, of an original trained for "
                 f"{trained_tokens:,}: beyond them it has nothing to teach",
-                hint=f"--set stages.{number}.context_tokens={trained_tokens}",
+                hint=" ".join(sets),
             )
         if stage.memory_dropout.happens and _only_remembers(decoder):
             raise UnsupportedError(
