@@ -152,24 +152,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the corpus")
     parser.add_argument("--work", type=Path, required=True, help="folder for models")
     parser.add_argument("--tokens", type=int, default=300_000, help="of each arm [300000]")
-    parser.add_argument("--arms", nargs="*", metavar="WORDS", help="those that begin so [all]")
+    names = [arm.name for arm in ARMS]
+    parser.add_argument("--arms", nargs="*", choices=names, default=names, metavar="NAME")
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    arms = [arm for arm in ARMS if arm.name.startswith(tuple(options.arms or ("",)))]
-    if not arms:
-        parser.error(f"no arm begins so; there are: {'; '.join(arm.name for arm in ARMS)}")
     asked = {"model": options.model.name, "tokens": options.tokens, "judge": JUDGE}
     rows = {row["name"]: row for row in rows_before(options.output, asked)}
-    for arm in arms:
-        if arm.name not in rows:
-            came = {key: provenance()[key] for key in ("commit", "date")}
-            rows[arm.name] = {**run(arm, options), **came}
+    for arm in ARMS:
+        if arm.name in rows or arm.name not in options.arms:
+            continue
+        came = {key: provenance()[key] for key in ("commit", "date")}
+        rows[arm.name] = {**run(arm, options), **came}
         inorder = [rows[arm.name] for arm in ARMS if arm.name in rows]
         found = {"benchmark": "ablations", **provenance(), "asked": asked, "rows": inorder}
         write(options.output, found)
-    print(ablations_table(found))
+        print(ablations_table(found))
 
 
 if __name__ == "__main__":
