@@ -14,7 +14,6 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from respike.config import Frozen
 from respike.errors import RecipeError, did_you_mean
 from respike.overrides import set_value
 from respike.recipe_apply import apply_recipe
@@ -35,6 +34,7 @@ from respike.recipe_options import (
     SourceShape,
     SseOptions,
 )
+from respike.schema import Frozen
 
 __all__ = [
     "Evenly",

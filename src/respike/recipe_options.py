@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from respike.config import (
+from respike.schema import (
     BlockCount,
     BlockTokens,
     ExpertCount,
