@@ -1,5 +1,6 @@
 """Healing: packed rows, losses, courses that stop and go on, differences, and what is refused."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -12,13 +13,23 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from courses import (
+    DISTIL,
+    RECALL,
+    SETTINGS,
+    TRANSFER,
+    course,
+    request,
+    steps,
+    weights,
+)
 from refusal import one_line
 from respike.checkpoint import open_checkpoint
 from respike.checkpoint.families import is_new
 from respike.conversion import convert, plan
 from respike.data import Batch
 from respike.errors import DataError, UnsupportedError, UsageError
-from respike.healing import Healing, Request, apply, heal, load_healing
+from respike.healing import Request, apply, heal, load_healing
 from respike.healing.config import Judging, Stage, builtin_healings
 from respike.healing.judge import Verdict, is_better
 from respike.healing.losses import summed_kl, summed_nats
@@ -27,8 +38,10 @@ from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
 from respike.healing.run import converted_folder, models
 from respike.healing.trainable import CHOSEN, FITTED, prepare
+from respike.layers.blocks import BlockState
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank, merged
+from respike.layers.state import KVState, MemoryState, WindowState
 from respike.loading import load, load_decoder
 from respike.models.packing import pack_decoder
 from respike.recipe import load_recipe
@@ -44,37 +57,7 @@ from tiny import (
 )
 from tolerance import assert_close
 
-SETTINGS = (
-    "window_tokens=9", "sink_tokens=2", "far.features=5", "far.calibration_tokens=600",
-    "softmax_groups={1: [0]}", "softmax=blocks", "blocks.block_tokens=4",
-    "blocks.summary_tokens=4", "blocks.top_blocks=3", "blocks.reach_tokens=24",
-)  # fmt: skip
 LAYERS = MEMORIES + BLOCKS
-RECALL = {"families": ["copy"], "least_tokens": 16, "first_tokens": 24, "last_tokens": 32}
-JUDGE = {
-    "every_tokens": 1500, "contexts": 2, "context_tokens": 48, "recall": ["copy:12"], "trials": 3,
-    "recall_slack_frac": 1.0,
-}  # fmt: skip
-
-
-TRANSFER = {
-    "kind": "transfer", "tokens": 16 * 96, "context_tokens": 48, "rows": 2, "memory_rate": 3e-3,
-    "recall": RECALL,
-}  # fmt: skip
-DISTIL = {
-    "kind": "distil", "tokens": 24 * 96, "context_tokens": 48, "rows": 2,
-    "train": {"v_proj": "full", "o_proj": 3}, "rate": 3e-3, "memory_rate": 3e-3,
-    "recall": RECALL, "window_dropout": {"first_frac": 0.5, "window_tokens": 4},
-    "memory_dropout": {"first_frac": 0.6},
-}  # fmt: skip
-
-
-def course(**changes: Any) -> Healing:
-    fields = {
-        "heal": 1, "name": "tiny", "stages": [TRANSFER, DISTIL], "judge": JUDGE,
-        "heldout_frac": 0.3, "compute": "bf16",
-    }  # fmt: skip
-    return Healing.model_validate(fields | changes)
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +71,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = save_tiny(folder / "source")
     convert(plan(source, load_recipe("constant", SETTINGS)), folder / "model")
     return folder / "model"
-
-
-def request(converted: Path, text: Path, out: Path, **changes: Any) -> Request:
-    return Request(converted, out, (str(text),), **changes)
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
-
-
-def steps(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "healing.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if line["kind"] == "step"]
 
 
 def packed_batch(tokens: Tensor, documents: list[list[int]], continues: list[bool]) -> Batch:
@@ -273,9 +243,13 @@ def test_shut_heads_are_opened_to_learn_and_a_control_has_none() -> None:
     far = [m for m in decoder.modules() if isinstance(m, FarSoftmax)]
     far[0].beta.data[0] = -torch.inf
     memories = course(stages=[course().stages[0].model_dump()])
-    prepare(decoder, memories)
+    prepare(decoder, memories, decoder.config.max_position_embeddings)
     assert far[0].beta.isfinite().all()
-    prepare(decoder, memories.model_copy(update={"memory": "off"}))
+    prepare(
+        decoder,
+        memories.model_copy(update={"memory": "off"}),
+        decoder.config.max_position_embeddings,
+    )
     assert all((m.beta == -torch.inf).all() for m in far)
 
 
@@ -451,11 +425,17 @@ def test_layers_that_are_computed_again_give_the_same_bytes(
     assert weights(tmp_path / "out") == weights(healed[0])
 
 
+def living_states() -> int:
+    gc.collect()
+    kinds = (KVState, WindowState, BlockState, MemoryState)
+    return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+
+
 def test_layers_that_are_computed_again_are_not_held() -> None:
     decoder = random_decoder(model_config(LAYERS)).requires_grad_(True)
     tokens = random_tokens(1, 64)
     batch = packed_batch(tokens, [[1] * 64], [False])
-    held = []
+    held, before = [], living_states()
     for recompute in (False, True):
         bytes_held = 0
 
@@ -465,9 +445,11 @@ def test_layers_that_are_computed_again_are_not_held() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-            Packed(decoder, tokens, segments(batch), None).hidden(recompute=recompute)
+            out = Packed(decoder, tokens, segments(batch), None).hidden(recompute=recompute)
         held.append(bytes_held)
     assert held[1] < 0.2 * held[0]
+    assert living_states() == before
+    assert out.requires_grad
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(
@@ -575,7 +557,10 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(
         ("stages.0.kind=distill", ("kind", "distil")),
         ("stages.0.sample_weight=9", ("sample_weight", "transfer")),
         ("stages.0.memory_dropout={last_frac: 1}", ("memory_dropout", "transfer")),
-        ("stages.0.recompute=true", ("recompute", "not transfer")),
+        ("stages.0.window_dropout={last_frac: 1}", ("window_dropout", "transfer")),
+        ("stages.0.sampled_frac=0.1", ("sampled_frac", "transfer")),
+        ("stages.1={kind: length, tokens: 9, window_dropout: {last_frac: 1}}", ("length",)),
+        ("stages.0.recompute=true", ("recompute", "transfer")),
         ("stages.0={kind: distil, tokens: 9, memory_dropout: {last_frac: 1}}", ("train",)),
         ("stages.0.window_dropout={last_frc: 1}", ("last_frc", "did you mean `last_frac`")),
         ("stages.9.rows=3", ("--set", "no such place")),

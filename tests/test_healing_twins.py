@@ -215,7 +215,7 @@ def test_transfer_trains_the_whole_attention_of_layers_that_changed(
 def test_every_projection_of_a_layer_is_trained_experts_apart() -> None:
     decoder = random_decoder(model_config(tiny.BRAINS))
     healing = course(EXPERTS | {"train": {"q_proj": 2, "down_proj": 3}})
-    prepare(decoder, healing)
+    prepare(decoder, healing, decoder.config.max_position_embeddings)
     names = dict(trained_names(decoder, healing, healing.stages[0]))
     assert names["model.layers.0.beside.q_proj.down"] == "source"
     assert names["model.layers.0.beside.softmax_norm.weight"] == "new"

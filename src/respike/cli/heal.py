@@ -1,6 +1,7 @@
 """The verb that trains: heal."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def heal_command(model: str, out: str, **options: Any) -> None:
         Path(model), Path(out), options["data"], options["original"], options["force"]
     )
     if options["difference"] is not None:
+        _refuse_course_options(options)
         report = apply(request, Path(options["difference"]))
     else:
         if options["config"] is None:
@@ -110,6 +112,19 @@ def heal_command(model: str, out: str, **options: Any) -> None:
         click.echo("the leg is over; the same command goes on", err=True)
 
 
+def _refuse_course_options(options: Mapping[str, Any]) -> None:
+    """What --apply would not look at."""
+    given = {
+        "--config": options["config"], "--data": options["data"], "--set": options["overrides"],
+        "--leg-minutes": options["leg_minutes"] is not None, "--dry-run": options["dry_run"],
+    }  # fmt: skip
+    useless = [name for name, value in given.items() if value]
+    if useless:
+        raise click.UsageError(
+            f"--apply trains nothing, so {', '.join(useless)} would mean nothing: leave it out"
+        )
+
+
 def _text(report: dict[str, Any]) -> str:
     if "stages" in report:
         return _course(report)
@@ -122,6 +137,9 @@ def _text(report: dict[str, Any]) -> str:
             ("minutes", f"{report['seconds'] / 60:.1f}"),
             ("tokens a second", f"{report['tokens_per_second']:.0f}"),
         ]
+        judged, asked = report["judged_contexts"], report["asked_contexts"]
+        if judged < asked:
+            facts.append(("judged on", f"{judged} of {asked} contexts: no more held-out text"))
     if "difference_bytes" in report:
         facts.append(("difference", human_bytes(report["difference_bytes"])))
     verdicts = {name: v for name in ("start", "best") if (v := report.get(name)) is not None}

@@ -25,9 +25,10 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], facts: 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{step:08d}"
     staging = folder / f".{target.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    for left in folder.glob(".step-*.partial"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     try:
+        staging.mkdir()
         save_file({n: t.contiguous() for n, t in tensors.items()}, staging / "state.safetensors")
         text = json.dumps({"format": FORMAT, "facts": facts})
         (staging / "state.json").write_text(text + "\n", encoding="utf-8")

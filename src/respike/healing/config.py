@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from respike.config import Frozen
 from respike.device import compute_dtype
 from respike.errors import UsageError, did_you_mean
 from respike.overrides import set_value
+from respike.schema import Frozen
 from respike.tasks import FAMILIES
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -21,6 +21,15 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 Norm = Literal["input_layernorm", "post_attention_layernorm"]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 StageKind = Literal["transfer", "distil", "length", "finetune"]
+KINDS_WITH: dict[str, tuple[StageKind, ...]] = {
+    "silence": ("distil", "length", "finetune"),
+    "sampled_frac": ("distil", "length"),
+    "sample_weight": ("distil", "length"),
+    "recompute": ("distil", "finetune"),
+    "window_dropout": ("distil",),
+    "memory_dropout": ("distil",),
+}
+"""Which stages look at a setting; in others it would mean nothing."""
 
 
 def _switch(value: object) -> object:
@@ -126,7 +135,8 @@ class Stage(Frozen):
     rows: int = Field(default=4, ge=1)
     """Rows of ``context_tokens`` in one step."""
     micro_rows: int = Field(default=1, ge=1)
-    """Rows worked on at a time; divides ``rows``. Bounds the memory and changes nothing else."""
+    """Rows worked on at a time; divides ``rows``. Bounds the memory. The gradients are the same but
+    for what is drawn, or measured, for each micro-batch: short windows, a transfer's errors."""
     recompute: bool = False
     """Layers are computed again in the backward pass, not held from the forward pass (activation
     checkpointing): less memory, more time, the same bits. For distil and finetune stages."""
@@ -175,18 +185,16 @@ class Stage(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
+        for name, kinds in KINDS_WITH.items():
+            asked = getattr(self, name) != type(self).model_fields[name].default
+            if asked and self.kind not in kinds:
+                raise ValueError(
+                    f"{name} is for {' and '.join(kinds)} stages, this one is {self.kind}"
+                )
         if self.rows % self.micro_rows:
             raise ValueError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
         if self.kind == "transfer" and any(name not in ATTENTION for name in self.train):
             raise ValueError("a transfer stage trains attention and nothing else of the source")
-        if self.kind == "transfer" and self.silence:
-            raise ValueError("a transfer stage runs no neurons, it cannot ask for silence")
-        if self.sample_weight and self.kind not in ("distil", "length"):
-            raise ValueError(f"a {self.kind} stage compares no logits, sample_weight means nothing")
-        if self.recompute and self.kind not in ("distil", "finetune"):
-            raise ValueError(f"recompute is for distil and finetune stages, not {self.kind}")
-        if self.memory_dropout.happens and self.kind != "distil":
-            raise ValueError(f"memory_dropout is for distil stages, this one is {self.kind}")
         if self.memory_dropout.happens and not self.train:
             raise ValueError("memory_dropout needs train: with memories off nothing else learns")
         for name, how in self.train.items():
@@ -269,7 +277,9 @@ def load_healing(name: str, overrides: tuple[str, ...] = ()) -> Healing:
         text = _read(Path(name), known)
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UsageError(f"{name}: not a course: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise UsageError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UsageError(f"{name}: expected keys and values, got a {type(raw).__name__}")

@@ -101,6 +101,8 @@ def _report(course: Course) -> dict[str, Any]:
         "processes": trainer.world.size,
         "trained_parameters": sum(t.master.numel() for t in trainer.trained),
         "ledger": where.ledger,
+        "judged_contexts": len(course.judge.contexts),
+        "asked_contexts": healing.judge.contexts,
         "start": None if course.start is None else course.start.as_dict(),
         "best": None if course.best is None else course.best.as_dict(),
     }
@@ -118,7 +120,6 @@ def _write(request: Request, course: Course, report: dict[str, Any]) -> dict[str
         )
     file = course.folder / DIFFERENCE
     save_difference(file, course.best_tensors, source_fingerprint(converted_folder(request.model)))
-    shutil.rmtree(course.folder / "checkpoint", ignore_errors=True)
 
     def also(folder: Path) -> None:
         shutil.copy(course.log.path, folder / "healing.jsonl")
@@ -130,6 +131,7 @@ def _write(request: Request, course: Course, report: dict[str, Any]) -> dict[str
 
     facts = {k: v for k, v in report.items() if k != "done"}
     _healed_folder(request, course.best_tensors, facts, also)
+    shutil.rmtree(course.folder / "checkpoint", ignore_errors=True)
     return {"difference": str(file), "difference_bytes": file.stat().st_size}
 
 

@@ -1,5 +1,6 @@
 """Which weights are worth keeping: KL on held-out text, as long as recall has not suffered."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,14 @@ class Judge:
 
 def heldout_contexts(store: TokenStore, judging: Judging, heldout_frac: float) -> Tensor:
     """Contexts (N, T) of held-out documents that are long enough, in the order of their hashes."""
-    source = TextSource("heldout", store, split="heldout", heldout_frac=heldout_frac)
+    too_little = DataError(
+        f"{store.folder}: no held-out document has {judging.context_tokens} tokens",
+        hint="give more data, raise heldout_frac, or lower judge.context_tokens",
+    )
+    try:
+        source = TextSource("heldout", store, split="heldout", heldout_frac=heldout_frac)
+    except DataError:
+        raise too_little from None
     rows = []
     for number in range(source.epoch_samples or 0):
         tokens = source.draw(number).tokens
@@ -125,10 +133,7 @@ def heldout_contexts(store: TokenStore, judging: Judging, heldout_frac: float) -
         if len(rows) == judging.contexts:
             break
     if not rows:
-        raise DataError(
-            f"{store.folder}: no held-out document has {judging.context_tokens} tokens",
-            hint="give more data, raise heldout_frac, or lower judge.context_tokens",
-        )
+        raise too_little
     return torch.stack(rows)
 
 
@@ -139,7 +144,10 @@ def is_better(new: Verdict, best: Verdict | None, start: Verdict, judging: Judgi
     to the original is kept. A louder one is always nearer, so as long as none skips that much, the
     most silent one is.
     """
-    if new.recall_frac < start.recall_frac - judging.recall_slack_frac:
+    if (
+        not math.isfinite(new.kl_nats)
+        or new.recall_frac < start.recall_frac - judging.recall_slack_frac
+    ):
         return False
     if best is None:
         return True

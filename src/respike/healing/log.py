@@ -5,7 +5,29 @@ import os
 from pathlib import Path
 from typing import Any
 
+from respike.errors import DataError
 from respike.healing.judge import Verdict
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A whole file in place of an older one.
+
+    Raises:
+        DataError: It cannot be written; what was there is there still.
+    """
+    staging = path.with_name(f".{path.name}.partial")
+    try:
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, path)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path}: cannot be written: {error.strerror}",
+        hint="make room there; the same command goes on from the newest checkpoint",
+    )
 
 
 class Log:
@@ -31,18 +53,18 @@ class Log:
     def _write(self, line: dict[str, Any]) -> None:
         if not self.writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
 
     def cut(self, step: int) -> None:
         """Leave out what came after a step: it will be done again."""
         if not self.writes or not self.path.exists():
             return
         kept = [line for line in self.lines() if step and line["step"] <= step]
-        staging = self.path.with_suffix(".partial")
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, self.path)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def lines(self) -> list[dict[str, Any]]:
         """Everything written so far; a line that a kill cut short is left out."""

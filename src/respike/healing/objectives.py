@@ -186,7 +186,8 @@ def finetune(pair: Pair, batch: Batch, total: float, penalty: Penalty) -> float:
 def transfer(pair: Pair, batch: Batch, share: float, *, whole: bool) -> float:
     """Share of the mean over layers of the attention's relative error on the original's own inputs.
 
-    The backward pass goes through one layer at a time, so memory is one layer's.
+    The backward pass goes through one layer at a time, so memory is one layer's, and gradients are
+    those of the sum: each layer learns as fast however many there are.
 
     Args:
         pair: The models.

@@ -44,18 +44,24 @@ class Optimiser:
             [group for group in groups if group["params"]], betas=BETAS, weight_decay=0.0
         )
 
-    def step(self, step: int, steps: int) -> float:
-        """One step with the gradients collected so far; returns their norm before clipping."""
+    def clip_gradients(self) -> float:
+        """Shorten the gradients collected so far; returns their norm before."""
         norm = torch.nn.utils.clip_grad_norm_([t.master for t in self.trained], self.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def forget(self) -> None:
+        """Drop the gradients collected so far."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def step(self, step: int, steps: int) -> None:
+        """One step with the gradients collected so far, at the rates of ``step`` of ``steps``."""
         factor = rate_at(self.stage, step, steps)
         for group in self.adam.param_groups:
             group["lr"] = group["peak"] * factor
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.forget()
         for tensor in self.trained:
             tensor.publish()
-        return float(norm)
 
 
 class Average:

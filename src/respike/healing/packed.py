@@ -150,7 +150,7 @@ class Packed:
         x, is_token = self.embedded()
         after: list[list[tuple[MixerState, ...]]] = [[] for _ in self.parts]
         for index, layer in enumerate(self.decoder.layers):
-            mix = self.mix(index, after)
+            mix = self.mix(index, None if self.lanes is None else after)
             if recompute:
                 x = checkpoint(layer.forward_with, x, mix, use_reentrant=False)
             else:

@@ -21,7 +21,7 @@ from respike.errors import UnsupportedError, UsageError
 from respike.healing.checkpoint import load_checkpoint, save_checkpoint
 from respike.healing.config import Healing
 from respike.healing.judge import Judge, Verdict, is_better
-from respike.healing.log import Log
+from respike.healing.log import Log, replace_text
 from respike.healing.objectives import Pair
 from respike.healing.parallel import World, join_world
 from respike.healing.trainable import held_beside
@@ -143,15 +143,31 @@ def models(folder: Folder, original: str | Path | None, healing: Healing) -> Pai
             f"the original has {source.config.vocab_size} tokens in its vocabulary, "
             f"{folder.path} has {folder.config.vocab_size}"
         )
+    if any(stage.kind == "transfer" for stage in healing.stages):
+        _check_shapes(folder, source)
     _check_silence(folder, healing)
     student = load_decoder(trainable(folder), dtype=healing.compute)
-    prepare_student(student, healing)
+    prepare_student(student, healing, source.config.max_position_embeddings)
     layerwise = load_decoder(source, dtype=healing.compute)
     head = layerwise.lm_head
     weight = layerwise.embedding if head is None else head.weight
     assert isinstance(weight, Tensor)
     teacher = fast_decoder(source, dtype=healing.compute)
     return Pair(student, layerwise, teacher, weight)
+
+
+def _check_shapes(folder: Folder, source: Weights) -> None:
+    """Refuse to transfer from layers that are not the same ones."""
+    shape = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+             "head_dim")  # fmt: skip
+    for name in shape:
+        theirs, mine = getattr(source.config, name), getattr(folder.config, name)
+        if theirs != mine:
+            raise UsageError(
+                f"the original has {name} {theirs}, {folder.path} has {mine}: a transfer stage "
+                "compares layer with layer",
+                hint="leave that stage out",
+            )
 
 
 def _check_silence(folder: Folder, healing: Healing) -> None:
@@ -211,6 +227,7 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
             f"{request.model}: training a model {alone} in {world.size} processes",
             hint="run it in one, without torchrun",
         )
+    _check_rows(healing, world)
     work = request.out.with_name(request.out.name + ".healing")
     tokenizer = load_tokenizer(folder)
     if progress:
@@ -221,6 +238,7 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
         "healing": healing.model_dump(mode="json"),
         "data": store.key,
         "processes": world.size,
+        "original": None if request.original is None else _fingerprint(request.original),
     }
     _same_course(work / "course.json", identity, world)
     if progress:
@@ -238,6 +256,23 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
     return course
 
 
+def _check_rows(healing: Healing, world: World) -> None:
+    """Refuse, before anything is trained, stages whose rows the processes cannot share."""
+    for number, stage in enumerate(healing.stages):
+        least = world.size * stage.micro_rows
+        if stage.rows % least:
+            raise UsageError(
+                f"stages.{number}.rows {stage.rows}, {stage.micro_rows} at a time, in "
+                f"{world.size} processes: expected a multiple of {least}",
+                hint=f"--set stages.{number}.rows={-(-stage.rows // least) * least}",
+            )
+
+
+def _fingerprint(model: str) -> str:
+    source = open_checkpoint(model)
+    return fingerprint(source.config, source.files)
+
+
 def _tokens(data: Sequence[str], tokenizer: Tokenizer, folder: Path, world: World) -> TokenStore:
     """The tokenised data; one process writes it."""
     if not data:
@@ -249,9 +284,9 @@ def _tokens(data: Sequence[str], tokenizer: Tokenizer, folder: Path, world: Worl
 
 def _same_course(path: Path, identity: dict[str, Any], world: World) -> None:
     if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = read_json(path)
         for name, mine in identity.items():
-            theirs = held.get(name)
+            theirs: Any = held.get(name)
             if theirs == mine:
                 continue
             hint = "give the same options as before, or remove it to begin again"
@@ -259,7 +294,7 @@ def _same_course(path: Path, identity: dict[str, Any], world: World) -> None:
                 hint = f"it was begun in {theirs['compute']}: --set compute={theirs['compute']}"
             raise UsageError(f"{path.parent}: holds a course with another {name}", hint=hint)
     elif world.first:
-        path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps(identity) + "\n")
 
 
 def _take_up(course: Course) -> None:

@@ -64,14 +64,19 @@ class Trained:
         self.tensor.grad = None
 
 
-def prepare(decoder: Decoder, healing: Healing) -> None:
+def prepare(decoder: Decoder, healing: Healing, original_tokens: int) -> None:
     """Give a decoder the low-rank parts its course trains, and open or shut its memories.
+
+    Args:
+        decoder: The student.
+        healing: The course.
+        original_tokens: Length that the original was trained for.
 
     Raises:
         UsageError: Stages disagree on how a matrix is trained.
         UnsupportedError: A stage cannot be done with this model.
     """
-    _refuse(decoder, healing)
+    _refuse(decoder, healing, original_tokens)
     for place, (projection, how) in enumerate(sorted(_choices(healing).items())):
         if how == "full":
             continue
@@ -91,7 +96,7 @@ def prepare(decoder: Decoder, healing: Healing) -> None:
     decoder.requires_grad_(False)
 
 
-def _refuse(decoder: Decoder, healing: Healing) -> None:
+def _refuse(decoder: Decoder, healing: Healing, original_tokens: int) -> None:
     """Say what a course cannot do with a model, before it does it wrong."""
     sunk, kinds = decoder.config.learned_sinks, {stage.kind for stage in healing.stages}
     merged = any(layer.beside for layer in decoder.config.layers)
@@ -107,16 +112,15 @@ def _refuse(decoder: Decoder, healing: Healing) -> None:
             "a control without memories, of a model that keeps tokens: they are its memories' too",
             hint="convert it with --set far.kept_tokens=0 for that",
         )
-    trained_tokens = decoder.config.max_position_embeddings
     for number, stage in enumerate(healing.stages):
-        if stage.kind in ("transfer", "distil") and stage.context_tokens > trained_tokens:
+        if stage.kind in ("transfer", "distil") and stage.context_tokens > original_tokens:
             too_long = ["context_tokens"]
-            if stage.recall.last_tokens > trained_tokens:
+            if stage.recall.last_tokens > original_tokens:
                 too_long.append("recall.last_tokens")
-            sets = [f"--set stages.{number}.{name}={trained_tokens}" for name in too_long]
+            sets = [f"--set stages.{number}.{name}={original_tokens}" for name in too_long]
             raise UnsupportedError(
                 f"rows of {stage.context_tokens:,} tokens, of an original trained for "
-                f"{trained_tokens:,}: beyond them it has nothing to teach",
+                f"{original_tokens:,}: beyond them it has nothing to teach",
                 hint=" ".join(sets),
             )
         if stage.memory_dropout.happens and _only_remembers(decoder):

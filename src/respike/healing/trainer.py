@@ -1,5 +1,6 @@
 """The loop: steps of a course of healing, from where a checkpoint left it to the next one."""
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from respike.data import Batch, Curriculum, Loader, RecallSource, TextSource, TokenStore
+from respike.errors import DataError, RespikeError, UnsupportedError, UsageError
 from respike.healing.config import Healing, Stage
 from respike.healing.objectives import (
     Asked,
@@ -74,11 +76,25 @@ class Trainer:
         self.pair, self.healing, self.world = pair, healing, world
         self.store, self.tokenizer = store, tokenizer
         self.has_memory = has_part(pair.student, "memory")
+        self._check_stages()
         world.shard(pair.student)
         self.trained = all_trained(pair.student, healing)
         self.average = Average(self.trained, healing.ema_decay)
         self.where = Where()
         self.begin_stage()
+
+    def _check_stages(self) -> None:
+        """Find what is wrong with a later stage before the first is trained."""
+        for number, stage in enumerate(self.healing.stages):
+            if not any(trained_names(self.pair.student, self.healing, stage)):
+                raise UnsupportedError(
+                    f"stages.{number} ({stage.kind}) trains nothing of this model",
+                    hint="give it `train`, or leave it out",
+                )
+            try:
+                self._loader(number)
+            except (DataError, UsageError) as error:
+                raise type(error)(f"stages.{number}: {error}", hint=error.hint) from None
 
     def begin_stage(self, cursor: Mapping[str, Any] | None = None) -> None:
         """Data, optimiser and gradients of the current stage."""
@@ -89,15 +105,16 @@ class Trainer:
             tensor.tensor.requires_grad_(tensor.name in names)
         self.pair.recompute = stage.recompute
         self.optimiser = Optimiser(chosen, stage, self.healing.clip)
-        self.loader = self._loader(stage, cursor)
+        self.loader = self._loader(self.where.stage, cursor)
         self.carried = self._fresh_lanes()
 
     def _fresh_lanes(self) -> Carried | None:
         return Carried(Lanes({}), Lanes({})) if self.stage.kind == "length" else None
 
-    def _loader(self, stage: Stage, cursor: Mapping[str, Any] | None) -> Loader:
-        healing, options = self.healing, stage.recall
-        seed = healing.seed * 101 + self.where.stage
+    def _loader(self, number: int, cursor: Mapping[str, Any] | None = None) -> Loader:
+        """Batches of a stage."""
+        healing, stage = self.healing, self.healing.stages[number]
+        options, seed = stage.recall, healing.seed * 101 + number
         text = TextSource(
             "text", self.store, seed=seed, heldout_frac=healing.heldout_frac,
             min_document_tokens=stage.least_document_tokens,
@@ -149,8 +166,18 @@ class Trainer:
         with without(self.pair.student, "memory") if memory_off else nullcontext():
             loss = self._gradients(batch, penalties, memory_off)
         norm = 0.0
-        if loss is not None:  # else moments would go on moving what nothing was said about
-            norm = self.optimiser.step(where.step, stage.steps)
+        if loss is None:  # moments would go on moving what nothing was said about
+            self.optimiser.forget()
+        else:
+            norm = self.optimiser.clip_gradients()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise RespikeError(
+                    f"step {where.total_steps + 1} (stages.{where.stage}): loss {loss}, norm of "
+                    f"the gradient {norm}: expected numbers; nothing of this step is kept",
+                    hint="the newest checkpoint is whole; a new OUT with a lower rate, or "
+                    "--set compute=f32, may get past it",
+                )
+            self.optimiser.step(where.step, stage.steps)
             self.average.update()
         seconds = time.perf_counter() - begun
         where.step += 1
@@ -186,7 +213,11 @@ class Trainer:
             trained_tokens = self.pair.teacher.config.max_position_embeddings
             beyond, answers = beyond_original(batch, trained_tokens, read_tokens)
             weights *= ~beyond | answers
-        counted = predicting(batch.loss_mask) if stage.kind == "finetune" else weights
+        counted = weights
+        if stage.kind == "transfer":
+            counted = batch.documents > 0
+        elif stage.kind == "finetune":
+            counted = predicting(batch.loss_mask)
         total = float(counted.sum())
         world = self.world
         mine = batch.shard(world.rank, world.size)
