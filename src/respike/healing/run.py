@@ -240,13 +240,16 @@ def begin(request: Request, healing: Healing, progress: Step | None = None) -> C
         "processes": world.size,
         "original": None if request.original is None else _fingerprint(request.original),
     }
-    _same_course(work / "course.json", identity, world)
+    begun = work / "course.json"
+    _same_course(begun, identity)
     if progress:
         progress(0, 1, "loading the models")
     trainer = Trainer(models(folder, request.original, healing), healing, store, tokenizer, world)
     judge = Judge(trainer.pair.teacher, store, tokenizer, healing.judge, healing.heldout_frac)
     log = Log(work / "log.jsonl", world.first)
     course = Course(trainer, judge, log, work, identity, folder.config.spikes)
+    if world.first and not begun.exists():  # not before: what was refused has not begun
+        replace_text(begun, json.dumps(identity) + "\n")
     _take_up(course)
     if course.start is None:
         if progress:
@@ -282,19 +285,17 @@ def _tokens(data: Sequence[str], tokenizer: Tokenizer, folder: Path, world: Worl
     return store or prepare(data, tokenizer, folder)
 
 
-def _same_course(path: Path, identity: dict[str, Any], world: World) -> None:
-    if path.exists():
-        held = read_json(path)
-        for name, mine in identity.items():
-            theirs: Any = held.get(name)
-            if theirs == mine:
-                continue
-            hint = "give the same options as before, or remove it to begin again"
-            if name == "healing" and theirs | {"compute": mine["compute"]} == mine:
-                hint = f"it was begun in {theirs['compute']}: --set compute={theirs['compute']}"
-            raise UsageError(f"{path.parent}: holds a course with another {name}", hint=hint)
-    elif world.first:
-        replace_text(path, json.dumps(identity) + "\n")
+def _same_course(path: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with another course than the one that was begun."""
+    held = read_json(path) if path.exists() else identity
+    for name, mine in identity.items():
+        theirs: Any = held.get(name)
+        if theirs == mine:
+            continue
+        hint = "give the same options as before, or remove it to begin again"
+        if name == "healing" and theirs | {"compute": mine["compute"]} == mine:
+            hint = f"it was begun in {theirs['compute']}: --set compute={theirs['compute']}"
+        raise UsageError(f"{path.parent}: holds a course with another {name}", hint=hint)
 
 
 def _take_up(course: Course) -> None:
