@@ -428,7 +428,7 @@ def test_layers_that_are_computed_again_give_the_same_bytes(
 def living_states() -> int:
     gc.collect()
     kinds = (KVState, WindowState, BlockState, MemoryState)
-    return sum(isinstance(thing, kinds) for thing in gc.get_objects())
+    return sum(type(thing) in kinds for thing in gc.get_objects())
 
 
 def test_layers_that_are_computed_again_are_not_held() -> None:
@@ -448,7 +448,7 @@ def test_layers_that_are_computed_again_are_not_held() -> None:
             out = Packed(decoder, tokens, segments(batch), None).hidden(recompute=recompute)
         held.append(bytes_held)
     assert held[1] < 0.2 * held[0]
-    assert living_states() == before
+    assert living_states() <= before
     assert out.requires_grad
 
 

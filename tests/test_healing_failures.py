@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import respike.healing.run as run
 from courses import DISTIL, JUDGE, RECALL, SETTINGS, TRANSFER, course, request, steps, weights
 from refusal import edit_config, one_line
-from respike.cli.heal import heal_command
+from respike.cli.main import program
 from respike.conversion import convert, plan
 from respike.data import prepare
 from respike.errors import DataError, RespikeError, UnsupportedError, UsageError
@@ -168,8 +168,8 @@ def test_a_full_disk_at_the_end_costs_no_training(
 
 def test_options_of_a_course_are_refused_beside_a_difference(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["model", str(out), "--apply", "difference", "--dry-run", "--set", "seed=1"]
-    done = CliRunner().invoke(heal_command, words)
+    words = ["heal", "model", str(out), "--apply", "difference", "--dry-run", "--set", "seed=1"]
+    done = CliRunner().invoke(program, words)
     assert done.exit_code == 2
     assert "--set, --dry-run would mean nothing" in done.output
     assert not out.exists()
@@ -178,8 +178,16 @@ def test_options_of_a_course_are_refused_beside_a_difference(tmp_path: Path) -> 
 def test_fewer_contexts_than_asked_are_said(converted: Path, text: Path, tmp_path: Path) -> None:
     few = course(compute="f32", stages=[DISTIL | {"tokens": 96}], judge=JUDGE | {"contexts": 999})
     (tmp_path / "course.yaml").write_text(yaml.safe_dump(few.model_dump(mode="json")))
-    words = [converted, tmp_path / "out", "--config", tmp_path / "course.yaml", "--data", text]
-    done = CliRunner().invoke(heal_command, [*map(str, words), "--no-plot"])
+    words = [
+        "heal",
+        converted,
+        tmp_path / "out",
+        "--config",
+        tmp_path / "course.yaml",
+        "--data",
+        text,
+    ]
+    done = CliRunner().invoke(program, [*map(str, words), "--no-plot"])
     assert done.exit_code == 0
     assert " of 999 contexts" in done.output
 
