@@ -199,17 +199,13 @@ def test_a_log_that_cannot_be_written_is_one_line() -> None:
 
 
 def test_steps_of_a_transfer_count_though_no_logits_are_compared(
-    converted: Path, text: Path, tmp_path: Path
+    converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = course(
-        compute="f32", stages=[TRANSFER | {"recall": {"frac": 0.0}, "rows": 1, "tokens": 20 * 48}]
-    )
-    heal(request(converted, text, tmp_path / "once"), once)
-    assert None not in {line["loss"] for line in steps(tmp_path / "once")}
-    asked = request(converted, text, tmp_path / "legs")
-    while not heal(asked, once, leg_minutes=0.0)["done"]:
-        pass
-    assert weights(tmp_path / "legs") == weights(tmp_path / "once")
+    nowhere = lambda batch, *_: torch.zeros(batch.tokens.shape)  # noqa: E731
+    monkeypatch.setattr("respike.healing.trainer.weigh_positions", nowhere)
+    few = course(compute="f32", stages=[TRANSFER | {"tokens": 3 * 96}])
+    heal(request(converted, text, tmp_path / "model"), few)
+    assert None not in {line["loss"] for line in steps(tmp_path / "model")}
 
 
 def test_a_step_about_nothing_leaves_no_gradients(
