@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from resultfile import rows_before, write
+from resultfile import came_from, rows_before, write
 from tables import ablations_table
 
 from respike.bench.machine import provenance
@@ -163,8 +163,7 @@ def main() -> None:
     for arm in ARMS:
         if arm.name in rows or arm.name not in options.arms:
             continue
-        came = {key: provenance()[key] for key in ("commit", "date")}
-        rows[arm.name] = {**run(arm, options), **came}
+        rows[arm.name] = {**run(arm, options), **came_from()}
         inorder = [rows[arm.name] for arm in ARMS if arm.name in rows]
         found = {"benchmark": "ablations", **provenance(), "asked": asked, "rows": inorder}
         write(options.output, found)

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from resultfile import rows_before, write
+from resultfile import came_from, rows_before, write
 
 from respike.account import state_bytes
 from respike.bench.machine import provenance
@@ -143,7 +143,7 @@ def main() -> None:
         measured = done.get((kind, fingerprint(config, model.files)))
         if measured is None:
             measured = row(model, config, reference, tasks, options.trials, chunk)
-            measured |= {key: provenance()[key] for key in ("commit", "date")}
+            measured |= came_from()
         rows.append({**measured, "name": name, "kind": kind})
         beyond, copy = measured["beyond"], measured["copy"]
         print(f"{name:32} KL {beyond['kl_nats']:.4f}  copy {copy['accuracy_frac']:.3f}", flush=True)

@@ -19,6 +19,11 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
+def came_from() -> dict[str, Any]:
+    """Commit and date, for a row or part of a file that others joined at other times."""
+    return {key: provenance()[key] for key in ("commit", "date")}
+
+
 def rows_before(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of an earlier run of the same measurement, none if what was asked was another."""
     if not path.exists():
@@ -57,8 +62,7 @@ class Parts:
 
     def keep(self, row: dict[str, Any], part: str, found: Mapping[str, Any]) -> None:
         """A part of a row, into the file."""
-        came = {key: provenance()[key] for key in ("commit", "date")}
-        row["parts"] = {**row["parts"], part: {**found, **came}}
+        row["parts"] = {**row["parts"], part: {**found, **came_from()}}
         self.write()
 
     def report(self) -> dict[str, Any]:
