@@ -26,7 +26,7 @@ help: ## this list
 setup: $(VENV)/stamp-setup ## virtual environment in .venv, with torch (CPU build) and respike
 
 test: $(VENV)/stamp-dev ## the tests, with all they need
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/stamp-dev ## formatting, lint, types, architecture, device names
 	$(BIN)/ruff format --check

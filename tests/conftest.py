@@ -1,15 +1,27 @@
-"""Settings of every test: one thread, one seed, and memory that bites.
+"""Settings of every test: one thread, one seed, a share of the cores, and memory that bites.
 
 Nothing here may import respike at module level: the shape checks of `--jaxtyping-packages` are
 installed after this file is read, and only for what is imported later.
 """
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def _share_cores() -> None:
+    """Workers keep to their own cores: threads that spin for each other's cores double the time."""
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{x}", "") for x in ("", "_COUNT"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: int(workers)] or cores)
+
+
+_share_cores()
 
 
 @pytest.fixture(autouse=True)
