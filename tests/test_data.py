@@ -248,6 +248,17 @@ def test_damage_and_failure_leave_one_line_and_nothing_behind(
         prepare([tmp_path / "blank.txt"], tokenizer, tmp_path / "empty")
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_texts(tmp_path / "in", 3)
+    left, other = tmp_path / ".store.77.partial", tmp_path / ".stored.77.partial"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "tokens.bin").write_bytes(bytes(8))
+    prepare([tmp_path / "in"], tokenizer, tmp_path / "store")
+    assert other.exists()
+    assert not left.exists()
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> TokenStore:
     folder = tmp_path_factory.mktemp("store")

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import tracemalloc
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "
 
 def lines(*values: Any) -> str:
     return "".join(json.dumps(value) + "\n" for value in values)
+
+
+BROKEN_GZIP = bytearray(gzip.compress(lines({"text": "rain " * 999}).encode(), mtime=0))
+BROKEN_GZIP[12:20] = b"\xff" * 8
 
 
 def texts(*paths: Path) -> list[str]:
@@ -94,6 +100,8 @@ def test_a_long_text_comes_in_pieces_cut_at_line_ends_and_memory_stays_bounded(
         ("a.txt", b"ok \xfc", ["not UTF-8", "byte 3"]),
         ("a.jsonl.gz", b"not gzip", ["cannot be read"]),
         ("a.jsonl.gz", gzip.compress(lines({"text": "x" * 999}).encode())[:-20], ["cannot be"]),
+        ("a.jsonl.gz", BROKEN_GZIP, ["cannot be read", "invalid"]),
+        ("a.jsonl", lines({"messages": [{**TURNS[0], "name": "\ud800"}]}), ["surrogate"]),
         ("a.parquet", b"PAR1", ["a.parquet"]),
         ("a.docx", b"", ["unknown kind", ".parquet"]),
     ],
@@ -109,10 +117,61 @@ def test_what_is_malformed_is_refused_in_one_line_that_says_where(
 
 
 def test_paths_that_name_nothing_are_refused(tmp_path: Path) -> None:
-    for path, words in ((tmp_path / "no", "no such file"), (tmp_path, "no file in this folder")):
+    for path, words in (
+        (tmp_path / "no", "no such file"), (tmp_path, "no file in this folder"),
+        (tmp_path / ("x" * 300), "too long"), ("", "an empty path"),
+    ):  # fmt: skip
         with pytest.raises(DataError, match=words) as caught:
             find_files([path])
         one_line(caught.value, path)
+
+
+def test_a_folder_that_may_not_be_looked_into_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "locked").mkdir()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:  # root may look anywhere, so the test cannot rely on modes
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="Permission denied") as caught:
+        find_files([tmp_path])
+    one_line(caught.value, tmp_path / "locked")
+
+
+def test_linked_folders_are_read_once_and_hidden_ones_not_at_all(tmp_path: Path) -> None:
+    for name in ("in/a.txt", "elsewhere/b.txt", "in/.corpus.partial/raw.jsonl", "in/.c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "in" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to("../in")
+    found = find_files([tmp_path / "in"])
+    assert found == [tmp_path / "in/a.txt", tmp_path / "in/linked/b.txt"]
+
+
+def test_dates_in_conversations_are_part_of_what_they_are(tmp_path: Path) -> None:
+    days = [datetime(2020, 1, day, tzinfo=UTC) for day in (1, 2)]
+    rows = [[{**TURNS[0], "at": day}] for day in days]
+    parquet.write_table(pa.table({"messages": rows}), tmp_path / "a.parquet")
+    first, second = read_documents([tmp_path / "a.parquet"])
+    assert first.identity != second.identity
+
+
+def test_parquet_text_in_latin_1_is_refused_in_one_line(tmp_path: Path) -> None:
+    column = pa.array(["good", "\u00fcber"])
+    raw = column.buffers()[2].to_pybytes().replace(b"\xc3\xbc", b"\xfc\xfc")
+    wrong = pa.Array.from_buffers(
+        pa.string(), 2, [None, column.buffers()[1], pa.py_buffer(raw)]
+    )  # fmt: skip
+    parquet.write_table(pa.table({"text": wrong}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        list(read_documents([tmp_path / "a.parquet"]))
+    one_line(caught.value, tmp_path / "a.parquet")
 
 
 def test_a_parquet_file_without_the_columns_is_refused_with_those_it_has(tmp_path: Path) -> None:
@@ -149,6 +208,20 @@ def test_text_for_measuring_keeps_all_and_the_lines_of_the_source() -> None:
     text = html_text(PAGE)
     assert text.startswith("Home\n\nNext\n\nRain\n\nIt falls\non the sea.")
     assert "2020" in text
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("We are in R&D", "We are in R&D"),
+        ("<p>One.</p><p>The last one about R&D", "One.\n\nThe last one about R&D"),
+        ("<html><head><title>x</title><body><p>Seen</p></body></html>", "Seen"),
+        ("<style>p {}</style></head><body><p>Seen</p>", "Seen"),
+        ("<p>if x <y then it goes on", "if x <y then it goes on"),
+    ],
+)
+def test_ends_that_are_left_unsaid_lose_no_text(page: str, text: str) -> None:
+    assert html_text(page) == page_text(page) == text
 
 
 MAN = r""".\" comment

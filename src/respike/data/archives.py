@@ -40,6 +40,8 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
         raise DataError(f"{path.name}: damaged package: {error}") from None
     except (lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path.name}: damaged package: {error}") from None
+    except (RuntimeError, NotImplementedError) as error:  # of zipfile: encrypted, unknown method
+        raise UnsupportedError(f"{path.name}: cannot be unpacked: {error}") from None
 
 
 Entry = tuple[str, int, Callable[[], bytes]]

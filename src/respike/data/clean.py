@@ -36,7 +36,8 @@ def plain(text: str) -> str:
     """Text without terminal codes and control characters, with even line ends and spacing."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n")
     text = CONTROL.sub("", OVERSTRIKE.sub("", ANSI.sub("", text))).replace("\u00a0", " ")
-    text = re.sub(r"[ \t]+\n", "\n", text)
+    *lines, last = text.split("\n")
+    text = "\n".join((*(line.rstrip(" \t") for line in lines), last))
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")
 
 

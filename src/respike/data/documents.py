@@ -6,6 +6,9 @@ Everything is streamed: memory holds one document, or one piece of a text that i
 import glob
 import gzip
 import json
+import os
+import stat
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
@@ -48,32 +51,73 @@ class Document:
         """What makes two documents the same: the text, or the messages as JSON."""
         if self.messages is None:
             return self.text
-        return json.dumps(self.messages, ensure_ascii=False, sort_keys=True)
+        return _json(self.messages)
+
+
+def _json(value: Any) -> str:
+    """As JSON, with what JSON has no word for (Parquet's dates) as text."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Files that ``paths`` name: files, folders (all that can be read in them), or patterns.
+    """Files that ``paths`` name: files, folders, or patterns.
+
+    Of a folder, all that can be read in it and in those below it, linked ones too; what begins with
+    a dot is left out, such as what an interrupted `respike corpus` left.
 
     Raises:
-        DataError: A path names nothing, or a file of an unknown kind.
+        DataError: A path names nothing, a file of an unknown kind, or what may not be looked at.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) in SUFFIXES)
-            if not inside:
-                raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        elif matches := sorted(glob.glob(str(path), recursive=True)):
-            found += find_files(matches)
-        else:
-            raise DataError(f"{path}: no such file or folder, and no pattern that matches any")
+    for path in paths:
+        try:
+            found += _found(path)
+        except OSError as error:
+            raise DataError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     for path in found:
         if kind_of(path) not in SUFFIXES:
             raise DataError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
     return list(dict.fromkeys(found))
+
+
+def _found(name: str | Path) -> list[Path]:
+    """The files that one path names."""
+    path = Path(name)
+    if not str(name):
+        raise DataError("an empty path: expected a file, a folder or a pattern")
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        matches = sorted(glob.glob(str(path), recursive=True))
+        if not matches:
+            raise DataError(
+                f"{path}: no such file or folder, and no pattern that matches any"
+            ) from None
+        return [file for match in matches for file in _found(match)]
+    if not is_folder:
+        return [path]
+    inside = sorted(p for p in _below(path) if kind_of(p) in SUFFIXES)
+    if not inside:
+        raise DataError(f"{path}: no file in this folder ends in {', '.join(SUFFIXES)}")
+    return inside
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and those below it, each folder once however often it is linked."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[tuple[int, int]] = set()
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        about = os.stat(here)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(here, name) for name in names if not name.startswith("."))
+        yield from (path for path in files if path.is_file())
 
 
 def read_documents(paths: Sequence[str | Path]) -> Iterator[Document]:
@@ -106,7 +150,7 @@ def read_file(path: Path) -> Iterator[Document]:
                 yield from _json_lines(path, file)
             else:
                 yield from _texts(path, file, html=suffix in (".html", ".htm"))
-    except (OSError, EOFError) as error:  # of gzip too
+    except (OSError, EOFError, zlib.error) as error:  # of gzip too
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read: {reason}") from None
 
@@ -233,7 +277,7 @@ def _check_message(message: Any, where: str) -> None:
         raise DataError(f"{where}: role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise DataError(f"{where}: expected a string `content`, got a {type(content).__name__}")
-    _check_unicode(content, where)
+    _check_unicode(_json(message), where)
 
 
 def _check_unicode(text: str, where: str) -> None:
@@ -267,5 +311,9 @@ def _parquet(path: Path) -> Iterator[Document]:
                 for value in batch.to_pylist():
                     row += 1
                     yield _record(value, f"{path}: row {row}")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: row {row + 1} or one soon after: not UTF-8 text ({error.reason})"
+        ) from None
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: {' '.join(str(error).split())[:200]}") from None

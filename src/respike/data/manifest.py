@@ -130,7 +130,7 @@ def load_manifest(name_or_file: str | Path) -> Manifest:
     text, where = _text(str(name_or_file))
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as the 99th of a month
         raise DataError(f"{where}: not YAML: {' '.join(str(error).split())[:200]}") from None
     try:
         return Manifest.model_validate(value)

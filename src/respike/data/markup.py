@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 
 BLOCKS = frozenset({"p", "li", "h1", "h2", "h3", "h4", "h5", "pre", "dt", "dd", "tr", "div", "br"})
 HIDDEN = frozenset({"script", "style", "head"})
+CONTENT = frozenset({"body", "p", "h1", "h2", "h3", "div", "pre", "ul", "ol", "table", "main"})
+"""What can only stand behind a head."""
 FURNITURE = frozenset(
     {
         "nav", "footer", "header", "@navigation", "@search", "@contentinfo", "#footer",
@@ -41,6 +43,8 @@ class _Visible(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Begin an element."""
         self.hidden += tag in HIDDEN
+        if tag in CONTENT:  # that a head ends may be left unsaid
+            self.hidden = 0
         self.preformatted += tag == "pre"
         if self.skipped:
             self.skipped += [tag] * (tag == self.skipped[0])
@@ -51,8 +55,8 @@ class _Visible(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """End one."""
-        self.hidden -= tag in HIDDEN
-        self.preformatted -= tag == "pre"
+        self.hidden = max(0, self.hidden - (tag in HIDDEN))
+        self.preformatted = max(0, self.preformatted - (tag == "pre"))
         if self.skipped and tag == self.skipped[0]:
             self.skipped.pop()
         if tag in BLOCKS:
@@ -62,7 +66,7 @@ class _Visible(HTMLParser):
         """Keep text that is seen."""
         if self.hidden or self.skipped:
             return
-        if self.reflow and self.preformatted <= 0:
+        if self.reflow and not self.preformatted:
             data = re.sub(r"\s+", " ", data)
             if not self.parts or self.parts[-1].endswith(("\n", " ")):
                 data = data.lstrip(" ")
@@ -82,6 +86,7 @@ def html_text(page: str) -> str:
     """Visible text of a page, a line for each block; lines of the source stay lines."""
     parser = _Visible((), reflow=False)
     parser.feed(page)
+    parser.close()
     text = re.sub(r"[ \t]+", " ", "".join(parser.parts))
     return re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip()
 
@@ -93,6 +98,7 @@ def page_text(page: str) -> str:
     """
     parser = _Visible(FURNITURE, reflow=True)
     parser.feed(page)
+    parser.close()
     text = re.sub(r"[ \t]+\n", "\n", "".join(parser.parts))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 

@@ -64,7 +64,7 @@ TRAINING_FACTS = people(
 )  # fmt: skip
 MATERIAL = Material(TRAINING_SENTENCES, DIGITS[0], re.compile(" [A-Z][a-z]{2,}"), TRAINING_FACTS)
 MIN_SENTENCES, MAX_SENTENCES = 24, 400
-SENTENCE = re.compile(r"(?:^|(?<=[.!?])|\n)\s*([A-Z][^.!?\n]{20,300})\.(?=\s|$)")
+SENTENCE = re.compile(r"(?:^|(?<=[.!?])|\n)[^\S\n]*([A-Z][^.!?\n]{20,300})\.(?=\s|$)")
 FILLER_DOCUMENTS = 16
 """Documents that are searched for enough sentences."""
 FILLER_TOKENS = 8192

@@ -7,6 +7,7 @@ hashes.bin    uint64: hash of each document's text, which decides its split
 store.json    what it was made of
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -86,7 +87,7 @@ def prepare(
 ) -> TokenStore:
     """Tokenise documents into ``folder``, or open it if it was made of the same.
 
-    Memory holds one document at a time. An interrupted run leaves nothing behind.
+    Memory holds one document at a time. What a killed run left behind, the next one removes.
 
     Args:
         paths: Files, folders, patterns; see `respike.data.documents`.
@@ -102,10 +103,10 @@ def prepare(
     made_of = {
         "version": VERSION,
         "tokenizer": tokenizer.sha256,
-        "files": [[file.name, file_sha256(file)] for file in files],
+        "files": [[file.name, _sha256(file)] for file in files],
     }
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    if folder.exists():
+    if os.path.lexists(folder):
         store = open_store(folder)
         if store.key != key:
             raise DataError(
@@ -115,7 +116,10 @@ def prepare(
         return store
     staging = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     try:
-        staging.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+        staging.mkdir()
         facts = _write(files, tokenizer, staging, progress)
         if not facts["documents"]:
             raise DataError(f"{', '.join(map(str, paths))}: no text in any of {len(files)} files")
@@ -127,6 +131,13 @@ def prepare(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return open_store(folder)
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return file_sha256(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def open_store(folder: str | Path) -> TokenStore:
