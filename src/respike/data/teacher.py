@@ -1,9 +1,10 @@
 """Conversations that a model writes itself: it answers seed prompts, with a seed.
 
 Data of a kind that no package holds, and in the model's own words. Line n depends on the model,
-the settings and n alone, so an interrupted run is taken up where it stopped.
+the topics, the settings and n alone, so an interrupted run is taken up where it stopped.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from respike.data.documents import Document
+from respike.device import dtype_name
 from respike.errors import DataError, UnsupportedError, UsageError
 from respike.generation import Sampling, stream
 from respike.loading import Model, Progress
@@ -85,7 +87,7 @@ def write_chats(
     Args:
         model: The teacher; needs a chat template.
         path: JSON Lines file. Lines that are there already are kept, if they are of the same
-            model and settings; a last line that was cut off is written again.
+            model, topics and settings; a last line that was cut off is written again.
         count: Lines in the end.
         settings: Seed, length, sampling.
         topics: What to ask about, such as `headings`; none takes `TOPICS`.
@@ -104,7 +106,13 @@ def write_chats(
     if model.tokenizer.chat_template is None:
         raise UnsupportedError(f"{model.path} has no chat template, so it cannot answer")
     path, topics = Path(path), topics or TOPICS
-    made_by = {"teacher": Path(model.path).resolve().name, **asdict(settings)}
+    made_by = {
+        "teacher": Path(model.path).resolve().name,
+        "fingerprint": model.fingerprint,
+        "computed_in": dtype_name(model.decoder.embedding.dtype),
+        "topics_sha256": hashlib.sha256("\n".join(topics).encode()).hexdigest(),
+        **asdict(settings),
+    }
     try:
         done = _lines_done(path, made_by)
         tokens = 0
@@ -156,8 +164,9 @@ def _lines_done(path: Path, made_by: dict[str, Any]) -> int:
                 same = False
             if not same:
                 raise DataError(
-                    f"{path}: line {done} was not written by this model with these settings",
-                    hint="choose another file, or the same settings",
+                    f"{path}: line {done} was not written by this model about these topics with "
+                    "these settings",
+                    hint="choose another file, or the same model, corpus and settings",
                 )
         file.truncate(whole)
     return done
