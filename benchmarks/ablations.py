@@ -140,6 +140,12 @@ def run(arm: Arm, options: argparse.Namespace) -> dict[str, Any]:
     names = ("tokens", "kl_nats", "kl_95", "nats_added", "recall_frac", "tasks")
     verdicts = [{key: line[key] for key in names} for line in lines if line["kind"] == "verdict"]
     course = json.loads((record / "course.json").read_text(encoding="utf-8"))
+    tokens = sum(stage["tokens"] for stage in course["healing"]["stages"])
+    if tokens != options.tokens:
+        raise SystemExit(
+            f"error: {record} holds a course of {tokens:,} tokens, asked for {options.tokens:,}: "
+            "choose another --work, or remove it"
+        )
     return {
         "name": arm.name, "compute": course["healing"]["compute"],
         "before": verdicts[0], "after": verdicts[-1],

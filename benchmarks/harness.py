@@ -28,7 +28,7 @@ from resultfile import Parts, named_folder, unique
 from tables import harness_table
 
 from respike.checkpoint import fingerprint, open_checkpoint
-from respike.evaluation import mean_interval, wilson
+from respike.evaluation import paired_interval, wilson
 from respike.evaluation.harness import HarnessModel
 
 TASKS = {
@@ -74,7 +74,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
             if there is None:
                 continue
             lost = torch.tensor(there["per_question"]) - torch.tensor(found["per_question"])
-            found |= {"lost_frac": float(lost.mean()), "lost_95": mean_interval(lost)}
+            found |= {"lost_frac": float(lost.mean()), "lost_95": paired_interval(lost)}
             found["informative"] = there["accuracy_95"][0] > there["chance_frac"]
 
 

@@ -47,7 +47,10 @@ FLOOR_CHUNK_TOKENS = 192
 """The original against itself, worked through in other chunks, so rounded elsewhere."""
 TEXTS = {
     "evaluate": "Brown, Factbook and Debian Handbook (benchmarks/texts.py), in no corpus",
-    "code": "modules of Python's standard library (benchmarks/texts.py), in no corpus",
+    "code": (
+        "modules of Python's standard library (benchmarks/texts.py), in no corpus, though 5 to 16 % "
+        "of the runs of eight words in some of them are: docstrings, in Python's documentation"
+    ),
 }
 """What the folders of `benchmarks/texts.py` hold."""
 MEASURES = ("kl_nats", "nats", "top1_agreement_frac")

@@ -22,7 +22,7 @@ from tables import recall_table
 
 from respike.checkpoint import fingerprint, open_checkpoint
 from respike.device import set_threads
-from respike.evaluation import Score, Task, mean_interval, recall
+from respike.evaluation import Score, Task, paired_interval, recall
 from respike.evaluation.columns import EVIDENCE_FRAC
 from respike.loading import Model, load
 from respike.material import Vocabulary
@@ -71,7 +71,7 @@ def compare(rows: list[dict[str, Any]]) -> None:
             if there is None:
                 continue
             lost = torch.tensor(there["per_trial"]) - torch.tensor(found["per_trial"])
-            found |= {"lost_frac": float(lost.mean()), "lost_95": mean_interval(lost)}
+            found |= {"lost_frac": float(lost.mean()), "lost_95": paired_interval(lost)}
 
 
 def evidence(rows: list[dict[str, Any]]) -> dict[str, bool]:

@@ -25,11 +25,23 @@ def came_from() -> dict[str, Any]:
 
 
 def rows_before(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same measurement, none if what was asked was another."""
+    """Rows of an earlier run of the same measurement, which goes on.
+
+    Raises:
+        SystemExit: What was asked then was something else; the file is left as it is.
+    """
     if not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = before["rows"] if before.get("asked") == asked else []
+    then = before.get("asked", {})
+    now: dict[str, Any] = json.loads(json.dumps(asked))
+    for key in sorted({*then, *now}):
+        if then.get(key) != now.get(key):
+            raise SystemExit(
+                f"error: {path} holds another measurement: {key} was {then.get(key)!r}, is "
+                f"{now.get(key)!r}; choose another -o, or remove that file"
+            )
+    rows: list[dict[str, Any]] = before["rows"]
     return rows
 
 

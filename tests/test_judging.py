@@ -141,11 +141,12 @@ def test_recall_by_length_pairs_trials_and_goes_on_where_it_stopped(
     ]  # fmt: skip
 
 
-def test_a_file_of_another_question_gives_no_rows(tmp_path: Path) -> None:
+def test_a_file_of_another_question_is_refused_and_left(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"asked": {"dtype": "bf16"}, "rows": [{"name": "a"}]}))
     assert rows_before(path, {"dtype": "bf16"}) == [{"name": "a"}]
-    assert rows_before(path, {"dtype": "f32"}) == []
+    with pytest.raises(SystemExit, match=r"x\.json holds another .*: dtype was 'bf16', is 'f32'"):
+        rows_before(path, {"dtype": "f32"})
     assert rows_before(tmp_path / "y.json", {}) == []
     assert counts("2048:20,8192:6") == {2048: 20, 8192: 6}
     for wrong in ("2048", "a:b", "0:3", ""):

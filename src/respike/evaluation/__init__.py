@@ -9,7 +9,7 @@ from respike.evaluation.distance import (
 )
 from respike.evaluation.recall import Score, recall
 from respike.evaluation.share import MemoryShare, memory_shares
-from respike.evaluation.stats import mean_interval, wilson
+from respike.evaluation.stats import mean_interval, paired_interval, wilson
 from respike.material import Vocabulary
 from respike.tasks import Task, make_trials
 
@@ -26,6 +26,7 @@ __all__ = [
     "mean_interval",
     "memory_shares",
     "negative_log_likelihood",
+    "paired_interval",
     "position_buckets",
     "recall",
     "wilson",

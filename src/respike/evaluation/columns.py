@@ -14,7 +14,7 @@ from typing import Any
 from respike.config import ModelConfig
 from respike.errors import UsageError
 from respike.evaluation.recall import Score, recall
-from respike.evaluation.stats import mean_interval
+from respike.evaluation.stats import paired_interval
 from respike.material import Vocabulary
 from respike.models.ablation import without
 from respike.models.decoder import Decoder
@@ -125,5 +125,5 @@ def row(task: Task, scores: Mapping[str, Score]) -> dict[str, Any]:
         found["evidence"] = found["original_accuracy_frac"] >= EVIDENCE_FRAC
         if "model" in scores:
             lost = scores["original"].per_trial - scores["model"].per_trial
-            found |= {"lost_frac": float(lost.mean()), "lost_95": mean_interval(lost)}
+            found |= {"lost_frac": float(lost.mean()), "lost_95": paired_interval(lost)}
     return found
