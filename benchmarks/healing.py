@@ -48,8 +48,8 @@ FLOOR_CHUNK_TOKENS = 192
 TEXTS = {
     "evaluate": "Brown, Factbook and Debian Handbook (benchmarks/texts.py), in no corpus",
     "code": (
-        "modules of Python's standard library (benchmarks/texts.py), in no corpus, though 5 to 16 % "
-        "of the runs of eight words in some of them are: docstrings, in Python's documentation"
+        "modules of Python's standard library (benchmarks/texts.py), in no corpus, though 5 to 16 "
+        "% of the runs of eight words in some are: docstrings, in Python's documentation"
     ),
 }
 """What the folders of `benchmarks/texts.py` hold."""
