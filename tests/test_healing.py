@@ -216,6 +216,19 @@ def test_a_sample_of_few_answers_weighs_as_much_as_one_of_many() -> None:
     assert ((weights == 1) | (weights == 0)).all()
 
 
+def test_answers_whose_text_was_cut_away_count_as_any_other_text() -> None:
+    batch = packed_batch(random_tokens(2, 50), [[1] * 20 + [2] * 30] * 2, [True, False])
+    batch.answers[:, 10:14] = True
+    batch.answers[:, 40:44] = True
+    stage = Stage(kind="distil", tokens=1, sampled_frac=1e-9, sample_weight=16)
+    weights = weigh_positions(batch, stage, "a")
+    assert (weights > 0).nonzero().tolist() == [
+        *([0, t] for t in range(39, 43)), *([1, t] for t in (*range(9, 13), *range(39, 43))),
+    ]  # fmt: skip
+    carried = stage.model_copy(update={"kind": "length"})
+    assert (weigh_positions(batch, carried, "a")[0, 9:13] == 4).all()
+
+
 def test_rates_rise_then_fall_to_their_share() -> None:
     stage = Stage(kind="distil", tokens=1, warmup_frac=0.1, final_frac=0.2)
     rates = [rate_at(stage, step, 100) for step in range(100)]

@@ -51,6 +51,8 @@ class RecallOptions(Frozen):
     least_tokens: int = Field(default=64, ge=16)
     first_tokens: int = Field(default=512, ge=16)
     last_tokens: int = Field(default=2048, ge=16)
+    """Only `length` stages look further back than ``context_tokens``: elsewhere longer samples are
+    cut, and answers behind the cut count as any other text."""
     doubling_samples: int = Field(default=200, ge=1)
 
 

@@ -87,9 +87,12 @@ def predicting(mask: Tensor) -> Tensor:
 def weigh_positions(batch: Batch, stage: Stage, seed: str) -> Tensor:
     """What a step's logits weigh (B, T): all answers, a share of the rest at 1, and others at 0.
 
-    Logits at t - 1 predict token t, so a chosen position is followed by a token that counts.
+    Logits at t - 1 predict token t, so a chosen position is followed by a token that counts. Where
+    no states are carried, answers whose text began in the row before are as any other text.
     """
     counts, answers = predicting(batch.loss_mask), predicting(batch.answers)
+    if stage.kind != "length":
+        answers &= ~(batch.continues[:, None] & (batch.documents == 1))
     draw = torch.Generator().manual_seed(random.Random(seed).getrandbits(62))
     some = torch.rand(counts.shape, generator=draw) < stage.sampled_frac
     weights = (counts & some).float()
