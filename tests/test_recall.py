@@ -8,19 +8,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from respike.config import FarMemory
-from respike.data.recall import TRAINING_FACTS, TRAINING_FILLER
-from respike.errors import UsageError
+from respike.data.recall import MATERIAL, TRAINING_FACTS, TRAINING_FILLER
+from respike.errors import UnsupportedError, UsageError
 from respike.evaluation import Score, Task, Vocabulary, make_trials, recall
 from respike.evaluation.columns import Column, five_columns, row, window_tokens
 from respike.evaluation.reading import common_beginning, read_answers
 from respike.evaluation.recall import truncated
 from respike.evaluation.suites import SUITES, split_by_length, tasks_of
-from respike.material import FILLER, SENTENCES, Trial
+from respike.material import FILLER, SENTENCES, Material, Trial
 from respike.material.facts import FACTS
 from respike.models.decoder import Decoder
 from respike.models.state import DecoderState
@@ -696,3 +697,59 @@ def test_the_picture_is_drawn_of_whatever_was_measured(tmp_path: Path) -> None:
             draw(some, path)
             assert path.read_bytes().startswith(b"\x89PNG")
             path.unlink()
+
+
+# ---- SentencePiece
+
+
+@pytest.fixture(scope="module")
+def pieces() -> Tokenizer:
+    """A vocabulary as Llama 2's: a space before every text, which decoding takes away again."""
+    names = "".join(chr(ord("a") + i) for i in range(26))
+    words = [f"{a}{b}{c}" for a in "bdk" for b in "aeiou" for c in "mnr"]
+    plain = [*names, *names.upper(), *"0123456789.,=?'", "\u2581", "\u2581\u2581"]
+    plain += [f"\u2581{word}" for word in (*words, *map(str.capitalize, words), "is", "The")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *plain]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(plain)]
+    return Tokenizer.from_gguf_metadata(
+        {
+            f"tokenizer.ggml.{key}": value
+            for key, value in {
+                "model": "llama", "tokens": tokens, "token_type": np.array(kinds, np.int32),
+                "scores": -np.arange(len(tokens), dtype=np.float32), "bos_token_id": 1,
+                "eos_token_id": 2, "unknown_token_id": 0,
+            }.items()
+        }
+    )  # fmt: skip
+
+
+def test_words_of_a_sentencepiece_vocabulary_are_words(pieces: Tokenizer) -> None:
+    mine, training = Vocabulary(pieces), Vocabulary(pieces, MATERIAL)
+    for vocabulary, shape in ((mine, "\u2581[a-z]{3}"), (training, "\u2581[A-Z][a-z]{2}")):
+        spelled = [pieces.token(word) or "" for word in vocabulary.words]
+        assert len(spelled) >= 45
+        assert all(re.fullmatch(shape, word) for word in spelled)
+
+
+@pytest.mark.parametrize("family", ["passkey", "needles", "multi-needle", "questions", "variables"])
+def test_sentencepiece_asks_for_tokens_that_stand_in_the_text(
+    pieces: Tokenizer, family: str
+) -> None:
+    vocabulary = Vocabulary(pieces)
+    assert vocabulary.ids(" 48") == [*vocabulary.ids(" "), *vocabulary.ids("48")]
+    for whole in make_trials(vocabulary, Task(family, 1500), 3):
+        for trial in whole.asked():
+            answer = [trial.tokens[i] for i in trial.answers]
+            text = trial.tokens[: trial.answers[0]]
+            found = sum(text[i : i + len(answer)] == answer for i in range(len(text)))
+            assert found >= 1
+
+
+def test_a_large_vocabulary_without_words_is_refused(
+    pieces: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Material(word=re.compile("no such word"))
+    assert Vocabulary(pieces, nothing).words == Vocabulary(pieces, nothing).tokens
+    monkeypatch.setattr("respike.material.TOY_TOKENS", 100)
+    with pytest.raises(UnsupportedError, match=r"0 of 4\d\d tokens are a word"):
+        Vocabulary(pieces, nothing)

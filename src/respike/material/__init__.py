@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from respike.errors import UnsupportedError
 from respike.material.facts import FACTS, Facts
 from respike.tokenizer import Tokenizer
 
@@ -75,11 +76,19 @@ class Trial:
         ]
 
 
+ANCHORS = ("\n", ".", "=")
+"""What a text may stand behind, where a tokenizer treats the beginning of a text otherwise."""
+MIN_WORDS, TOY_TOKENS = 16, 4096
+
+
 class Vocabulary:
     """What tasks are made of: all tokens but the special ones, and those that are plain words.
 
     For evaluation a word is one token of a space and at least three lower-case ASCII letters. In a
-    vocabulary with hardly any (a toy), every token serves as one.
+    small vocabulary with hardly any (a toy), every token serves as one.
+
+    Raises:
+        UnsupportedError: A vocabulary of thousands of tokens with hardly any word.
     """
 
     def __init__(self, tokenizer: Tokenizer, material: Material = Material()) -> None:
@@ -87,8 +96,23 @@ class Vocabulary:
         self.material = material
         special = set(tokenizer.special_ids)
         self.tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
-        words = [t for t in self.tokens if material.word.fullmatch(tokenizer.decode([t]))]
-        self.words = words if len(words) >= 16 else self.tokens
+        self._anchors = ("",)
+        first = tokenizer.encode("a", bos=False)[:1]
+        if first and (tokenizer.token(first[0]) or "").startswith("\u2581"):
+            self._anchors = ANCHORS
+        words = self._words()
+        if len(words) < MIN_WORDS and len(self.tokens) > TOY_TOKENS:
+            raise UnsupportedError(
+                f"recall: {len(words)} of {len(self.tokens):,} tokens are a word such as ' apple', "
+                f"expected at least {MIN_WORDS}; its tasks are made of English words"
+            )
+        self.words = words if len(words) >= MIN_WORDS else self.tokens
+
+    def _words(self) -> list[int]:
+        """Tokens that are a word behind other text: alone, SentencePiece shows no space."""
+        decode, anchor = self.tokenizer.decode, self.tokenizer.encode(".", bos=False)
+        begin, word = len(decode(anchor)), self.material.word
+        return [t for t in self.tokens if word.fullmatch(decode([*anchor, t])[begin:])]
 
     def with_material(self, sentences: tuple[str, ...], digits: int) -> "Vocabulary":
         """The same words with other filler and numbers."""
@@ -97,8 +121,16 @@ class Vocabulary:
         return other
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of plain text that stands inside other text: never a BOS."""
-        return self.tokenizer.encode(text, bos=False)
+        """Token ids of plain text that stands inside other text: never a BOS.
+
+        Nor the space that Llama 2's SentencePiece puts before what it takes for a whole text.
+        """
+        for anchor in self._anchors:
+            before = self.tokenizer.encode(anchor, bos=False) if anchor else []
+            ids = self.tokenizer.encode(anchor + text, bos=False)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        raise UnsupportedError(f"recall: {text[:40]!r} joins whatever stands before it")
 
 
 def spread(count: int, rng: random.Random) -> list[float]:
