@@ -29,7 +29,7 @@ def student_t95(freedom: int) -> float:
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    return sum(term / float(freedom) ** power for power, term in enumerate(terms))
 
 
 def mean_interval(values: Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -96,10 +96,9 @@ class Vocabulary:
         self.material = material
         special = set(tokenizer.special_ids)
         self.tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
-        self._anchors = ("",)
         first = tokenizer.encode("a", bos=False)[:1]
-        if first and (tokenizer.token(first[0]) or "").startswith("\u2581"):
-            self._anchors = ANCHORS
+        prefixed = bool(first) and (tokenizer.token(first[0]) or "").startswith("\u2581")
+        self._anchors = ANCHORS if prefixed else ("",)
         words = self._words()
         if len(words) < MIN_WORDS and len(self.tokens) > TOY_TOKENS:
             raise UnsupportedError(
