@@ -202,7 +202,7 @@ def recall_table(result: dict[str, Any]) -> str:
     ]
     names = [row["name"] for row in result["rows"]]
     found = {
-        (*part.split()[:2], row["name"]): score
+        (*part.split(maxsplit=1), row["name"]): score
         for row in result["rows"]
         for part, score in row["parts"].items()
     }
@@ -211,18 +211,23 @@ def recall_table(result: dict[str, Any]) -> str:
         header = [f"{family}{weak}", "trials", "chance, %", "original"]
         for name in names[1:]:
             header += [name, "lost, points"]
-        lengths = sorted({int(key[1]) for key in found if key[0] == family})
-        rows = [_recall_row(found, family, length, names) for length in lengths]
+        settings = sorted({key[1] for key in found if key[0] == family}, key=_length_of)
+        rows = [_recall_row(found, family, setting, names) for setting in settings]
         lines += [*markdown(header, rows), ""]
     return "\n".join(lines).rstrip()
 
 
+def _length_of(setting: str) -> tuple[int, str]:
+    """Of ``1024 x 200``; other trials of the same length are another row, behind it."""
+    return int(setting.split()[0]), setting
+
+
 def _recall_row(
-    found: dict[tuple[str, ...], dict[str, Any]], family: str, length: int, names: list[str]
+    found: dict[tuple[str, ...], dict[str, Any]], family: str, setting: str, names: list[str]
 ) -> list[str]:
-    mine = [found.get((family, str(length), name)) for name in names]
+    mine = [found.get((family, setting, name)) for name in names]
     some = next(score for score in mine if score)
-    cells = [f"{length:,}", str(some["trials"]), f"{100 * some['chance_frac']:.2g}"]
+    cells = [f"{_length_of(setting)[0]:,}", str(some["trials"]), f"{100 * some['chance_frac']:.2g}"]
     for number, score in enumerate(mine):
         cells.append(with_interval(score, "accuracy_frac", 0, 100) if score else "-")
         if number:

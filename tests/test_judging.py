@@ -132,6 +132,10 @@ def test_recall_by_length_pairs_trials_and_goes_on_where_it_stopped(
     assert "lost_95" not in narrow["passkey 1500 x 2"]
     assert result["evidence"] == {"passkey": False, "questions": False}, "a random model"
     assert "(no evidence)" in recall_table(result)
+    original["passkey 1024 x 7"] = {**original["passkey 1024 x 3"], "trials": 7}
+    lines = [line for line in recall_table(result).splitlines() if line.startswith("| 1,024")]
+    assert [line.split("|")[2].strip() for line in lines] == ["3", "7", "3"]
+    assert lines[1].endswith("| - | - |"), "what another number of trials found is no neighbour"
     capsys.readouterr()
     run(recall_length, monkeypatch, *words, *lengths)
     assert capsys.readouterr().out.count("kept") == 2 + 4
