@@ -1,16 +1,19 @@
 """Fitting far memories without training: what is fitted fits, and what does not help stays shut."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from respike.config import FarMemory, RopeConfig
 from respike.conversion import convert, plan
 from respike.conversion.calibrate import calibrate, with_recall
-from respike.errors import UsageError
+from respike.errors import CheckpointError, UsageError
 from respike.layers.far import FarSoftmax
 from respike.loading import load
 from respike.models.decoder import Decoder
@@ -172,3 +175,53 @@ def test_too_little_text_is_refused_before_anything_is_written(
     with pytest.raises(UsageError, match="two contexts of"):
         convert(plan(source, load_recipe("constant", SETTINGS)), tmp_path / "out", data=[short])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["short.txt"]
+
+
+def test_memories_that_are_kept_are_not_fitted_again(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    convert(plan(source, load_recipe("constant", SETTINGS)), tmp_path / "first", data=[text])
+    first = load_file(tmp_path / "first" / "model.safetensors")
+    name = "model.layers.{}.self_attn.mixers.0.beta"
+    for layer in (0, 1):
+        first[name.format(layer)].fill_(7.0)
+    save_file(first, tmp_path / "first" / "model.safetensors", metadata={"format": "pt"})
+    window = "{at: [0], mixer: window, memory: far, window_tokens: 5}"
+    rules = f"layers=[{window}, {{at: rest, mixer: keep}}]"
+    todo = plan(tmp_path / "first", load_recipe("constant", (*SETTINGS, rules)))
+    assert {t.name: t.action for t in todo.tensors}[name.format(1)] == "copy"
+    convert(todo, tmp_path / "second", data=[text])
+    second = load_file(tmp_path / "second" / "model.safetensors")
+    assert torch.equal(second[name.format(1)], first[name.format(1)])
+    assert not torch.equal(second[name.format(0)], first[name.format(0)])
+
+
+@pytest.mark.parametrize("pruned", ["q_proj", "v_proj"])
+def test_heads_that_were_pruned_stay_shut(
+    source: Path, text: Path, tmp_path: Path, pruned: str
+) -> None:
+    shutil.copytree(source, tmp_path / "pruned")
+    file = tmp_path / "pruned" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.layers.0.self_attn.{pruned}.weight"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = convert(
+        plan(tmp_path / "pruned", load_recipe("constant", SETTINGS)), tmp_path / "out", data=[text]
+    )
+    assert all(math.isfinite(value) for head in report["calibration"]["each"] for value in head)
+    out, _ = load(tmp_path / "out").decoder(torch.randint(0, V, (1, 60)))
+    assert out.isfinite().all()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_if_the_text_has_them(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(source, tmp_path / "more")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
+    tokenizer.add_tokens([f"added{i}" for i in range(40)])
+    tokenizer.save_pretrained(tmp_path / "more")
+    todo = plan(tmp_path / "more", load_recipe("constant", SETTINGS))
+    convert(todo, tmp_path / "out", data=[text])
+    text.write_text("added39 " + text.read_text(), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="its embedding"):
+        convert(todo, tmp_path / "again", data=[text])

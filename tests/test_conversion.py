@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from respike.checkpoint import fingerprint, open_checkpoint
 from respike.conversion import convert, execute, plan, shards
-from respike.errors import CheckpointError, RecipeError, RespikeError, UsageError
+from respike.errors import CheckpointError, RecipeError, RespikeError, UnsupportedError, UsageError
 from respike.loading import Model, load
 from respike.recipe import Recipe, load_recipe
 from tiny import random_tokens, save_tiny, write_gguf
@@ -540,6 +543,77 @@ def test_force_does_not_replace_a_converted_folder_that_holds_something_else_too
     before = bytes_of(out)
     refuses(lambda: convert(plan(source, mixed()), out, force=True), "thesis.tex")
     assert bytes_of(out) == before
+
+
+def test_force_does_not_remove_weights_that_are_not_the_models(
+    source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    convert(plan(source, identity()), out, shard_bytes=30_000)
+    convert(plan(source, identity()), out, force=True)
+    (out / "my-adapter.safetensors").write_bytes(b"days of work")
+    refuses(lambda: convert(plan(source, mixed()), out, force=True), "my-adapter.safetensors")
+    assert (out / "my-adapter.safetensors").exists()
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_conversion_was_replacing_comes_back(source: Path, tmp_path: Path) -> None:
+    out, dead, alive = tmp_path / "out", dead_process(), os.getppid()
+    convert(plan(source, identity()), out)
+    before = bytes_of(out)
+    out.rename(tmp_path / f".out.{dead}.old")
+    for process, age in ((dead, 7200), (dead_process(), 60), (alive, 7200)):
+        left = tmp_path / f".out.{process}.partial"
+        left.mkdir()
+        os.utime(left, (time.time() - age,) * 2)
+    refuses(lambda: convert(plan(source, mixed()), out), "already exists")
+    assert bytes_of(out) == before
+    assert len(list(tmp_path.glob(".out.*"))) == 2, "a young one, and one of a process that runs"
+    assert not (tmp_path / f".out.{dead}.partial").exists()
+
+
+def test_places_that_cannot_be_looked_at_are_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    todo, long = plan(source, identity()), "x" * 250
+    for out, words in (("circle", "circle"), (long, "too long"), (long + long, "too long")):
+        with pytest.raises(RespikeError, match=words):
+            convert(todo, tmp_path / out)
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    for out in (".", "..", tmp_path):
+        refuses(lambda out=out: convert(todo, out, force=True), "the folder you are in")
+    for read in (open_checkpoint, load_recipe):
+        with pytest.raises(RespikeError, match="too long"):
+            read(long + long)
+
+
+def test_a_missing_tokenizer_is_noticed_before_weights_are_written(
+    source: Path, tmp_path: Path
+) -> None:
+    bare = changed_copy(source, tmp_path / "bare", lambda _: None)
+    (bare / "tokenizer.json").unlink()
+    steps: list[tuple[int, int]] = []
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        convert(plan(bare, identity()), tmp_path / "out", progress=lambda *n: steps.append(n))
+    assert not steps
+
+
+def test_a_weight_that_f16_cannot_hold_is_refused(source: Path, tmp_path: Path) -> None:
+    def grow(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"][3] = 1e5
+
+    large = changed_copy(source, tmp_path / "large", grow)
+    with pytest.raises(UnsupportedError, match=r"`model\.norm\.weight` holds 1e\+05"):
+        convert(plan(large, identity("weights=f16")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert(plan(large, identity("weights=bf16")), tmp_path / "out")
 
 
 def test_force_does_not_replace_a_model_that_respike_did_not_write(

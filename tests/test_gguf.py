@@ -259,6 +259,14 @@ def test_rope_scaling_is_kept(tmp_path):
     )
     rope = gguf_config(GgufFile(tmp_path / "x.gguf")).rope
     assert (rope.kind, rope.factor) == ("linear", 4.0)
+    for keys, factor in (
+        ({"rope.scaling.factor": 4.0}, 4.0),  # linear, if nothing is said
+        ({"rope.scale_linear": 4.0}, 4.0),  # the key of 2023
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1.0),
+        ({"rope.scaling.factor": 0.0}, 1.0),
+    ):
+        write_model(tmp_path / "z.gguf", keys=keys)
+        assert gguf_config(GgufFile(tmp_path / "z.gguf")).rope.factor == factor, keys
     factors = np.array([1, 2, 8], np.float32)
     write_model(tmp_path / "y.gguf", extra=[("rope_freqs.weight", factors)])
     rope = gguf_config(GgufFile(tmp_path / "y.gguf")).rope

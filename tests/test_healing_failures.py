@@ -1,6 +1,7 @@
 """What a course refuses before it trains anything, and what it leaves behind when it fails."""
 
 import errno
+import json
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -46,6 +47,51 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "model"
     convert(plan(source, load_recipe("constant", SETTINGS)), out)
     return out
+
+
+def test_an_original_that_is_not_in_the_folder_is_asked_for(
+    source: Path, converted: Path, tmp_path: Path
+) -> None:
+    made = {
+        "retied": plan(source, load_recipe("window", ["retie=true"])),
+        "converted twice": plan(converted, load_recipe("window")),
+    }
+    shutil.copytree(converted, tmp_path / "healed")
+    report = json.loads((tmp_path / "healed" / "report.json").read_text())
+    (tmp_path / "healed" / "report.json").write_text(json.dumps(report | {"healing": {}}))
+    made["healed and converted"] = plan(tmp_path / "healed", load_recipe("identity"))
+    words = {"retied": "another output matrix", "converted twice": "other mixers"}
+    for name, todo in made.items():
+        convert(todo, tmp_path / name)
+        with pytest.raises(UnsupportedError, match=words.get(name, "healed before")) as caught:
+            run.original_of(run.converted_folder(tmp_path / name), None)
+        assert "--original" in str(caught.value.hint)
+        assert run.original_of(run.converted_folder(tmp_path / name), source)
+
+
+def test_a_folder_that_only_looks_converted_is_refused(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "looks")
+    for report in ("{}", '{"source": {}, "fingerprint": ""}'):
+        (tmp_path / "looks" / "report.json").write_text(report)
+        with pytest.raises(UsageError, match="not a converted model"):
+            run.converted_folder(tmp_path / "looks")
+
+
+def test_a_dry_run_looks_at_what_it_is_given(converted: Path, text: Path, tmp_path: Path) -> None:
+    def dry(model: Path, data: Path) -> BaseException | None:
+        words = ["heal", model, tmp_path / "out", "--config", "quick", "--data", data, "--dry-run"]
+        return CliRunner().invoke(program, list(map(str, words)), standalone_mode=False).exception
+
+    assert dry(converted, text) is None
+    assert "no such folder" in str(dry(tmp_path / "none", text))
+    assert "no such file" in str(dry(converted, tmp_path / "none"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_original_means_nothing_to_a_difference(converted: Path, tmp_path: Path) -> None:
+    words = ["heal", converted, tmp_path / "out", "--apply", "x.safetensors", "--original", "y"]
+    error = CliRunner().invoke(program, list(map(str, words)), standalone_mode=False).exception
+    assert "so --original would mean nothing" in str(error)
 
 
 @pytest.mark.parametrize(

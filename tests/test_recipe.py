@@ -407,6 +407,20 @@ def test_a_softmax_group_that_is_not_there_is_refused(group: int, mixer: str) ->
     does_not_fit(wrong, "softmax_groups.4", f"group {group}", "groups 0 to 2")
 
 
+def test_softmax_groups_of_a_layer_that_is_kept_are_refused() -> None:
+    wrong = recipe(rule([4], "keep"), rule("rest"), softmax_groups={4: [0]})
+    does_not_fit(wrong, "softmax_groups names layer 4", "keeps what the source has")
+    apply_recipe(recipe(rule([4], "keep"), rule("rest"), softmax_groups={3: [0]}), SOURCE)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_sinks_that_begin_as_a_token_that_is_not_there_are_refused(token: int) -> None:
+    wrong = recipe(rule("all"), learned_sinks={"count": 2, "start": "bos"})
+    source = SOURCE.model_copy(update={"bos_token_id": token})
+    with pytest.raises(RecipeError, match=f"which is token {token} of"):
+        apply_recipe(wrong, source)
+
+
 def test_a_layer_without_a_rule_is_refused_with_a_hint() -> None:
     error = does_not_fit(recipe(rule("even")), "no rule matches layer 1")
     assert "rest" in str(error.hint)
@@ -681,10 +695,12 @@ places = (
 )
 windows = {"window_tokens": st.integers(1, 999), "sink_tokens": st.integers(0, 99)}
 rule_memories = {"memory": st.sampled_from(sorted(OF_DEFAULTS))}
-rules = st.fixed_dictionaries(
-    {"at": places, "mixer": st.sampled_from(["keep", "full"])}, optional=windows
-) | st.fixed_dictionaries(
-    {"at": places, "mixer": st.sampled_from(["window", "linear"])}, optional=windows | rule_memories
+rules = (
+    st.fixed_dictionaries({"at": places, "mixer": st.sampled_from(["keep", "full"])})
+    | st.fixed_dictionaries({"at": places, "mixer": st.just("linear")}, optional=rule_memories)
+    | st.fixed_dictionaries(
+        {"at": places, "mixer": st.just("window")}, optional=windows | rule_memories
+    )
 )
 
 
@@ -695,6 +711,13 @@ rules = st.fixed_dictionaries(
 def test_a_memory_where_there_can_be_none_is_refused(mixer: str, words: str) -> None:
     refused("identity", words,
             overrides=(f"layers=[{{at: all, mixer: {mixer}, memory: far}}]",))  # fmt: skip
+
+
+@pytest.mark.parametrize("mixer", ["keep", "full", "linear"])
+@pytest.mark.parametrize("name", ["window_tokens", "sink_tokens"])
+def test_a_window_where_there_is_none_is_refused(mixer: str, name: str) -> None:
+    refused("identity", f"{name} means nothing to mixer {mixer}",
+            overrides=(f"layers=[{{at: all, mixer: {mixer}, {name}: 7}}]",))  # fmt: skip
 
 
 @given(

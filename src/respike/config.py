@@ -5,6 +5,7 @@ into one by `respike.checkpoint.families`. Layers never see these objects: only
 `respike.models.decoder` reads them and hands numbers down.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Annotated, ClassVar, Literal
 
@@ -44,6 +45,14 @@ class RopeConfig(Frozen):
     original_max_position_embeddings: int = Field(default=8192, gt=0)
     factors: tuple[float, ...] = ()
     """factors: one divisor per frequency, as GGUF's ``rope_freqs.weight`` stores llama3's."""
+
+    @model_validator(mode="after")
+    def _divisors(self) -> "RopeConfig":
+        if (self.kind == "factors") != bool(self.factors):
+            raise ValueError(f"kind={self.kind!r} with {len(self.factors)} factors")
+        if any(not 0 < factor < math.inf for factor in self.factors):
+            raise ValueError("factors must be above 0")
+        return self
 
 
 class FarMemory(Lean):
@@ -315,6 +324,10 @@ class ModelConfig(Lean):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        if self.rope.factors and len(self.rope.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"rope.factors has {len(self.rope.factors)} entries, expected {self.head_dim // 2}"
+            )
         spiking = {"spikes.layers": len(self.spikes.layers)} if self.spikes else {}
         for name, rows in ({"layers": len(self.layers)} | spiking).items():
             if rows != self.num_hidden_layers:

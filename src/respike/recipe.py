@@ -85,7 +85,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: Not found, not YAML, or not a recipe; says which key and what was expected.
     """
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
+    try:
+        is_file = path.suffix in (".yaml", ".yml") or path.is_file()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_file:
         text, where = _read(path), str(path)
     else:
         text, where = recipe_text(name_or_path), name_or_path

@@ -258,6 +258,13 @@ def _check_sinks(recipe: Recipe, source: ModelConfig) -> None:
             f"recipe {recipe.name!r}: learned_sinks.start is bos, the source names no such token",
             hint="set learned_sinks.start=random",
         )
+    token = first_token(source) if options.count and options.start == "bos" else None
+    if token is not None and not 0 <= token < source.vocab_size:
+        raise RecipeError(
+            f"recipe {recipe.name!r}: learned_sinks.start is bos, which is token {token} of "
+            f"{source.vocab_size:,}",
+            hint="set learned_sinks.start=random",
+        )
 
 
 def first_token(source: ModelConfig) -> int | None:
@@ -280,3 +287,10 @@ def _check_groups(recipe: Recipe, depth: int, num_groups: int) -> None:
                     f"recipe {recipe.name!r}: softmax_groups.{index} names KV group {group}, "
                     f"the model has groups 0 to {num_groups - 1}"
                 )
+        rule = next((r for r in recipe.layers if _matches(r.at, index, depth)), None)
+        if groups and rule is not None and rule.mixer == "keep":
+            raise RecipeError(
+                f"recipe {recipe.name!r}: softmax_groups names layer {index}, whose rule keeps "
+                "what the source has there",
+                hint="leave that layer out of one of them",
+            )

@@ -1,7 +1,7 @@
 """What a recipe may say: its schema, one class for each part, with the defaults.
 
 The rules are read top to bottom and the first that matches a layer decides its mixer; then the
-KV groups in ``softmax_groups`` keep softmax whatever their layer's rule says.
+KV groups in ``softmax_groups`` keep softmax whatever their layer's rule says, but for ``keep``.
 """
 
 from typing import Annotated, Any, Literal
@@ -75,6 +75,11 @@ class Rule(Frozen):
     def _memory_has_a_home(self) -> "Rule":
         if self.memory is not None and self.mixer not in ("window", "linear", "full"):
             raise ValueError(f"memory means nothing to mixer {self.mixer}")
+        near = [
+            name for name in ("window_tokens", "sink_tokens") if getattr(self, name) is not None
+        ]
+        if near and self.mixer not in ("window", "blocks"):
+            raise ValueError(f"{near[0]} means nothing to mixer {self.mixer}")
         if self.mixer == "full" and self.memory == "far":
             raise ValueError("nothing is far from full softmax, so memory far cannot be")
         if self.beside is not None and self.mixer not in ("window", "full", "blocks"):

@@ -71,9 +71,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         CheckpointError: Not there, or not a checkpoint.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_folder:
         return Folder(path)
-    if path.is_file():
+    if is_file:
         return GgufCheckpoint(path)
     raise CheckpointError(
         f"{path}: no such folder or file",

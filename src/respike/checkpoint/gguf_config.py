@@ -193,8 +193,10 @@ def _rope(keys: _Keys, head_dim: int) -> RopeConfig:
     theta = keys.number("rope.freq_base", 10000.0)
     if theta <= 0:
         raise CheckpointError(f"{keys.file.path}: key `{keys.arch}.rope.freq_base` is {theta}")
-    linear = keys.text("rope.scaling.type", "none") == "linear"
-    factor = keys.number("rope.scaling.factor", 1.0) if linear else 1.0
+    # llama.cpp: linear if nothing is said, a factor of 0 is none, and files of 2023 call it scale.
+    linear = keys.text("rope.scaling.type", "linear") == "linear"
+    scale = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    factor = (scale or 1.0) if linear else 1.0
     if "rope_freqs.weight" in keys.file.tensors:
         factors = keys.file.read("rope_freqs.weight").flatten()
         if len(factors) != head_dim // 2 or not (factors > 0).all():

@@ -79,14 +79,14 @@ def heal_command(model: str, out: str, **options: Any) -> None:
         Path(model), Path(out), options["data"], options["original"], options["force"]
     )
     if options["difference"] is not None:
-        _refuse_course_options(options)
+        _refuse_course_options(request.model, options)
         report = apply(request, Path(options["difference"]))
     else:
         if options["config"] is None:
             raise click.UsageError("--config is needed\nhint: try --config default")
         healing = load_healing(options["config"], options["overrides"])
         if options["dry_run"]:
-            report = summary(healing)
+            report = summary(request, healing)
         else:
             if options["plot"]:
                 need_matplotlib("the plot of a course", "add --no-plot")
@@ -112,13 +112,17 @@ def heal_command(model: str, out: str, **options: Any) -> None:
         click.echo("the leg is over; the same command goes on", err=True)
 
 
-def _refuse_course_options(options: Mapping[str, Any]) -> None:
+def _refuse_course_options(model: Path, options: Mapping[str, Any]) -> None:
     """What --apply would not look at."""
+    from respike.healing.run import converted_folder
+
     given = {
         "--config": options["config"], "--data": options["data"], "--set": options["overrides"],
         "--leg-minutes": options["leg_minutes"] is not None, "--dry-run": options["dry_run"],
     }  # fmt: skip
     useless = [name for name, value in given.items() if value]
+    if not useless and options["original"] and not converted_folder(model).config.spikes:
+        useless = ["--original"]  # with spikes, it is what their silence is counted beside
     if useless:
         raise click.UsageError(
             f"--apply trains nothing, so {', '.join(useless)} would mean nothing: leave it out"

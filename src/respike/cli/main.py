@@ -104,6 +104,8 @@ def main() -> NoReturn:
     debug = "--debug" in options
     words = [w for w in options if w != "--debug"] + words[len(options) :]
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # no nohup
+        signal.signal(signal.SIGHUP, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show it all shows a ?
     try:
@@ -130,9 +132,9 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _terminate(*_: object) -> NoReturn:
-    """What `kill` and `timeout` send: ends the program as Ctrl-C does, and cleans up."""
-    sys.exit(128 + signal.SIGTERM)
+def _terminate(number: int, _: object) -> NoReturn:
+    """`kill`, `timeout`, a terminal that closes: ends the program as Ctrl-C does, and cleans up."""
+    sys.exit(128 + number)
 
 
 def _complain(message: str, hint: str | None) -> None:

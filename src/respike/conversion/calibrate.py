@@ -255,7 +255,8 @@ class _GroupFit:
             queries = _turn(queries, cos, sin) * scale
             keys = torch.cat([x.k[0, self.part.sink_tokens :, n] for x in known])
             metric = queries.T @ queries / len(queries)
-            metric.diagonal().add_(1e-4 * metric.diagonal().mean())
+            mean = metric.diagonal().mean()  # 0 of heads without queries, as pruning leaves them
+            metric.diagonal().add_(1e-4 * torch.where(mean > 0, mean, 1.0))
             root = torch.linalg.cholesky(metric)
             centres = _k_means(keys @ root, self.mixer.key_weight.shape[1])
             self.mixer.key_weight.data[n] = centres @ root.T
@@ -319,6 +320,7 @@ def _choose(searched: Tensor, checked: Tensor, layer: int, head: int) -> HeadFit
     if checked[beta, 0] >= checked[0, 0]:
         beta = 0
     error, share, power = (float(x) for x in checked[beta])
+    power = power or 1.0  # a head without values has nothing to miss
     return HeadFit(
         layer=layer,
         head=head,

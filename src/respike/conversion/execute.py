@@ -1,8 +1,11 @@
 """Carry out a plan: weights shard by shard into a hidden folder, then one rename."""
 
+import glob
 import hashlib
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +41,11 @@ WRITTEN |= {"raster_tokens.png", "raster_steps.png"}
 WRITTEN |= {"healing.yaml", "healing.jsonl", "healing.png"}
 """Every name a converted folder may hold besides its weight files."""
 
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+ABANDONED_SECONDS = 3600
+"""A staging folder whose process is gone and that has not changed for so long is removed."""
+
 
 def convert(
     plan: Plan,
@@ -52,7 +60,8 @@ def convert(
 ) -> dict[str, Any]:
     """Write the converted model: weights, config, tokenizer, resolved recipe, report, card.
 
-    The same plan and text give the same bytes. An interrupted conversion leaves nothing behind.
+    The same plan and text give the same bytes. An interrupted conversion leaves nothing behind;
+    what a killed one left, a later one of the same name removes or, if it was ``out``, brings back.
 
     Args:
         plan: From `respike.plan`.
@@ -74,8 +83,9 @@ def convert(
         DataError: The text cannot be read.
         CheckpointError: The source turned out to be unreadable, or the disk full.
     """
-    out = Path(out).resolve() if Path(out).is_symlink() else Path(out)
+    out = Path(os.path.realpath(out)) if os.path.islink(out) else Path(out)
     check_out(out, plan.source.path, force)
+    tokenizer = load_tokenizer(plan.source)  # before anything is measured or written
     fitted, fit_report = _measured(plan, data, progress)
     made = {**fitted, **healed}
     with staged(out) as folder:
@@ -89,7 +99,7 @@ def convert(
         )
         config = plan.config.model_dump(mode="json")
         write_json(folder / "config.json", config)
-        load_tokenizer(plan.source).save(folder)
+        tokenizer.save(folder)
         hashes = {file.name: file_sha256(file) for file in plan.source.files}
         report = {
             "respike": __version__,
@@ -118,16 +128,25 @@ def check_out(out: Path, source: Path, force: bool) -> None:
     Raises:
         UsageError: It may not be written.
     """
-    source = source.resolve()
-    if out.resolve() == source or out.resolve() in source.parents:
-        raise UsageError(f"{out}: is or holds the source; choose another folder")
-    if not out.exists():
-        return
+    real = Path(os.path.realpath(out))
+    for what, place in (("the source", source), ("the folder you are in", Path.cwd())):
+        place = Path(os.path.realpath(place))
+        if real == place or real in place.parents:
+            raise UsageError(f"{out}: is or holds {what}; choose another folder")
+    if os.path.islink(real):
+        raise UsageError(f"{out}: is a link that leads in a circle; choose another folder")
+    try:
+        _bring_back(out)
+        if not out.exists():
+            return
+        foreign = _foreign(out)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
     if not force:
         raise UsageError(
             f"{out}: already exists", hint="choose another folder, or add --force to replace it"
         )
-    if foreign := _foreign(out):
+    if foreign:
         raise UsageError(f"{out}: {foreign}, so --force will not replace it")
 
 
@@ -138,8 +157,31 @@ def _foreign(out: Path) -> str | None:
     names = {p.name for p in out.iterdir()}
     if names and not names >= RECEIPT:
         return "was not written by respike"
-    others = sorted(n for n in names - WRITTEN if not n.endswith(".safetensors"))
+    others = sorted(n for n in names - WRITTEN if not WEIGHTS.fullmatch(n))
     return f"also holds {others[0]!r}" if others else None
+
+
+def _bring_back(out: Path) -> None:
+    """What killed processes left beside ``out``: the model one was replacing, unfinished ones."""
+    for kind in ("old", "partial"):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*.{kind}"):
+            process = left.name.split(".")[-2]
+            if not process.isdigit() or _runs(int(process)):
+                continue
+            if kind == "old" and not out.exists():
+                left.rename(out)
+            elif time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 @contextmanager
@@ -158,8 +200,9 @@ def staged(out: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{out}: cannot be written: {reason}") from error
     finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
+        with suppress(OSError):  # such as a name too long to look at
+            if old.exists() and not out.exists():
+                old.rename(out)
         for folder in (staging, old):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # not empty: it holds the model
@@ -182,7 +225,8 @@ def _measured(
         made |= measured_norms(plan.recipe, plan.config, sizes, heads)
         found = {"text_tokens": length, "rms": sizes, "heads_rms": heads}
         facts |= {"attention_sizes": found}
-    return made, facts
+    # Memories that the source has already are copied, as the plan says.
+    return {name: tensor for name, tensor in made.items() if name in plan.new}, facts
 
 
 def _calibrated(
@@ -201,8 +245,14 @@ def _calibrated(
             f"calibration needs two contexts of {text.shape[1]} tokens of text, got {len(text)}",
             hint="give more text",
         )
-    special = set(tokenizer.special_ids)
-    tokens = [t for t in range(tokenizer.vocab_size) if t not in special]
+    rows, special = plan.source.config.vocab_size, set(tokenizer.special_ids)
+    if int(text.max()) >= rows:
+        raise CheckpointError(
+            f"{plan.source.path}: its tokenizer has {tokenizer.vocab_size:,} tokens, its embedding "
+            f"{rows:,} rows, and the text holds token {int(text.max()):,}",
+            hint="give text without the tokens that were added, or the model's own tokenizer",
+        )
+    tokens = [t for t in range(min(tokenizer.vocab_size, rows)) if t not in special]
     searched, checked = with_recall(text, tokens)
     half_life = plan.recipe.far.half_life_tokens
     original = fast_decoder(plan.source)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from respike.account import REPORT_LENGTHS, growth_bytes_per_token, num_parameters, state_bytes
-from respike.checkpoint import Checkpoint, Folder, open_checkpoint
+from respike.checkpoint import Checkpoint, Folder, open_checkpoint, read_json
 from respike.checkpoint.families import expected_tensors, mixer_of
-from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig, SpikeConfig
+from respike.config import AnyMemory, LayerConfig, Mixer, ModelConfig, SpikeConfig, full_layers
 from respike.conversion.derive import Origin, origin
 from respike.device import dtype_name, get_dtype
 from respike.models.engine import engine_layers
@@ -94,6 +94,10 @@ class Plan:
             "source": {
                 "name": self.source.path.resolve().name,
                 "family": before.family,
+                "only_full_softmax": before.layers
+                == full_layers(before.num_hidden_layers, before.num_key_value_heads),
+                "retied": config.tie_word_embeddings and not before.tie_word_embeddings,
+                "healed": _was_healed(self.source),
                 "stored_as": dict(Counter(self.source.stored_as.values()).most_common()),
                 "license": self.source.license,
             },
@@ -112,6 +116,15 @@ class Plan:
             "dropped": {t.name: t.reason for t in self.tensors if t.action == "drop"},
             "layers": [{"layers": where, "mixers": what} for where, what in layer_table(config)],
         }
+
+
+def _was_healed(source: Checkpoint) -> bool:
+    """Whether its weights, or those it was converted from, are trained ones."""
+    report = source.path / "report.json"
+    if not isinstance(source, Folder) or not report.is_file():
+        return False
+    facts = read_json(report)
+    return "healing" in facts or bool(facts.get("source", {}).get("healed"))
 
 
 def layer_table(config: ModelConfig) -> list[tuple[str, str]]:

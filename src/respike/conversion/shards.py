@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from respike.checkpoint.folder import INDEX
+from respike.errors import UnsupportedError
 
 SHARD_BYTES = 2 << 30
 """Largest weight file: bounds the memory a conversion needs."""
@@ -55,7 +56,7 @@ def write_shards(
         tensors: dict[str, Tensor] = {}
         for name in names:
             # A copy: rows of a larger tensor would keep all of it in memory.
-            tensors[name] = read(name).to(dtype).contiguous()
+            tensors[name] = _narrowed(name, read(name), dtype).contiguous()
             home[name] = file.name
             done += 1
             if progress:
@@ -67,6 +68,17 @@ def write_shards(
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": home})
     return files
+
+
+def _narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype, which must be able to hold it."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and bool((found.isinf() & tensor.isfinite()).any()):
+        raise UnsupportedError(
+            f"tensor `{name}` holds {float(tensor.abs().max()):.3g}, more than f16 can",
+            hint="store it as bf16: --weights bf16",
+        )
+    return found
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from respike.checkpoint import read_json
 from respike.conversion.execute import check_out, convert
 from respike.conversion.plan import plan_as_it_is
+from respike.data.documents import find_files
 from respike.errors import UsageError
 from respike.healing.config import Healing
 from respike.healing.run import (
@@ -36,8 +37,16 @@ from respike.spiking import recount
 DIFFERENCE = "difference.safetensors"
 
 
-def summary(healing: Healing) -> dict[str, Any]:
-    """What a course would do, for ``--dry-run``."""
+def summary(request: Request, healing: Healing) -> dict[str, Any]:
+    """What a course would do, for ``--dry-run``; headers and names are all that is read.
+
+    Raises:
+        UsageError: ``model`` is not a converted folder.
+        DataError: Data is named that is not there.
+    """
+    converted_folder(request.model)
+    if request.data:
+        find_files(request.data)
     stages = [{**stage.model_dump(mode="json"), "steps": stage.steps} for stage in healing.stages]
     return {
         "name": healing.name,

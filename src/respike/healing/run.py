@@ -100,8 +100,8 @@ def original_of(folder: Folder, original: str | Path | None) -> Weights:
     """The model to learn from: the one named, or the one inside a folder.
 
     Inside a spiking folder it is the same weights and mixers without neurons: what training is to
-    give back is what silence took, and nothing else. Inside a converted one it is the source: every
-    tensor of it was copied, so it is the same weights with full softmax everywhere.
+    give back is what silence took, and nothing else. Inside a converted one it is the source, if
+    that had full softmax everywhere: every tensor of it was copied.
 
     Raises:
         UnsupportedError: None is named, and what the folder was made of cannot be told from it.
@@ -114,6 +114,18 @@ def original_of(folder: Folder, original: str | Path | None) -> Weights:
     if changed or (not spikes and report["source"]["family"] not in ("llama", "qwen2", "qwen3")):
         raise UnsupportedError(
             f"{folder.path}: its weights are not its source's any more",
+            hint="name the model it was made from with --original",
+        )
+    facts = report["source"]
+    if not spikes and (facts.get("healed") or facts.get("retied")):
+        what = "healed before" if facts.get("healed") else "given another output matrix"
+        raise UnsupportedError(
+            f"{folder.path}: its source was {what}, so the original is not in it",
+            hint="name the model it was made from with --original",
+        )
+    if not spikes and not facts.get("only_full_softmax", True):
+        raise UnsupportedError(
+            f"{folder.path}: its source had other mixers than full softmax",
             hint="name the model it was made from with --original",
         )
     if any(layer.moe for layer in folder.config.layers):
@@ -198,12 +210,17 @@ def converted_folder(model: Path) -> Folder:
         UsageError: It did not.
     """
     folder = open_checkpoint(model)
-    if not isinstance(folder, Folder) or not (folder.path / "report.json").is_file():
-        raise UsageError(
-            f"{model}: not a converted model",
-            hint="convert it first: respike convert MODEL OUT --recipe retrieval",
-        )
-    return folder
+    if (
+        isinstance(folder, Folder)
+        and folder.raw_config.get("model_type") == "respike"
+        and all((folder.path / name).is_file() for name in ("report.json", "recipe.yaml"))
+        and {"source", "fingerprint"} <= read_json(folder.path / "report.json").keys()
+    ):
+        return folder
+    raise UsageError(
+        f"{model}: not a converted model",
+        hint="convert it first: respike convert MODEL OUT --recipe retrieval",
+    )
 
 
 def begin(request: Request, healing: Healing, progress: Step | None = None) -> Course:
