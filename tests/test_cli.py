@@ -320,6 +320,8 @@ def test_select_in_json_prints_the_scores_and_can_leave_out_the_picture(
     assert run.json == json.loads((tmp_path / "a.scores.json").read_text())
     assert not (tmp_path / "a.png").exists()
     assert respike(*words, "--no-heat-map").code == 2
+    long = (*words[:3], tmp_path / f"{'x' * 101}.yaml", *words[4:])
+    assert "at most 100 characters" in respike(*long).err
     succeeded(respike(*words, "--no-heat-map", "--force"))
 
 

@@ -499,3 +499,13 @@ def test_a_huge_card_is_not_read_whole(folder: Path) -> None:
         file.truncate(200 << 20)
     with cheap():
         assert open_checkpoint(folder).license == "not stated"
+
+
+def test_keys_that_are_not_read_are_named(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny", "qwen2")
+    assert open_checkpoint(folder).unknown_keys == ()
+    edit_config(folder, logit_scale=0.5, use_cache=False)
+    assert open_checkpoint(folder).unknown_keys == ("logit_scale",)
+    edit_config(folder, partial_rotary_factor=0.5)
+    with pytest.raises(UnsupportedError, match=r"partial_rotary_factor 0\.5 is not 1"):
+        open_checkpoint(folder)

@@ -31,6 +31,10 @@ LinearName = Literal["gla", "tied", "delta", "sse"]
 HalfLife = Annotated[float, Field(ge=2**-10, le=1 << 32)]
 
 
+MAX_NAME = 100
+"""Characters of a recipe's name."""
+
+
 class Evenly(Frozen):
     """``count`` layers spread evenly over the depth."""
 
@@ -238,7 +242,7 @@ class Recipe(Frozen):
 
     recipe: Literal[1]
     """Version of this schema."""
-    name: str = Field(min_length=1, max_length=100)
+    name: str = Field(min_length=1, max_length=MAX_NAME)
     about: str = ""
     measured_on: str = ""
     """The model whose figures the recipe's text quotes."""

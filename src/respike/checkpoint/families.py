@@ -27,6 +27,20 @@ MIXER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(self_attn|beside)\.mixers\.(\
 """Names of the tensors that mixers add to those of their source."""
 LEARNED_SINKS = "model.learned_sinks"
 
+NO_COMPUTE = frozenset(
+    {
+        "_name_or_path", "architectures", "attention_dropout", "auto_map", "dtype",
+        "initializer_range", "output_attentions", "output_hidden_states", "pad_token_id",
+        "pretraining_tp", "return_dict", "tokenizer_class", "torch_dtype", "transformers_version",
+        "use_cache", "layer_types", "max_window_layers", "sliding_window",
+    }
+)  # fmt: skip
+"""Keys of a ``config.json`` that say nothing about what a model computes; the last three do so
+with ``use_sliding_window``, and are read then."""
+
+PLAIN = ("llama", "qwen2", "qwen3")
+"""Families whose configs are read as they are, without defaults of ours."""
+
 FAMILIES: dict[str, Callable[[Json], dict[str, bool]]] = {
     # model_type -> which optional parts of a layer it has. Yi and R1-Distill-Llama are llama.
     "llama": lambda raw: {
@@ -74,6 +88,28 @@ def config_from_json(raw: Json, where: str) -> ModelConfig:
         raise CheckpointError(f"{where}: key {error.args[0]!r} is missing") from error
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{where}: malformed: {error}") from error
+
+
+class Noted(dict[str, Any]):
+    """A ``config.json`` that notes which of its keys are asked for."""
+
+    def __init__(self, raw: Json) -> None:
+        super().__init__(raw)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        """As of a dict."""
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def unread(self) -> tuple[str, ...]:
+        """Keys that nobody asked for and that may change what the model computes."""
+        return tuple(sorted(self.keys() - self.asked - NO_COMPUTE))
 
 
 def _foreign(raw: Json, where: str) -> ModelConfig:
@@ -152,6 +188,9 @@ def _layers(raw: Json, num_layers: int, groups: int, context: int) -> tuple[Laye
 def _rope(raw: Json, where: str) -> RopeConfig:
     # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling stood apart.
     scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    part = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if part not in (None, 1):
+        raise UnsupportedError(f"{where}: partial_rotary_factor {str(part)[:20]} is not 1")
     theta: Any = scaling.get("rope_theta", raw.get("rope_theta", 10_000.0))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":

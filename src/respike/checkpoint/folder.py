@@ -15,6 +15,8 @@ from torch import Tensor
 from respike.checkpoint import spikingbrain
 from respike.checkpoint.families import (
     IGNORED_SUFFIXES,
+    PLAIN,
+    Noted,
     account_tensors,
     config_from_json,
     expected_tensors,
@@ -61,7 +63,11 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.raw_config = read_json(path / "config.json")
-        self.config = config_from_json(self.raw_config, str(path / "config.json"))
+        noted = Noted(self.raw_config)
+        self.config = config_from_json(noted, str(path / "config.json"))
+        # Of other families a copy is read, filled in with defaults; of ours, all is.
+        plain = self.config.family in PLAIN and self.raw_config.get("model_type") != "respike"
+        self.unknown_keys = noted.unread() if plain else ()
         self._spikingbrain = self.raw_config.get("model_type") == spikingbrain.FAMILY
         self._theirs = foreign_names(self.raw_config, self.config)
         self.files: list[Path] = []

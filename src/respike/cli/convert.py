@@ -136,14 +136,18 @@ def select_command(model: str, output: str, **options: Any) -> None:
     Beside the recipe FILE.yaml it writes FILE.scores.json, every score, and FILE.png, a heat map.
     """
     from respike.device import set_threads
+    from respike.files import replace_text
     from respike.loading import load
     from respike.recipe import dump_recipe
+    from respike.recipe_options import MAX_NAME
     from respike.selection import Budget, select, selected_recipe
     from respike.text import contexts
 
     recipe_path = Path(output)
     if recipe_path.suffix not in (".yaml", ".yml"):
         raise UsageError(f"--output {output}: expected a name that ends in .yaml")
+    if len(recipe_path.stem) > MAX_NAME:
+        raise UsageError(f"--output {output}: a recipe's name has at most {MAX_NAME} characters")
     scores_path, map_path = recipe_path.with_suffix(".scores.json"), recipe_path.with_suffix(".png")
     wanted = [recipe_path, scores_path] + [map_path] * options["heat_map"]
     refuse_existing(wanted, options["force"])
@@ -170,9 +174,9 @@ def select_command(model: str, output: str, **options: Any) -> None:
         selection = select(loaded.decoder, loaded.tokenizer, text, budget, step, rest)
     name = Path(model).resolve().name
     recipe = selected_recipe(selection, budget, loaded.config, recipe_path.stem, name, rest_recipe)
-    recipe_path.write_text(dump_recipe(recipe, {"measured on": name}), encoding="utf-8")
     scores = selection.as_dict()
-    scores_path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    replace_text(scores_path, json.dumps(scores, indent=1) + "\n")
+    replace_text(recipe_path, dump_recipe(recipe, {"measured on": name}))
     if options["heat_map"]:
         from respike.selection.heat_map import draw
 

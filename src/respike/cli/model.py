@@ -58,7 +58,7 @@ def inspect_command(model: str, as_json: bool) -> None:
         "mixers": [{"layers": a, "mixers": b} for a, b in layer_table(config)],
         "spikes": config.spikes
         and {"neuron": config.spikes.neuron, "runs": how_it_runs(config.spikes)},
-        "unknown_keys": list(getattr(source, "unknown_keys", ())),
+        "unknown_keys": list(source.unknown_keys) if isinstance(source, Folder) else [],
     }
     if as_json:
         echo_json(figures)

@@ -1,26 +1,12 @@
 """The log of a course: JSON Lines, one line a step or a verdict."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from respike.errors import DataError
+from respike.files import replace_text
 from respike.healing.judge import Verdict
-
-
-def replace_text(path: Path, text: str) -> None:
-    """A whole file in place of an older one.
-
-    Raises:
-        DataError: It cannot be written; what was there is there still.
-    """
-    staging = path.with_name(f".{path.name}.partial")
-    try:
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, path)
-    except OSError as error:
-        raise _unwritten(path, error) from error
 
 
 def _unwritten(path: Path, error: OSError) -> DataError:

@@ -18,10 +18,11 @@ from respike.checkpoint import Folder, fingerprint, open_checkpoint, read_json
 from respike.config import ModelConfig, SpikeConfig, full_layers
 from respike.data import TokenStore, prepare
 from respike.errors import UnsupportedError, UsageError
+from respike.files import replace_text
 from respike.healing.checkpoint import load_checkpoint, save_checkpoint
 from respike.healing.config import Healing
 from respike.healing.judge import Judge, Verdict, is_better
-from respike.healing.log import Log, replace_text
+from respike.healing.log import Log
 from respike.healing.objectives import Pair
 from respike.healing.parallel import World, join_world
 from respike.healing.trainable import held_beside
