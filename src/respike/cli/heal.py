@@ -61,10 +61,10 @@ from respike.cli.show import (
 def heal_command(model: str, out: str, **options: Any) -> None:
     """Train the converted MODEL to do what its original does; write the healed folder OUT.
 
-    The original is the source that MODEL was converted from; of a MODEL that spikes, the same
-    without its neurons. The course runs on all cores, in bf16 where
-    this machine multiplies it and else in f32, and can be interrupted at any moment: OUT.healing
-    holds where it stands, and the same command goes on from there.
+    The original is the source that MODEL was converted from, or what --original names where that
+    source is not in MODEL; of a MODEL that spikes, the same without its neurons. The course runs on
+    all cores, in bf16 where this machine multiplies it and else in f32, and can be interrupted at
+    any moment: OUT.healing holds where it stands, and the same command goes on from there.
     `torchrun --nproc-per-node N -m respike heal ...` shares the work.
     """
     from respike.device import set_threads
