@@ -128,8 +128,10 @@ def check_out(out: Path, source: Path, force: bool) -> None:
     Raises:
         UsageError: It may not be written.
     """
-    real = Path(os.path.realpath(out))
-    for what, place in (("the source", source), ("the folder you are in", Path.cwd())):
+    real, places = Path(os.path.realpath(out)), {"the source": source}
+    with suppress(FileNotFoundError):  # the folder one is in may have been removed
+        places["the folder you are in"] = Path.cwd()
+    for what, place in places.items():
         place = Path(os.path.realpath(place))
         if real == place or real in place.parents:
             raise UsageError(f"{out}: is or holds {what}; choose another folder")
@@ -177,10 +179,8 @@ def _bring_back(out: Path) -> None:
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is somebody else's
     return True
 
 
