@@ -2,21 +2,19 @@
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from respike.bench.machine import provenance
+from respike.files import replace_text
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """One JSON document, in place of an older one; a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def came_from() -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         DataError: It cannot be written; what was there is there still.
     """
-    staging = path.with_name(f".{path.name}.partial")
+    staging = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         staging.write_text(text, encoding="utf-8")
         os.replace(staging, path)
@@ -24,3 +25,26 @@ def replace_text(path: Path, text: str) -> None:
             f"{path}: cannot be written: {error.strerror}",
             hint="make room there, or choose another place; the same command goes on",
         ) from error
+
+
+def put_in_place(new: Path, out: Path, old: Path) -> None:
+    """Make the folder ``new`` into ``out``; what was there goes when that is done, and not before.
+
+    Args:
+        new: On the same disk.
+        out: An older folder, or nothing.
+        old: Where the older one stands meanwhile; it is back in its place if this fails.
+
+    Raises:
+        OSError: It cannot be done.
+    """
+    try:
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        new.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -10,10 +10,10 @@ foreseen.
 """
 
 import json
-import os
 import time
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -29,6 +29,8 @@ from respike.bench.ours import load_options
 from respike.bench.shapes import RandomCheckpoint
 from respike.config import LayerConfig, Mixer, ModelConfig
 from respike.device import set_threads
+from respike.errors import DataError
+from respike.files import replace_text
 from respike.layers.state import MixerState
 from respike.loading import fast_decoder
 from respike.models.decoder import PREFILL_CHUNK_TOKENS, Decoder
@@ -271,13 +273,9 @@ class _Cache:
 
     def write(self) -> None:
         """A cache that cannot be written costs seconds and nothing else."""
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        try:
+        with suppress(OSError, DataError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.all, indent=1), encoding="utf-8")
-            partial.replace(self.path)
-        except OSError:
-            return
+            replace_text(self.path, json.dumps(self.all, indent=1))
 
 
 Measurements = dict[str, dict[str, dict[str, Any]]]

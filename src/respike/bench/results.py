@@ -1,12 +1,12 @@
 """The result file: every point is on disk as soon as it is measured, and a second call goes on."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from respike.errors import DataError, UsageError
+from respike.files import replace_text
 
 KIND = "bench"
 
@@ -74,15 +74,10 @@ class Results:
         """
         if self.path is None:
             return
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.path)
-        except OSError as error:
-            raise UsageError(f"{self.path}: cannot be written: {error.strerror}") from error
-        finally:
-            if partial.exists():
-                partial.unlink()
+            replace_text(self.path, json.dumps(self.data, indent=1) + "\n")
+        except DataError as error:
+            raise UsageError(str(error)) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from respike.conversion.plan import Plan
 from respike.conversion.shards import SHARD_BYTES, write_json, write_shards
 from respike.device import get_dtype
 from respike.errors import CheckpointError, UsageError
+from respike.files import put_in_place
 from respike.loading import Progress, fast_decoder, load_tokenizer
 from respike.recipe import dump_recipe
 from respike.text import calibration_contexts, contexts
@@ -193,18 +194,12 @@ def staged(out: Path) -> Iterator[Path]:
     try:
         staging.mkdir(parents=True)
         yield staging
-        if out.exists():
-            out.rename(old)
-        staging.rename(out)
+        put_in_place(staging, out, old)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{out}: cannot be written: {reason}") from error
     finally:
-        with suppress(OSError):  # such as a name too long to look at
-            if old.exists() and not out.exists():
-                old.rename(out)
-        for folder in (staging, old):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):  # not empty: it holds the model
             for folder in missing:
                 folder.rmdir()

@@ -27,6 +27,7 @@ from respike.data.fetch import fetch
 from respike.data.manifest import Manifest, SourceEntry
 from respike.data.markup import man_text, page_text, pod_text
 from respike.errors import DataError, UsageError
+from respike.files import put_in_place
 from respike.loading import Progress
 from respike.tokenizer import Tokenizer
 
@@ -81,7 +82,7 @@ def build_corpus(
         receipt = _receipt(manifest, rows, exclude_near, tokenizer)
         text = json.dumps(receipt, indent=1, ensure_ascii=False)
         (new / RECEIPT).write_text(text + "\n", encoding="utf-8")
-        _put_in_place(new, out, staging / "old")
+        put_in_place(new, out, staging / "old")
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
     shutil.rmtree(staging, ignore_errors=True)
@@ -128,19 +129,6 @@ def _check_out(out: Path, force: bool) -> None:
             f"{out}: holds {CHATS}, a teacher's answers, which --force would remove",
             hint="move that file away first, or leave out --manifest to add to it",
         )
-
-
-def _put_in_place(new: Path, out: Path, old: Path) -> None:
-    """Make ``new`` into ``out``; what was there is in ``old`` then, or there still."""
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
 
 
 def _heldout(paths: Sequence[str | Path]) -> Iterator[str]:
