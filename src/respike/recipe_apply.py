@@ -61,9 +61,14 @@ def _check_source(recipe: Recipe, source: ModelConfig) -> None:
             )
 
 
+def _rule(recipe: Recipe, index: int, depth: int) -> Rule | None:
+    """The first rule that matches a layer."""
+    return next((rule for rule in recipe.layers if _matches(rule.at, index, depth)), None)
+
+
 def _layer(recipe: Recipe, source: ModelConfig, index: int) -> LayerConfig:
     depth, everyone = source.num_hidden_layers, tuple(range(source.num_key_value_heads))
-    rule = next((r for r in recipe.layers if _matches(r.at, index, depth)), None)
+    rule = _rule(recipe, index, depth)
     if rule is None:
         raise RecipeError(
             f"recipe {recipe.name!r}: no rule matches layer {index}",
@@ -253,13 +258,15 @@ def _check_sinks(recipe: Recipe, source: ModelConfig) -> None:
     options = recipe.learned_sinks
     if options.count and source.learned_sinks:
         raise RecipeError(f"recipe {recipe.name!r}: the source has learned sinks already")
-    if options.count and options.start == "bos" and first_token(source) is None:
+    if not options.count or options.start != "bos":
+        return
+    token = first_token(source)
+    if token is None:
         raise RecipeError(
             f"recipe {recipe.name!r}: learned_sinks.start is bos, the source names no such token",
             hint="set learned_sinks.start=random",
         )
-    token = first_token(source) if options.count and options.start == "bos" else None
-    if token is not None and not 0 <= token < source.vocab_size:
+    if not 0 <= token < source.vocab_size:
         raise RecipeError(
             f"recipe {recipe.name!r}: learned_sinks.start is bos, which is token {token} of "
             f"{source.vocab_size:,}",
@@ -287,7 +294,7 @@ def _check_groups(recipe: Recipe, depth: int, num_groups: int) -> None:
                     f"recipe {recipe.name!r}: softmax_groups.{index} names KV group {group}, "
                     f"the model has groups 0 to {num_groups - 1}"
                 )
-        rule = next((r for r in recipe.layers if _matches(r.at, index, depth)), None)
+        rule = _rule(recipe, index, depth)
         if groups and rule is not None and rule.mixer == "keep":
             raise RecipeError(
                 f"recipe {recipe.name!r}: softmax_groups names layer {index}, whose rule keeps "

@@ -9,11 +9,11 @@ import click
 from respike.cli.show import (
     device_options,
     echo_json,
-    given,
     human_bytes,
     json_option,
     number_option,
     progress,
+    refuse_unused,
     table,
 )
 from respike.errors import UsageError
@@ -52,9 +52,9 @@ def corpus_command(out: str, manifest: str | None, **options: Any) -> None:
     if manifest is None and options["teacher"] is None:
         raise UsageError("--manifest or --teacher is needed", hint="try --manifest docs-en")
     if manifest is None:
-        _refuse_unused(BUILDING, "--manifest")
+        refuse_unused(BUILDING, "without --manifest")
     if options["teacher"] is None:
-        _refuse_unused(CHATTING, "--teacher")
+        refuse_unused(CHATTING, "without --teacher")
     report: dict[str, Any] = {}
     if manifest is not None:
         report = _build(out, manifest, options)
@@ -73,13 +73,6 @@ def corpus_command(out: str, manifest: str | None, **options: Any) -> None:
 
 BUILDING = ("exclude_near", "packages", "tokenizer", "force", "dry_run")
 CHATTING = ("chats", "max_tokens", "seed", "device", "dtype", "threads")
-
-
-def _refuse_unused(names: tuple[str, ...], missing: str) -> None:
-    """Refuse what was typed and would mean nothing."""
-    for option in click.get_current_context().command.params:
-        if option.name in names and given(option.name):
-            raise UsageError(f"{option.opts[0]} means nothing without {missing}")
 
 
 def _build(out: str, name: str, options: dict[str, Any]) -> dict[str, Any]:

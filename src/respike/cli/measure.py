@@ -22,15 +22,15 @@ from respike.cli.show import (
     BUILTIN,
     data_option,
     echo_json,
-    given,
     json_option,
     load_options,
     number_option,
     progress,
+    refuse_unused,
     run_options,
     table,
 )
-from respike.errors import DataError, UsageError
+from respike.errors import DataError
 
 AS_STORED = {"weights": "stored"}
 """--weights is about the model that is measured, never about what it is compared with."""
@@ -203,7 +203,7 @@ def eval_command(model: str, task: str, original: str | None, **options: Any) ->
     """
     from respike.device import set_threads
 
-    _refuse_unused(task)
+    refuse_unused(UNUSED[task], f"to --task {task}")
     if task == "recall":
         check_recall_options(original, options)
     set_threads(options["threads"])
@@ -230,12 +230,6 @@ UNUSED = {
     "recall": ("data", "context_tokens", "max_tokens"),
 }
 """Options that a task has no use for."""
-
-
-def _refuse_unused(task: str) -> None:
-    for option in click.get_current_context().command.params:
-        if option.name in UNUSED[task] and given(option.name):
-            raise UsageError(f"{option.opts[0]} means nothing to --task {task}")
 
 
 def _perplexity(loaded: dict[str, Any], text: Any) -> list[dict[str, Any]]:

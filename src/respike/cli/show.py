@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,6 +81,13 @@ def given(name: str) -> bool:
     """Whether the running command's option was typed, and is not its default."""
     context = click.get_current_context()
     return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def refuse_unused(names: Container[str], why: str) -> None:
+    """Refuse an option of the running command that was typed and means nothing; ``why`` says."""
+    for option in click.get_current_context().command.params:
+        if option.name in names and given(option.name):
+            raise UsageError(f"{option.opts[0]} means nothing {why}")
 
 
 def load_options(options: dict[str, Any]) -> dict[str, Any]:

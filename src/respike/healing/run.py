@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from respike.checkpoint import Folder, fingerprint, open_checkpoint, read_json
+from respike.checkpoint.families import PLAIN
 from respike.config import ModelConfig, SpikeConfig, full_layers
 from respike.data import TokenStore, prepare
 from respike.errors import UnsupportedError, UsageError
@@ -109,35 +110,34 @@ def original_of(folder: Folder, original: str | Path | None) -> Weights:
     """
     if original is not None:
         return open_checkpoint(original)
-    report = read_json(folder.path / "report.json")
-    spikes = folder.config.spikes is not None
-    changed = "healing" in report or (not spikes and "spikes" in report)
-    if changed or (not spikes and report["source"]["family"] not in ("llama", "qwen2", "qwen3")):
+    missing = _why_not_inside(folder, read_json(folder.path / "report.json"))
+    if missing:
         raise UnsupportedError(
-            f"{folder.path}: its weights are not its source's any more",
-            hint="name the model it was made from with --original",
+            f"{folder.path}: {missing}", hint="name the model it was made from with --original"
         )
-    facts = report["source"]
-    if not spikes and (facts.get("healed") or facts.get("retied")):
-        what = "healed before" if facts.get("healed") else "given another output matrix"
-        raise UnsupportedError(
-            f"{folder.path}: its source was {what}, so the original is not in it",
-            hint="name the model it was made from with --original",
-        )
-    if not spikes and not facts.get("only_full_softmax", True):
-        raise UnsupportedError(
-            f"{folder.path}: its source had other mixers than full softmax",
-            hint="name the model it was made from with --original",
-        )
-    if any(layer.moe for layer in folder.config.layers):
-        raise UnsupportedError(
-            f"{folder.path}: its MLPs have become experts, scaled",
-            hint="name the model it was made from with --original",
-        )
-    if spikes:
+    if folder.config.spikes is not None:
         return Reading(folder, spikes=None)
     layers = full_layers(folder.config.num_hidden_layers, folder.config.num_key_value_heads)
     return Reading(folder, layers=layers, learned_sinks=0)
+
+
+def _why_not_inside(folder: Folder, report: dict[str, Any]) -> str | None:
+    """Why the original is not the folder itself with its source's mixers; None: it is."""
+    source, spikes = report["source"], folder.config.spikes is not None
+    if "healing" in report:
+        return "its weights are not its source's any more"
+    if not spikes:
+        if "spikes" in report or source["family"] not in PLAIN:
+            return "its weights are not its source's any more"
+        if source.get("healed"):
+            return "its source was healed before, so the original is not in it"
+        if source.get("retied"):
+            return "its source was given another output matrix, so the original is not in it"
+        if not source.get("only_full_softmax", True):
+            return "its source had other mixers than full softmax"
+    if any(layer.moe for layer in folder.config.layers):
+        return "its MLPs have become experts, scaled"
+    return None
 
 
 def trainable(folder: Folder) -> Weights:
