@@ -27,8 +27,8 @@ from respike.checkpoint import open_checkpoint
 from respike.data import Loader, TextSource, open_store
 from respike.device import get_dtype, set_threads
 from respike.healing import load_healing
+from respike.healing.models import converted_folder, models, original_of
 from respike.healing.parallel import World
-from respike.healing.run import converted_folder, models, original_of
 from respike.healing.trainer import Trainer
 from respike.loading import load_decoder, load_tokenizer
 

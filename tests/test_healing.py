@@ -33,10 +33,10 @@ from respike.healing import Request, apply, heal, load_healing
 from respike.healing.config import Judging, Stage, builtin_healings
 from respike.healing.judge import Verdict, is_better
 from respike.healing.losses import summed_kl, summed_nats
+from respike.healing.models import converted_folder, models
 from respike.healing.objectives import memory_is_off, weigh_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
-from respike.healing.run import converted_folder, models
 from respike.healing.trainable import CHOSEN, FITTED, prepare
 from respike.layers.blocks import BlockState
 from respike.layers.far import FarSoftmax

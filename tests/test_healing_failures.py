@@ -12,6 +12,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 
+import respike.healing.models as models
 import respike.healing.run as run
 from courses import DISTIL, JUDGE, RECALL, SETTINGS, TRANSFER, course, request, steps, weights
 from refusal import edit_config, one_line
@@ -64,9 +65,9 @@ def test_an_original_that_is_not_in_the_folder_is_asked_for(
     for name, todo in made.items():
         convert(todo, tmp_path / name)
         with pytest.raises(UnsupportedError, match=words.get(name, "healed before")) as caught:
-            run.original_of(run.converted_folder(tmp_path / name), None)
+            models.original_of(models.converted_folder(tmp_path / name), None)
         assert "--original" in str(caught.value.hint)
-        assert run.original_of(run.converted_folder(tmp_path / name), source)
+        assert models.original_of(models.converted_folder(tmp_path / name), source)
 
 
 def test_a_folder_that_only_looks_converted_is_refused(source: Path, tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_folder_that_only_looks_converted_is_refused(source: Path, tmp_path: P
     for report in ("{}", '{"source": {}, "fingerprint": ""}'):
         (tmp_path / "looks" / "report.json").write_text(report)
         with pytest.raises(UsageError, match="not a converted model"):
-            run.converted_folder(tmp_path / "looks")
+            models.converted_folder(tmp_path / "looks")
 
 
 def test_a_dry_run_looks_at_what_it_is_given(converted: Path, text: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from respike.conversion import convert, plan
 from respike.data import Batch, Loader, RecallSource
 from respike.data.recall import Curriculum
 from respike.healing import Healing, Request, heal
+from respike.healing.models import converted_folder, models
 from respike.healing.objectives import Asked, Carried, beyond_original, distil, predicting
 from respike.healing.packed import Lanes, segments, teacher_hidden
-from respike.healing.run import converted_folder, models
 from respike.loading import load
 from respike.models.packing import pack_decoder
 from respike.recipe import load_recipe

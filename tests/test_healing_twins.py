@@ -17,10 +17,10 @@ from respike.data import Batch
 from respike.errors import UnsupportedError
 from respike.healing import Healing, Request, apply, heal
 from respike.healing.config import Stage
+from respike.healing.models import converted_folder, models
 from respike.healing.objectives import transfer
 from respike.healing.packed import Packed, segments, short_windows
 from respike.healing.parallel import World
-from respike.healing.run import converted_folder, models
 from respike.healing.trainable import prepare, trained_names
 from respike.loading import load_decoder
 from respike.models.balance import watch_balance

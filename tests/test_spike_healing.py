@@ -15,8 +15,8 @@ from respike.errors import UnsupportedError, UsageError
 from respike.healing import Healing, Request, apply, heal, load_healing
 from respike.healing.config import Judging, Silence, Stage
 from respike.healing.judge import Judge, Verdict, is_better
+from respike.healing.models import converted_folder, models, trainable
 from respike.healing.penalties import GOAL_WIDTH, Penalties
-from respike.healing.run import converted_folder, models, trainable
 from respike.loading import fast_decoder, load, load_decoder, load_tokenizer
 from respike.models.silence import SeenFiring, watch_firing
 from respike.models.spiking import spike_sites

@@ -114,7 +114,7 @@ def heal_command(model: str, out: str, **options: Any) -> None:
 
 def _refuse_course_options(model: Path, options: Mapping[str, Any]) -> None:
     """What --apply would not look at."""
-    from respike.healing.run import converted_folder
+    from respike.healing.models import converted_folder
 
     given = {
         "--config": options["config"], "--data": options["data"], "--set": options["overrides"],

@@ -14,13 +14,12 @@ from respike.conversion.plan import plan_as_it_is
 from respike.data.documents import find_files
 from respike.errors import UsageError
 from respike.healing.config import Healing
+from respike.healing.models import converted_folder, original_of
 from respike.healing.run import (
     Course,
     Request,
     Step,
     begin,
-    converted_folder,
-    original_of,
     run_leg,
 )
 from respike.healing.weights import (
