@@ -176,9 +176,9 @@ class Stage(Frozen):
         """Steps between two places at which a run can stop and go on.
 
         Carried states are dropped there, so that a run that stopped and one that did not do the
-        same.
+        same. Other stages carry nothing.
         """
-        return 64 if self.kind == "length" else 16
+        return 64 if self.kind == "length" else 1
 
     @property
     def steps(self) -> int:

@@ -33,6 +33,8 @@ from respike.tokenizer import Tokenizer
 
 CHECKPOINT_SECONDS = 300
 """Time after which the next place to stop is written to disk."""
+JUDGE_STEPS = 16
+"""Steps of a stage between two places at which the judge may be due."""
 
 Step = Callable[[int, int, str], None]
 """Called with (steps done, steps, what is going on)."""
@@ -217,8 +219,10 @@ def _any(world: World, condition: bool) -> bool:
 
 
 def _due(course: Course) -> bool:
-    every = course.trainer.healing.judge.every_tokens
-    return course.trainer.where.tokens - course.judged_tokens >= every
+    trainer = course.trainer
+    unjudged_tokens = trainer.where.tokens - course.judged_tokens
+    due = unjudged_tokens >= trainer.healing.judge.every_tokens
+    return due and trainer.where.step % JUDGE_STEPS == 0
 
 
 def _judge(course: Course, progress: Step | None) -> None:
