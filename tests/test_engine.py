@@ -65,6 +65,15 @@ CONFIGS = {
     "kept tokens, many": model_config(
         ((window(0, 1, 2, reach=180, memory=FarMemory(features=5, kept_tokens=70)),),)
     ),
+    "kept tokens, other numbers in a layer": model_config(
+        (
+            (
+                full(1),
+                window(0, reach=180, memory=FarMemory(features=5, kept_tokens=70)),
+                window(2, memory=KEEPING),
+            ),
+        )
+    ),
     "mixers in Python": model_config(MEMORIES),
     "blocks": model_config(BLOCKS),
     "layers in Python": model_config(BRAINS, rms_norm_eps=1e-2),

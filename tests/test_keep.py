@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,7 +30,7 @@ from mixers import (
     tensors_of,
     turned,
 )
-from respike.account import state_bytes
+from respike.account import kept_tokens, state_bytes
 from respike.conversion.calibrate import calibrate
 from respike.conversion.worth import ASKED_EVERY, KEPT_HALF_LIVES, FarAttention, fit_worth
 from respike.errors import RecipeError, UsageError
@@ -46,7 +47,7 @@ from respike.ops.keep import (
     keep_definition,
     keep_torch,
 )
-from respike.recipe import load_recipe
+from respike.recipe import dump_recipe, load_recipe
 from respike.recipe_apply import apply_recipe
 from tiny import KEEPING, full, model_config, random_decoder, random_tokens, window
 from tolerance import assert_close
@@ -333,6 +334,37 @@ def test_a_recipe_says_how_many_are_kept_and_none_is_written_as_before() -> None
     assert "kept_tokens" not in plain
     with pytest.raises(RecipeError, match=r"far\.kept_tokens"):
         load_recipe("constant", ("far.kept_tokens=-1",))
+
+
+def test_groups_may_keep_more_tokens_than_others() -> None:
+    by_group = "far.kept_by_group={1: {0: 9, 2: 9}, 2: {1: 0}}"
+    made = load_recipe("constant", ("far.kept_tokens=5", by_group))
+    again = yaml.safe_load(dump_recipe(made))
+    assert again["far"]["kept_by_group"] == {1: {0: 9, 2: 9}, 2: {1: 0}}
+    shaped = apply_recipe(made, model_config())
+    kept = [[(m.groups, kept_tokens(m)) for m in layer.mixers] for layer in shaped.layers]
+    assert kept[:4] == [
+        [((0, 1, 2), 5)], [((0, 2), 9), ((1,), 5)], [((0, 2), 5), ((1,), 0)], [((0, 1, 2), 5)],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("far.kept_by_group={99: {0: 9}}", ["kept_by_group names layer 99", "layers 0 to"]),
+        ("far.kept_by_group={0: {7: 9}}", ["kept_by_group.0 names KV group 7", "groups 0 to 2"]),
+        ("far.kept_by_group={1: {1: 9}}", ["kept_by_group.1 names KV group 1", "full softmax"]),
+        ("far.kept_by_group={1: {1: -9}}", ["far.kept_by_group.1.1", "-9"]),
+        ("far.kept_by_group=[9]", ["far.kept_by_group"]),
+    ],
+)
+def test_kept_tokens_of_groups_that_cannot_have_them_are_refused(
+    change: str, words: list[str]
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        apply_recipe(load_recipe("constant", ("softmax_groups={1: [1]}", change)), model_config())
+    for word in words:
+        assert word in str(error.value)
 
 
 # ---- states ----------------------------------------------------------------------------------

@@ -211,6 +211,7 @@ def dump_recipe(recipe: Recipe, notes: Mapping[str, str] | None = None) -> str:
     """
     plain = recipe.model_dump(mode="json", exclude_none=True)
     plain["softmax_groups"] = {int(k): list(v) for k, v in sorted(recipe.softmax_groups.items())}
+    plain["far"]["kept_by_group"] = recipe.far.kept_by_group
     lines = (" ".join(f"{key}: {value}".split()) for key, value in (notes or {}).items())
     head = "".join(f"# {line}\n" for line in lines)
     return head + yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=100)

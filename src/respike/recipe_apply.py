@@ -1,5 +1,6 @@
 """From a recipe and a model's shape to the config of the converted model."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -93,9 +94,34 @@ def _layer(recipe: Recipe, source: ModelConfig, index: int) -> LayerConfig:
         assert memory is not None
         assert memory.kind != "far"
         mixers.append(LinearMixer(groups=stream, memory=memory))
+    elif stream and memory is not None and memory.kind == "far":
+        mixers += _far(recipe, memory, stream, index, near)
     elif stream:
         mixers.append(WindowMixer(groups=stream, memory=memory, **near))
     return LayerConfig(mixers=tuple(mixers), beside=_beside(recipe, source, rule), moe=moe)
+
+
+def _far(
+    recipe: Recipe, memory: FarMemory, stream: tuple[int, ...], index: int, near: dict[str, Any]
+) -> list[Mixer]:
+    """Windows with far memories, one for all groups of a layer that keep as many tokens."""
+    own = recipe.far.kept_by_group.get(index, {})
+    for group in own:
+        if group not in stream:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: far.kept_by_group.{index} names KV group {group}, which "
+                "keeps full softmax",
+                hint="leave that group out of one of them",
+            )
+    groups_of: dict[int, list[int]] = {}
+    for group in stream:
+        groups_of.setdefault(own.get(group, memory.kept_tokens), []).append(group)
+    return [
+        WindowMixer(
+            groups=tuple(groups), memory=memory.model_copy(update={"kept_tokens": count}), **near
+        )
+        for count, groups in groups_of.items()
+    ]
 
 
 def _beside(recipe: Recipe, source: ModelConfig, rule: Rule) -> BesideConfig | None:
@@ -282,18 +308,24 @@ def first_token(source: ModelConfig) -> int | None:
 
 
 def _check_groups(recipe: Recipe, depth: int, num_groups: int) -> None:
-    for index, groups in recipe.softmax_groups.items():
-        if not 0 <= index < depth:
-            raise RecipeError(
-                f"recipe {recipe.name!r}: softmax_groups names layer {index}, "
-                f"the model has layers 0 to {depth - 1}"
-            )
-        for group in groups:
-            if not 0 <= group < num_groups:
+    named: dict[str, Mapping[int, Iterable[int]]] = {
+        "softmax_groups": recipe.softmax_groups,
+        "far.kept_by_group": recipe.far.kept_by_group,
+    }
+    for field, layers in named.items():
+        for index, groups in layers.items():
+            if not 0 <= index < depth:
                 raise RecipeError(
-                    f"recipe {recipe.name!r}: softmax_groups.{index} names KV group {group}, "
-                    f"the model has groups 0 to {num_groups - 1}"
+                    f"recipe {recipe.name!r}: {field} names layer {index}, "
+                    f"the model has layers 0 to {depth - 1}"
                 )
+            for group in groups:
+                if not 0 <= group < num_groups:
+                    raise RecipeError(
+                        f"recipe {recipe.name!r}: {field}.{index} names KV group {group}, "
+                        f"the model has groups 0 to {num_groups - 1}"
+                    )
+    for index, groups in recipe.softmax_groups.items():
         rule = _rule(recipe, index, depth)
         if groups and rule is not None and rule.mixer == "keep":
             raise RecipeError(

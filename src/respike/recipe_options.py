@@ -98,6 +98,9 @@ class FarOptions(Frozen):
     """Prototypes of each KV group."""
     kept_tokens: KeptCount = 0
     """Tokens of each KV group that stay as they are beside them; see `respike.ops.keep`."""
+    kept_by_group: dict[int, dict[int, KeptCount]] = Field(default_factory=dict)
+    """By layer and KV group: another number of them. Some groups look at a few far tokens, some at
+    many."""
     half_life_tokens: HalfLife = 8192.0
     """Tokens after which half of a memory is left."""
     calibration_tokens: int = Field(default=0, ge=0, le=1 << 24)

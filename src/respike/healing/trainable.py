@@ -110,7 +110,7 @@ def _refuse(decoder: Decoder, healing: Healing, original_tokens: int) -> None:
     if healing.memory == "off" and any(getattr(m, "kept_tokens", 0) for m in decoder.modules()):
         raise UnsupportedError(
             "a control without memories, of a model that keeps tokens: they are its memories' too",
-            hint="convert it with --set far.kept_tokens=0 for that",
+            hint="convert it with --set far.kept_tokens=0 --set 'far.kept_by_group={}' for that",
         )
     for number, stage in enumerate(healing.stages):
         if stage.kind in ("transfer", "distil") and stage.context_tokens > original_tokens:
