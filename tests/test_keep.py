@@ -4,6 +4,7 @@ Letters: B batch, T tokens, G KV groups, R = H / G, F prototypes, K head dim, M 
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -351,9 +352,10 @@ def test_groups_may_keep_more_tokens_than_others() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ("memory=none far.kept_by_group={0: {1: 9}}", ["names KV group 1", "has none"]),
         ("far.kept_by_group={99: {0: 9}}", ["kept_by_group names layer 99", "layers 0 to"]),
         ("far.kept_by_group={0: {7: 9}}", ["kept_by_group.0 names KV group 7", "groups 0 to 2"]),
-        ("far.kept_by_group={1: {1: 9}}", ["kept_by_group.1 names KV group 1", "full softmax"]),
+        ("far.kept_by_group={1: {1: 9}}", ["kept_by_group.1 names KV group 1", "keeps softmax"]),
         ("far.kept_by_group={1: {1: -9}}", ["far.kept_by_group.1.1", "-9"]),
         ("far.kept_by_group=[9]", ["far.kept_by_group"]),
     ],
@@ -361,8 +363,9 @@ def test_groups_may_keep_more_tokens_than_others() -> None:
 def test_kept_tokens_of_groups_that_cannot_have_them_are_refused(
     change: str, words: list[str]
 ) -> None:
+    changes = ["softmax_groups={1: [1]}", *re.split(r" (?=far)", change)]
     with pytest.raises(RecipeError) as error:
-        apply_recipe(load_recipe("constant", ("softmax_groups={1: [1]}", change)), model_config())
+        apply_recipe(load_recipe("constant", changes), model_config())
     for word in words:
         assert word in str(error.value)
 

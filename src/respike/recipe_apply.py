@@ -36,6 +36,7 @@ def apply_recipe(recipe: Recipe, source: ModelConfig) -> ModelConfig:
     _check_source(recipe, source)
     _check_places(recipe, source.num_hidden_layers)
     _check_groups(recipe, source.num_hidden_layers, source.num_key_value_heads)
+    _check_kept(recipe, source.num_hidden_layers)
     _check_moe(recipe, source)
     _check_sinks(recipe, source)
     layers = tuple(_layer(recipe, source, index) for index in range(source.num_hidden_layers))
@@ -106,13 +107,6 @@ def _far(
 ) -> list[Mixer]:
     """Windows with far memories, one for all groups of a layer that keep as many tokens."""
     own = recipe.far.kept_by_group.get(index, {})
-    for group in own:
-        if group not in stream:
-            raise RecipeError(
-                f"recipe {recipe.name!r}: far.kept_by_group.{index} names KV group {group}, which "
-                "keeps full softmax",
-                hint="leave that group out of one of them",
-            )
     groups_of: dict[int, list[int]] = {}
     for group in stream:
         groups_of.setdefault(own.get(group, memory.kept_tokens), []).append(group)
@@ -333,3 +327,18 @@ def _check_groups(recipe: Recipe, depth: int, num_groups: int) -> None:
                 "what the source has there",
                 hint="leave that layer out of one of them",
             )
+
+
+def _check_kept(recipe: Recipe, depth: int) -> None:
+    """No group without a far memory is told how many tokens to keep."""
+    for index, groups in recipe.far.kept_by_group.items():
+        rule = _rule(recipe, index, depth)
+        far = rule is None or (rule.mixer == "window" and (rule.memory or recipe.memory) == "far")
+        for group in groups:
+            if not far or group in recipe.softmax_groups.get(index, ()):
+                why = "its layer has none" if not far else "it keeps softmax"
+                raise RecipeError(
+                    f"recipe {recipe.name!r}: far.kept_by_group.{index} names KV group {group}, "
+                    f"which has no far memory to keep tokens beside: {why}",
+                    hint="leave that group out, or set far.kept_by_group={}",
+                )
