@@ -20,11 +20,12 @@ import torch
 import yaml
 
 from respike import __version__
+from respike.account import kept_tokens
 from respike.cli import main
 from respike.cli.main import VERBS
 from respike.conversion import convert, plan
 from respike.loading import load
-from respike.recipe import load_recipe
+from respike.recipe import dump_recipe, load_recipe
 from tiny import V, save_tiny, write_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -344,6 +345,43 @@ def test_select_beside_a_conversion_keeps_its_recipe(respike: Program, tmp_path:
     assert (made.memory, made.window_tokens, made.far.features) == ("far", 16, 4)
     assert sum(len(groups) for groups in made.softmax_groups.values()) == 2
     assert "the rest are as in 'constant'" in made.about
+
+
+def test_select_shares_kept_tokens_out_and_the_recipe_converts(
+    respike: Program, tmp_path: Path
+) -> None:
+    recipe, base = tmp_path / "mine.yaml", tmp_path / "base.yaml"
+    changes = ("window_tokens=9", "far.features=4", "far.calibration_tokens=0")
+    base.write_text(dump_recipe(load_recipe("constant", changes)), encoding="utf-8")
+    kept = ("--kept-tokens", "40", "--recipe", base)
+    text = ("--data", "text.txt", "--context-tokens", "240", *ONE)
+    words = ("select", "tiny", "-o", recipe)
+    for more, why in (
+        ((), "expected one of --softmax-groups"),
+        (("--softmax-groups", "2", "--kept-tokens", "4"), "expected one of --softmax-groups"),
+        (("--softmax-groups", "2", "--recipe", base), "--recipe means nothing without"),
+        (("--kept-tokens", "40"), "--kept-tokens needs --recipe"),
+        ((*kept, "--window-tokens", "8"), "--window-tokens means nothing beside --kept-tokens"),
+        ((*kept[:3], "window", *text), "no far memories"),
+        (("--kept-tokens", "999", *kept[2:], *text), "expected 1 to 227"),
+    ):
+        refused = respike(*words, *more)
+        assert refused.code == 2
+        assert why in refused.err
+    run = succeeded(respike(*words, *kept, *text))
+    assert sorted(os.listdir(tmp_path)) == [
+        "base.yaml",
+        "mine.png",
+        "mine.scores.json",
+        recipe.name,
+    ]
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+    scores = json.loads((tmp_path / "mine.scores.json").read_text())
+    assert re.search(rf"shared out +{100 * scores['missed_shared_frac']:.2f}", run.out)
+    succeeded(respike("convert", "tiny", tmp_path / "out", "--recipe", recipe))
+    mixers = load(tmp_path / "out").config.mixers()
+    found = {f"{n}.{g}": kept_tokens(part) for n, part in mixers for g in part.groups}
+    assert found == scores["kept"]
 
 
 def test_check_of_a_model_with_itself_is_zero(respike: Program) -> None:

@@ -440,7 +440,11 @@ def test_what_is_caught_is_what_would_be_kept_then() -> None:
         places = keep_definition(leaving[:, : p + 1], span, held, position, rule)
         at = [m - kept - 9 for m in places.held[0, 0, -1].tolist() if m >= 0]
         total += float(seen.share[0, row, at].sum())
-    assert seen.caught(0, weight, half_life, kept) == pytest.approx(total, rel=1e-5)
+    found = seen.sampled(ASKED_EVERY).caught(0, weight, half_life, torch.tensor([kept, 0, T, 1]))
+    assert float(found[:, 0].sum()) == pytest.approx(total, rel=1e-5)
+    assert (found[:, 1] == 0).all()
+    assert_close(found[:, 2], seen.share[0, ::ASKED_EVERY].sum(-1))
+    assert 0 < found[:, 3].sum() < found[:, 0].sum()
 
 
 @pytest.mark.parametrize("fitted", [True, False])

@@ -1,7 +1,5 @@
-"""Verbs that make models and recipes: convert, select."""
+"""The verb that makes models: convert."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -9,20 +7,13 @@ import click
 from respike.cli.show import (
     data_option,
     echo_json,
-    given,
     human_bytes,
     json_option,
-    load_options,
-    need_matplotlib,
-    number_option,
     pairs,
     progress,
-    refuse_existing,
-    run_options,
     table,
     threads_option,
 )
-from respike.errors import UsageError
 
 
 @click.command("convert")
@@ -101,117 +92,3 @@ def _plan_text(report: dict[str, Any]) -> str:
         ],
     )
     return f"{facts}\n\n{layers}\n\n{state}"
-
-
-@click.command("select")
-@click.argument("model")
-@click.option("-o", "--output", required=True, metavar="FILE", help="Recipe to write (.yaml).")
-@click.option(
-    "--softmax-groups",
-    required=True,
-    type=int,
-    metavar="N",
-    help="KV groups that keep full softmax, of all layers together.",
-)
-@data_option("Text file")
-@number_option("--window-tokens", 256, "Window of all other KV groups.")
-@number_option("--sink-tokens", 4, "First tokens that those groups keep.", least=0)
-@click.option(
-    "--rest",
-    metavar="FOLDER",
-    help="Conversion of MODEL by the recipe constant: what those groups become, memories too.  "
-    "[default: a window]",
-)
-@number_option("--context-tokens", 1024, "Length of a piece of text.", least=2)
-@number_option("--max-tokens", 3072, "Tokens of text in all.")
-@number_option("--copy-trials", 4, "Sequences of the copying probe.")
-@number_option("--passkey-trials", 4, "Sequences of the passkey probe.", least=0)
-@click.option("--heat-map/--no-heat-map", default=True, help="Draw the scores beside the recipe.")
-@click.option("--force", is_flag=True, help="Replace the output files.")
-@run_options
-@json_option
-def select_command(model: str, output: str, **options: Any) -> None:
-    """Measure which KV groups of MODEL carry recall; write a recipe that keeps them.
-
-    Beside the recipe FILE.yaml it writes FILE.scores.json, every score, and FILE.png, a heat map.
-    """
-    from respike.device import set_threads
-    from respike.files import replace_text
-    from respike.loading import load
-    from respike.recipe import dump_recipe
-    from respike.recipe_options import MAX_NAME
-    from respike.selection import Budget, select, selected_recipe
-    from respike.text import contexts
-
-    recipe_path = Path(output)
-    if recipe_path.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"--output {output}: expected a name that ends in .yaml")
-    if len(recipe_path.stem) > MAX_NAME:
-        raise UsageError(f"--output {output}: a recipe's name has at most {MAX_NAME} characters")
-    scores_path, map_path = recipe_path.with_suffix(".scores.json"), recipe_path.with_suffix(".png")
-    wanted = [recipe_path, scores_path] + [map_path] * options["heat_map"]
-    refuse_existing(wanted, options["force"])
-    if options["heat_map"]:
-        need_matplotlib("the heat map", "add --no-heat-map")
-    set_threads(options["threads"])
-    rest_recipe = _recipe_of(options["rest"]) if options["rest"] else None
-    loaded = load(model, **load_options(options))
-    rest = load(options["rest"], **load_options(options)).decoder if options["rest"] else None
-    text = contexts(
-        options["data"],
-        loaded.tokenizer,
-        context_tokens=options["context_tokens"],
-        max_tokens=options["max_tokens"],
-    )
-    budget = Budget(
-        softmax_groups=options["softmax_groups"],
-        window_tokens=rest_recipe.window_tokens if rest_recipe else options["window_tokens"],
-        sink_tokens=rest_recipe.sink_tokens if rest_recipe else options["sink_tokens"],
-        copy_trials=options["copy_trials"],
-        passkey_trials=options["passkey_trials"],
-    )
-    with progress("measuring") as step:
-        selection = select(loaded.decoder, loaded.tokenizer, text, budget, step, rest)
-    name = Path(model).resolve().name
-    recipe = selected_recipe(selection, budget, loaded.config, recipe_path.stem, name, rest_recipe)
-    scores = selection.as_dict()
-    replace_text(scores_path, json.dumps(scores, indent=1) + "\n")
-    replace_text(recipe_path, dump_recipe(recipe, {"measured on": name}))
-    if options["heat_map"]:
-        from respike.selection.heat_map import draw
-
-        draw(selection, loaded.config, map_path)
-    if options["as_json"]:
-        echo_json(scores)
-        return
-    click.echo(_selection_text(scores))
-    for path in wanted:
-        click.echo(f"wrote {path}", err=True)
-    click.echo(f"next: respike convert {model} OUT --recipe {recipe_path}", err=True)
-
-
-def _recipe_of(folder: str) -> Any:
-    """The recipe of a converted folder, whose window no option may contradict."""
-    from respike.recipe import load_recipe
-
-    for name in ("window_tokens", "sink_tokens"):
-        if given(name):
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} means nothing beside --rest, which has its own")
-    path = Path(folder) / "recipe.yaml"
-    if not path.is_file():
-        raise UsageError(
-            f"--rest {folder}: has no recipe.yaml; expected a converted folder",
-            hint="make one: respike convert MODEL FOLDER --recipe constant",
-        )
-    return load_recipe(str(path))
-
-
-def _selection_text(scores: dict[str, Any]) -> str:
-    rows = [(f"{i + 1}", f"{a}.{b}", why) for i, (a, b, why) in enumerate(scores["picked"])]
-    measures = [
-        (f"{r['kept']}", f"{r['kl_nats']:.4f}", f"{r['recall_nats']:.4f}") for r in scores["rounds"]
-    ]
-    picks = table(("pick", "layer.group", "for"), rows)
-    course = table(("groups kept", "KL, nats a token", "recall, nats an answer"), measures)
-    return f"{picks}\n\n{course}"

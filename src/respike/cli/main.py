@@ -19,7 +19,7 @@ from respike.errors import RespikeError, did_you_mean
 VERBS = {
     # verb -> (module, what --help says); the module is imported when the verb is used.
     "inspect": ("model", "What a model is: family, mixers, parameters, bytes, state."),
-    "select": ("convert", "Measure which KV groups carry recall; write a recipe."),
+    "select": ("select", "Measure which KV groups carry recall; write a recipe."),
     "convert": ("convert", "Convert a model by a recipe."),
     "spikes": ("spikes", "Make a model spike; count every spike."),
     "corpus": ("corpus", "Build a training corpus from public packages."),

@@ -130,34 +130,11 @@ def calibrate(
         ]
         for layer in config.layers
     ]
-    parts = [part for layer in far for _, part in layer]
-    least = 2 * max((part.window_tokens + part.sink_tokens for part in parts), default=0)
-    if any(part.memory.kept_tokens for part in parts):  # type: ignore[union-attr]
-        least += LEAST_TOKENS
-    if searched.shape[1] < least:
-        raise UsageError(
-            f"calibration needs contexts of at least {least} tokens, got {searched.shape[1]}",
-            hint="choose a smaller window_tokens, or set far.calibration_tokens=0",
-        )
-    if original.config.learned_sinks or any(layer.beside for layer in original.config.layers):
-        raise UnsupportedError(
-            "calibrating on a model with learned sinks, or with an attention beside another",
-            hint="convert the original, or set far.calibration_tokens=0",
-        )
+    check_contexts(original, [part for layer in far for _, part in layer], searched.shape[1])
     tensors: dict[str, Tensor] = {}
     fits: list[HeadFit] = []
-    rows = [*searched, *checked]
     with torch.inference_mode():
-        xs = [original.model.embed_tokens(c[None].to(original.embedding.device)) for c in rows]
-        for index, layer in enumerate(original.layers):
-            heads = []
-            for n, x in enumerate(xs):
-                attention, normed = layer.self_attn, layer.input_layernorm(x)
-                (span,) = _spans(original, x.shape[1], x.shape[1], x.dtype)
-                qkv = attention.project(normed)
-                mixed = _mixed(attention, normed, qkv, span)
-                heads.append(_Heads(*qkv, mixed))
-                xs[n] = layer.add_mixed(x, attention.o_proj(mixed.flatten(2)))
+        for index, heads in enumerate(layer_heads(original, [*searched, *checked])):
             for j, part in far[index]:
                 fit = _GroupFit(original, config, part, half_life_tokens)
                 mixer, found = fit.run(index, heads[: len(searched)], heads[len(searched) :])
@@ -167,6 +144,66 @@ def calibrate(
             if progress:
                 progress(index + 1, len(original.layers))
     return tensors, fits
+
+
+def check_contexts(original: Decoder, parts: Sequence[WindowMixer], context_tokens: int) -> None:
+    """Refuse to look for far attention where there is none to see.
+
+    Args:
+        original: The source.
+        parts: Windows with far memories.
+        context_tokens: Length of the text that is looked at.
+
+    Raises:
+        UsageError: It is too short for anything to be far.
+        UnsupportedError: The original is no stack of attentions and MLPs.
+    """
+    least = 2 * max((part.window_tokens + part.sink_tokens for part in parts), default=0)
+    if any(part.memory.kept_tokens for part in parts):  # type: ignore[union-attr]
+        least += LEAST_TOKENS
+    if context_tokens < least:
+        raise UsageError(
+            f"calibration needs contexts of at least {least} tokens, got {context_tokens}",
+            hint="choose a smaller window_tokens, or set far.calibration_tokens=0",
+        )
+    if original.config.learned_sinks or any(layer.beside for layer in original.config.layers):
+        raise UnsupportedError(
+            "calibrating on a model with learned sinks, or with an attention beside another",
+            hint="convert the original, or set far.calibration_tokens=0",
+        )
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of one layer on one context: q (1, T, H, K), k, v (1, T, G, K), not rotated, and output."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+    def far_attention(self, decoder: Decoder, part: WindowMixer) -> FarAttention:
+        """What its queries look at behind a window."""
+        (span,) = _spans(decoder, self.q.shape[1], self.q.shape[1], torch.float32)
+        q, k = self.q.float(), self.k.float()
+        by_group = span.rotate(q)[0].unflatten(1, (k.shape[2], -1))  # type: ignore[no-untyped-call]
+        limits = part.window_tokens, part.sink_tokens
+        return FarAttention.of(by_group, k[0], span.rotate(k)[0], *limits)
+
+
+def layer_heads(original: Decoder, contexts: Sequence[Tensor]) -> Iterator[list[Heads]]:
+    """What each layer in turn makes of whole contexts, token ids (T) each."""
+    xs = [original.model.embed_tokens(c[None].to(original.embedding.device)) for c in contexts]
+    for layer in original.layers:
+        heads = []
+        for n, x in enumerate(xs):
+            attention, normed = layer.self_attn, layer.input_layernorm(x)
+            (span,) = _spans(original, x.shape[1], x.shape[1], x.dtype)
+            qkv = attention.project(normed)
+            mixed = _mixed(attention, normed, qkv, span)
+            heads.append(Heads(*qkv, mixed))
+            xs[n] = layer.add_mixed(x, attention.o_proj(mixed.flatten(2)))
+        yield heads
 
 
 def _mixed(
@@ -179,16 +216,6 @@ def _mixed(
         return attention.mix(normed, qkv, span, attention.init_state(1, normed))[0]
     keys = Keys(span.rotate(k).transpose(1, 2), v.transpose(1, 2))
     return window_softmax(span.rotate(q), keys)[0]
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Of one layer on one context: q (1, T, H, K), k, v (1, T, G, K), not rotated, and output."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
 
 
 def _spans(
@@ -217,7 +244,7 @@ class _GroupFit:
         self.heads = [g * self.rep + r for g in self.groups for r in range(self.rep)]
 
     def run(
-        self, index: int, searched: list[_Heads], checked: list[_Heads]
+        self, index: int, searched: list[Heads], checked: list[Heads]
     ) -> tuple[FarSoftmax, list[HeadFit]]:
         """The fitted mixer and one entry a head."""
         known = [self._mine(x) for x in searched]
@@ -233,16 +260,16 @@ class _GroupFit:
             fits.append(fit)
         return self.mixer, fits
 
-    def _mine(self, x: _Heads) -> _Heads:
+    def _mine(self, x: Heads) -> Heads:
         """The heads and groups that this mixer serves, float32."""
-        return _Heads(
+        return Heads(
             x.q[:, :, self.heads].float(),
             x.k[:, :, self.groups].float(),
             x.v[:, :, self.groups].float(),
             x.out[:, :, self.heads].float(),
         )
 
-    def _cluster(self, known: list[_Heads]) -> None:
+    def _cluster(self, known: list[Heads]) -> None:
         """Prototypes of each group, as the mixer's weights."""
         window = self.part.window_tokens
         distances = torch.linspace(window, 4 * window, FAR_DISTANCES).round().long()
@@ -264,20 +291,15 @@ class _GroupFit:
             prototypes = torch.linalg.solve_triangular(root, centres, upper=False, left=False)
             self.mixer.query_weight.data[mine] = _turn(prototypes, cos, -sin) * scale
 
-    def _weigh(self, known: list[_Heads]) -> None:
+    def _weigh(self, known: list[Heads]) -> None:
         """What a key of each group is worth, and how fast that halves."""
-        seen = []
-        for x in known:
-            (span,) = _spans(self.original, x.q.shape[1], x.q.shape[1], x.q.dtype)
-            q = span.rotate(x.q)[0].unflatten(1, (len(self.groups), self.rep))  # type: ignore[no-untyped-call]
-            limits = self.part.window_tokens, self.part.sink_tokens
-            seen.append(FarAttention.of(q, x.k[0], span.rotate(x.k)[0], *limits))
+        seen = [x.far_attention(self.original, self.part) for x in known]
         for n in range(len(self.groups)):
             weight, half_life = fit_worth(seen, n, self.mixer.kept_tokens)
             self.mixer.keep_weight.data[n] = weight
             self.mixer.keep_log2_half_life.data[n] = math.log2(half_life)
 
-    def _curves(self, x: _Heads) -> Tensor:
+    def _curves(self, x: Heads) -> Tensor:
         """Of one context: mean squared error, share and output square for every beta.
 
         (H, 1 + betas, 3); the first beta is shut.

@@ -10,7 +10,7 @@ Letters: T tokens of a context, S of its queries, G KV groups, R query heads of 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,19 +55,31 @@ class FarAttention:
         far = (position <= asked[:, None] - window_tokens) & (position >= sink_tokens)
         return cls(k, scores.softmax(-1).sum(1) * far, far)
 
+    def sampled(self, every: int) -> "FarAttention":
+        """Of one query in ``every``."""
+        return replace(self, share=self.share[:, ::every], far=self.far[::every])
+
     def rates(self, group: int) -> tuple[Tensor, Tensor]:
         """Keys that were far for long enough, and their mean shares."""
         counts = self.far.sum(0)
         some = counts >= LEAST_ASKED
         return self.k[some, group], self.share[group].sum(0)[some] / counts[some]
 
-    def caught(self, group: int, weight: Tensor, half_life: float, kept_tokens: int) -> float:
-        """Share that the keys have which would be kept when some of the queries ask."""
+    def caught(self, group: int, weight: Tensor, half_life: float, kept: Tensor) -> Tensor:
+        """Share that the keys have which would be kept when each query asks, (S, N).
+
+        Args:
+            group: Whose.
+            weight: From `fit_weight`.
+            half_life: Of worth, in tokens.
+            kept: How many are kept (N), int64.
+        """
         ages = torch.arange(len(self.k), device=weight.device) * (math.log(2) / half_life)
-        worth = self.k[:, group] @ weight + ages
-        some = slice(None, None, ASKED_EVERY)
-        kept = worth.where(self.far[some], -torch.inf).topk(min(kept_tokens, len(self.k)), -1)
-        return float(self.share[group, some].gather(-1, kept.indices).sum())
+        order = (self.k[:, group] @ weight + ages).argsort(descending=True)
+        rank, share = self.far[:, order].cumsum(-1), self.share[group][:, order].cumsum(-1)
+        ends = torch.searchsorted(rank, kept.expand(len(rank), -1).contiguous(), right=True)
+        caught: Tensor = torch.nn.functional.pad(share, (1, 0)).gather(-1, ends)
+        return caught
 
 
 def fit_worth(seen: Sequence[FarAttention], group: int, kept_tokens: int) -> tuple[Tensor, float]:
@@ -78,15 +90,23 @@ def fit_worth(seen: Sequence[FarAttention], group: int, kept_tokens: int) -> tup
         group: Its number in them.
         kept_tokens: How many will be kept.
     """
+    weight = fit_weight(seen, group)
+    kept = torch.tensor([kept_tokens], device=weight.device)
+    some = [s.sampled(ASKED_EVERY) for s in seen]
+
+    def caught(half_life: float) -> float:
+        return sum(float(s.caught(group, weight, half_life, kept).sum()) for s in some)
+
+    return weight, max(KEPT_HALF_LIVES, key=caught)
+
+
+def fit_weight(seen: Sequence[FarAttention], group: int) -> Tensor:
+    """The weight alone; see `fit_worth`."""
     keys, rates = (torch.cat(x).double() for x in zip(*(s.rates(group) for s in seen), strict=True))
     spread = keys.std() + 1e-9
     inputs = torch.cat((keys / spread, torch.ones(len(keys), 1, device=keys.device)), 1)
     squares = inputs.T @ inputs / len(inputs)
     squares.diagonal().add_(RIDGE)
     logs = (rates + LEAST_RATE).log()
-    weight = (torch.linalg.solve(squares, inputs.T @ logs / len(inputs))[:-1] / spread).float()
-
-    def caught(half_life: float) -> float:
-        return sum(s.caught(group, weight, half_life, kept_tokens) for s in seen)
-
-    return weight, max(KEPT_HALF_LIVES, key=caught)
+    weight: Tensor = torch.linalg.solve(squares, inputs.T @ logs / len(inputs))[:-1] / spread
+    return weight.float()
