@@ -348,6 +348,13 @@ def test_contexts_stop_at_the_tokens_asked_for_and_weigh_files_alike(
     assert [tokenizer.decode(row)[0] for row in found.tolist()] == ["x", "y", "x", "y"]
 
 
+def test_of_many_texts_too_short_the_first_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    paths = files(tmp_path, *"abcdefghijkl")
+    with pytest.raises(DataError) as caught:
+        contexts(paths, tokenizer, context_tokens=5, max_tokens=50)
+    assert str(caught.value).startswith(f"{paths[0]} and 11 more: too short")
+
+
 def test_a_text_shorter_than_a_context_is_refused_by_name(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -1,7 +1,8 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and their names in a line of text."""
 
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,3 +49,9 @@ def put_in_place(new: Path, out: Path, old: Path) -> None:
             old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def named(paths: Sequence[str | Path]) -> str:
+    """The files for a line of text: the first of many stands for all."""
+    more = f" and {len(paths) - 1:,} more" if len(paths) > 3 else ""
+    return ", ".join(map(str, paths[:1] if more else paths)) + more

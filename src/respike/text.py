@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from respike.errors import DataError, UsageError
+from respike.files import named
 from respike.tokenizer import Tokenizer
 
 
@@ -92,7 +93,7 @@ def contexts(
     rows = rows[: max_tokens // context_tokens]
     if not rows:
         raise DataError(
-            f"{', '.join(map(str, paths)) or 'the built-in text'}: too short for one context of "
+            f"{named(paths) or 'the built-in text'}: too short for one context of "
             f"{context_tokens} tokens",
             hint="give more text or a smaller --context-tokens",
         )

@@ -22,6 +22,7 @@ import numpy as np
 from respike.checkpoint import file_sha256
 from respike.data.documents import Document, find_files, read_file
 from respike.errors import DataError
+from respike.files import named
 from respike.loading import Progress
 from respike.tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ def prepare(
         staging.mkdir()
         facts = _write(files, tokenizer, staging, progress)
         if not facts["documents"]:
-            raise DataError(f"{', '.join(map(str, paths))}: no text in any of {len(files)} files")
+            raise DataError(f"{named(paths)}: no text in any of {len(files)} files")
         text = json.dumps({"key": key, **made_of, **facts}, indent=1)
         (staging / "store.json").write_text(text + "\n", encoding="utf-8")
         staging.rename(folder)
