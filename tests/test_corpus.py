@@ -247,6 +247,16 @@ def test_repeated_paragraphs_near_duplicates_and_short_documents_are_left_out() 
     assert cleaner.dropped["documents_near_duplicate"] == 1
 
 
+def test_what_a_dropped_document_held_may_stand_in_another() -> None:
+    cleaner = Cleaner([HELDOUT])
+    assert cleaner.clean(f"{HELDOUT}\n\n{NOTICE}") is None
+    assert cleaner.clean(NOTICE) is None
+    first = f"{prose('rain')}\n\n{NOTICE}"
+    assert cleaner.clean(f"{first}\n\n{NOTICE}") == first, "twice in one document"
+    assert cleaner.clean(f"{prose('snow')}\n\n{NOTICE}") == prose("snow")
+    assert cleaner.dropped["paragraphs_repeated"] == 2
+
+
 def test_what_is_nearly_in_held_out_texts_is_left_out() -> None:
     cleaner = Cleaner([f"{HELDOUT}\n\n{prose('tide', 3)}"])
     near = HELDOUT.replace("ninth", "tenth").replace(",", "")

@@ -104,11 +104,12 @@ class Cleaner:
         """What is kept of a document, or None; `dropped` counts the rest."""
         text = plain(text)
         kept, lost = [], 0
+        new: set[int] = set()  # not seen before, should the document be dropped
         for paragraph in text.split("\n\n"):
             if self._is_heldout(paragraph):
                 self.dropped["paragraphs_near_heldout"] += 1
                 lost += len(paragraph)
-            elif self._is_repeated(paragraph):
+            elif self._is_repeated(paragraph, new):
                 self.dropped["paragraphs_repeated"] += 1
                 self.dropped["repeated_characters"] += len(paragraph)
             else:
@@ -123,6 +124,7 @@ class Cleaner:
         if self._is_near(result):
             self.dropped["documents_near_duplicate"] += 1
             return None
+        self._paragraphs |= new
         return result
 
     def _is_heldout(self, paragraph: str) -> bool:
@@ -132,12 +134,12 @@ class Cleaner:
         found = sum(gram in self._heldout for gram in grams)
         return bool(grams) and found >= NEAR_HELDOUT_FRAC * len(grams)
 
-    def _is_repeated(self, paragraph: str) -> bool:
+    def _is_repeated(self, paragraph: str, new: set[int]) -> bool:
         if len(paragraph) < REPEATED_CHARS:
             return False
         digest = _hash(" ".join(paragraph.lower().split()))
-        seen = digest in self._paragraphs
-        self._paragraphs.add(digest)
+        seen = digest in self._paragraphs or digest in new
+        new.add(digest)
         return seen
 
     def _is_near(self, text: str) -> bool:
