@@ -697,6 +697,7 @@ BAD = """
 2 | select tiny -o a.yaml --softmax-groups 0 SELECT | 0 ; 1 to 12
 2 | select tiny -o a.yaml --softmax-groups 13 SELECT | 13 ; 1 to 12
 2 | select window -o a.yaml --softmax-groups 2 SELECT | 0 of its 12 ; original
+2 | select window -o a.yaml --kept-tokens 40 --recipe constant TEXT | 0 of its 12 ; original
 2 | select tiny -o a.yaml --softmax-groups 2 TEXT | 60 ; 512
 2 | select tiny -o a.png --softmax-groups 2 | a.png ; .yaml
 2 | select tiny -o no/a.yaml --softmax-groups 2 | no/a.yaml

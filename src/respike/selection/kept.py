@@ -20,7 +20,7 @@ from respike.conversion.worth import ASKED_EVERY, KEPT_HALF_LIVES, FarAttention,
 from respike.errors import UsageError
 from respike.models.decoder import Decoder
 from respike.recipe import Recipe, SourceShape
-from respike.selection.student import Group
+from respike.selection.student import Group, check_original
 
 LEAST_KEPT, MOST_KEPT = 16, 4096
 
@@ -76,10 +76,11 @@ def share_kept_tokens(
         progress: Called with (layers done, layers).
 
     Raises:
-        UsageError: The conversion has no far memories, the contexts are too short to tell, or the
-            number cannot be.
+        UsageError: ``original`` is converted already, the conversion has no far memories, the
+            contexts are too short to tell, or the number cannot be.
         UnsupportedError: The original is no stack of attentions and MLPs.
     """
+    check_original(original.config)
     parts = _far_parts(config)
     check_contexts(original, list(chain(*parts)), contexts.shape[1])
     near = min(part.window_tokens + part.sink_tokens for part in chain(*parts))

@@ -31,7 +31,14 @@ from respike.layers.softmax import WindowSoftmax
 from respike.material import Vocabulary
 from respike.models.decoder import Decoder
 from respike.recipe import Recipe, SourceShape
-from respike.selection.student import Group, Probe, RecallProbe, Student, TextProbe
+from respike.selection.student import (
+    Group,
+    Probe,
+    RecallProbe,
+    Student,
+    TextProbe,
+    check_original,
+)
 from respike.tasks import Task, make_trials
 from respike.tokenizer import Tokenizer
 
@@ -125,13 +132,7 @@ def select(
     every = [
         (i, g) for i in range(config.num_hidden_layers) for g in range(config.num_key_value_heads)
     ]
-    memories = any(getattr(part, "memory", None) for _, part in config.mixers())
-    if len(config.softmax_groups()) < len(every) or memories or config.learned_sinks:
-        raise UsageError(
-            f"the model has full softmax in {len(config.softmax_groups())} of its {len(every)} KV "
-            "groups, or memories or sinks beside it, and would be measured as what it is not",
-            hint="run `respike select` on the original",
-        )
+    check_original(config)
     if not 0 < budget.softmax_groups <= len(every):
         raise UsageError(
             f"--softmax-groups {budget.softmax_groups}: expected 1 to {len(every)}, the number of "

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from respike.config import ModelConfig
+from respike.errors import UsageError
 from respike.layers.far import FarSoftmax
 from respike.layers.mixer import Mixer
 from respike.layers.softmax import FullSoftmax
@@ -15,6 +17,22 @@ from respike.models.state import DecoderState
 
 Group = tuple[int, int]
 """(layer, KV group)."""
+
+
+def check_original(config: ModelConfig) -> None:
+    """Refuse a model whose attention is not what it was trained with.
+
+    Raises:
+        UsageError: It has windows or memories, or sinks.
+    """
+    total = config.num_hidden_layers * config.num_key_value_heads
+    memories = any(getattr(part, "memory", None) for _, part in config.mixers())
+    if len(config.softmax_groups()) < total or memories or config.learned_sinks:
+        raise UsageError(
+            f"the model has full softmax in {len(config.softmax_groups())} of its {total} KV "
+            "groups, or memories or sinks beside it, and would be measured as what it is not",
+            hint="run `respike select` on the original",
+        )
 
 
 class Probe:
