@@ -169,13 +169,15 @@ def curve_table(result: dict[str, Any]) -> str:
 def ablations_table(result: dict[str, Any]) -> str:
     """A row for every arm, before and after training."""
     tasks = list(result["rows"][0]["after"]["tasks"])
-    header = ["one thing changed", "KL untrained", "KL healed", "nats added, healed",
+    dtypes = sorted({row["compute"] for row in result["rows"]})
+    header = ["one thing changed", *["computed in"] * (len(dtypes) > 1), "KL untrained",
+              "KL healed", "nats added, healed",
               *(f"{task}, % untrained, healed" for task in tasks)]  # fmt: skip
     rows = []
     for row in result["rows"]:
         before, after = row["before"], row["after"]
         rows.append([
-            row["name"], f"{before['kl_nats']:.4f}",
+            row["name"], *[row["compute"]] * (len(dtypes) > 1), f"{before['kl_nats']:.4f}",
             f"{after['kl_nats']:.4f} ({interval(after['kl_95'], 4)})",
             f"{after['nats_added']:+.4f}",
             *(
@@ -183,7 +185,7 @@ def ablations_table(result: dict[str, Any]) -> str:
                 for task in tasks
             ),
         ])  # fmt: skip
-    asked, dtypes = result["asked"], sorted({row["compute"] for row in result["rows"]})
+    asked = result["asked"]
     about = (
         f"{asked['model']}, {asked['tokens']:,} tokens of training an arm, computed in "
         f"{' or '.join(dtypes)}. {result['machine']['processor']}, {result['date']}, "
