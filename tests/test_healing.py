@@ -34,11 +34,11 @@ from respike.healing.config import Judging, Stage, builtin_healings
 from respike.healing.judge import Verdict, is_better
 from respike.healing.losses import summed_kl, summed_nats
 from respike.healing.models import converted_folder, models
-from respike.healing.objectives import blocks_are_held, memory_is_off, weigh_positions
+from respike.healing.objectives import memory_is_off, weigh_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
 from respike.healing.trainable import CHOSEN, FITTED, prepare
-from respike.layers.blocks import BlockSoftmax, BlockState
+from respike.layers.blocks import BlockState
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank, merged
 from respike.layers.state import KVState, MemoryState, WindowState
@@ -430,35 +430,6 @@ def test_memories_are_left_out_as_often_as_asked_at_each_step() -> None:
     assert not memory_is_off(healing, Stage(kind="distil", tokens=1), 0)
 
 
-def test_steps_with_held_blocks_are_those_of_a_model_that_always_holds_them(
-    text: Path, tmp_path: Path
-) -> None:
-    source, found = save_tiny(tmp_path / "source"), {}
-    for name, true_tokens, frac in (("always", 0, 0), ("asked", 40, 1), ("never", 40, 0)):
-        settings = (*SETTINGS, f"blocks.true_tokens={true_tokens}")
-        convert(plan(source, load_recipe("constant", settings)), tmp_path / f"{name}.converted")
-        stage = DISTIL | {"held_blocks": {"first_frac": frac, "last_frac": frac}}
-        asked = request(tmp_path / f"{name}.converted", text, tmp_path / name)
-        heal(asked, course(stages=[stage]))
-        found[name] = weights(tmp_path / name)
-        held = {line.get("blocks") for line in steps(tmp_path / name)}
-        assert held == ({"held"} if name == "asked" else {None})
-    assert found["asked"] == found["always"] != found["never"]
-    rules = {m.rule.true_tokens for m in load(tmp_path / "asked").decoder.modules()
-             if isinstance(m, BlockSoftmax)}  # fmt: skip
-    assert rules == {40}
-
-
-def test_blocks_are_held_as_often_as_asked_at_each_step() -> None:
-    dropout = {"first_frac": 0.0, "last_frac": 0.5}
-    healing = course(stages=[DISTIL | {"tokens": 96 * 1000, "held_blocks": dropout}])
-    stage = healing.stages[0]
-    out = [blocks_are_held(healing, stage, step) for step in range(1000)]
-    assert sum(out[:200]) == pytest.approx(10, abs=9)
-    assert sum(out[-200:]) == pytest.approx(90, abs=20)
-    assert out != [memory_is_off(healing, stage, step) for step in range(1000)]
-
-
 def test_layers_that_are_computed_again_give_the_same_bytes(
     healed: tuple[Path, dict[str, Any]], converted: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -565,11 +536,6 @@ def test_what_cannot_be_healed_is_refused(
         heal(Request(alone, tmp_path / "e", (str(text),)), course())
     one_line(refused.value, "memory_dropout")
     assert "stages.1.memory_dropout" in str(refused.value.hint)
-    held = course(stages=[DISTIL | {"held_blocks": {"last_frac": 0.5}}])
-    with pytest.raises(UnsupportedError) as refused:
-        heal(Request(converted, tmp_path / "f", (str(text),)), held)
-    one_line(refused.value, "held_blocks")
-    assert "stages.0.held_blocks" in str(refused.value.hint)
     longer = DISTIL["recall"] | {"last_tokens": CONTEXT + 1}
     long = course(stages=[TRANSFER, DISTIL | {"context_tokens": CONTEXT + 1, "recall": longer}])
     with pytest.raises(UnsupportedError) as refused:

@@ -28,7 +28,6 @@ KINDS_WITH: dict[str, tuple[StageKind, ...]] = {
     "recompute": ("distil", "finetune"),
     "window_dropout": ("distil",),
     "memory_dropout": ("distil",),
-    "held_blocks": ("distil",),
 }
 """Which stages look at a setting; in others it would mean nothing."""
 
@@ -90,14 +89,6 @@ class MemoryDropout(Dropout):
 
     Drawn for each step. Beside a memory, which gives what text needs, V and O learn less recall
     than without (docs/log.md, 2026-11-29).
-    """
-
-
-class HeldBlocks(Dropout):
-    """In some steps chosen blocks are seen at their reach from the first position on.
-
-    So they are seen past ``blocks.true_tokens``, where the original has nothing to teach: on texts
-    that it can read, the model learns to read what is longer. Drawn for each step.
     """
 
 
@@ -179,7 +170,6 @@ class Stage(Frozen):
     partitions: see `respike.models.balance`. SpikingBrain2.0's."""
     window_dropout: WindowDropout = WindowDropout()
     memory_dropout: MemoryDropout = MemoryDropout()
-    held_blocks: HeldBlocks = HeldBlocks()
 
     @property
     def checkpoint_steps(self) -> int:

@@ -286,9 +286,3 @@ def memory_is_off(healing: Healing, stage: Stage, step: int) -> bool:
     """Whether a step is taken with memories off: the same answer in every process."""
     draw = random.Random(f"memory {healing.seed}/{step}")
     return draw.random() < stage.memory_dropout.frac(step, stage.steps)
-
-
-def blocks_are_held(healing: Healing, stage: Stage, step: int) -> bool:
-    """Whether a step is taken with chosen blocks held at their reach: likewise."""
-    draw = random.Random(f"blocks {healing.seed}/{step}")
-    return draw.random() < stage.held_blocks.frac(step, stage.steps)

@@ -9,7 +9,7 @@ Letters: B rows, T tokens of a row, N positions of all: B * T, and the learned s
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from respike.data import Batch
 from respike.layers.attention import Attention
-from respike.layers.blocks import BlockSoftmax
 from respike.layers.softmax import WindowSoftmax
 from respike.layers.span import Span
 from respike.layers.state import MixerState
@@ -243,25 +242,3 @@ def short_windows(decoder: Decoder, layers: set[int], window_tokens: int) -> Ite
             window.window_tokens = tokens
         for beside in besides:
             beside.alone = False
-
-
-def has_true_blocks(decoder: Decoder) -> bool:
-    """Whether blocks are seen at their true distance up to some position and held behind it."""
-    return bool(_true_blocks(decoder))
-
-
-@contextmanager
-def held_blocks(decoder: Decoder) -> Iterator[None]:
-    """While the block runs, chosen blocks are held at their reach from the first position on."""
-    before = [(mixer, mixer.rule) for mixer in _true_blocks(decoder)]
-    try:
-        for mixer, rule in before:
-            mixer.rule = replace(rule, true_tokens=0)
-        yield
-    finally:
-        for mixer, rule in before:
-            mixer.rule = rule
-
-
-def _true_blocks(decoder: Decoder) -> list[BlockSoftmax]:
-    return [m for m in decoder.modules() if isinstance(m, BlockSoftmax) and m.rule.true_tokens]

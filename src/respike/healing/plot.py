@@ -66,10 +66,9 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _kind(step: dict[str, Any]) -> str:
-    """Steps of a stage with memories off, or blocks held, have losses of their own."""
-    memory = ", memory off" if step.get("memory") == "off" else ""
-    blocks = ", blocks held" if step.get("blocks") == "held" else ""
-    return f"{step['stage']}{memory}{blocks}"
+    """Steps of a stage with memories off have losses of their own."""
+    stage: str = step["stage"]
+    return f"{stage}, memory off" if step.get("memory") == "off" else stage
 
 
 def _silence(axis: Any, steps: list[dict[str, Any]], verdicts: list[dict[str, Any]]) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from respike.checkpoint.families import is_new, mixer_of
 from respike.errors import UnsupportedError, UsageError
 from respike.healing.config import Healing, Stage
-from respike.healing.packed import has_true_blocks
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank
 from respike.layers.mixer import Mixer
@@ -128,11 +127,6 @@ def _refuse(decoder: Decoder, healing: Healing, original_tokens: int) -> None:
             raise UnsupportedError(
                 "memory_dropout, of attention that is only a memory, or merged with one",
                 hint=f"--set 'stages.{number}.memory_dropout={{}}'",
-            )
-        if stage.held_blocks.happens and not has_true_blocks(decoder):
-            raise UnsupportedError(
-                "held_blocks, of a model without blocks that are seen at their true distance first",
-                hint=f"--set 'stages.{number}.held_blocks={{}}'",
             )
     if sunk and "transfer" in kinds:
         raise UnsupportedError(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from respike.healing.objectives import (
     Carried,
     Pair,
     beyond_original,
-    blocks_are_held,
     distil,
     finetune,
     memory_is_off,
@@ -28,7 +27,7 @@ from respike.healing.objectives import (
     weigh_positions,
 )
 from respike.healing.optimiser import Average, Optimiser
-from respike.healing.packed import Lanes, held_blocks
+from respike.healing.packed import Lanes
 from respike.healing.parallel import World
 from respike.healing.penalties import Penalties, Penalty
 from respike.healing.trainable import all_trained, trained_names
@@ -164,12 +163,7 @@ class Trainer:
         batch = next(self.loader)
         penalties = Penalties(self.pair.student, stage, where.step)
         memory_off = self.has_memory and memory_is_off(self.healing, stage, where.step)
-        held = blocks_are_held(self.healing, stage, where.step)
-        with ExitStack() as stack:
-            if memory_off:
-                stack.enter_context(without(self.pair.student, "memory"))
-            if held:
-                stack.enter_context(held_blocks(self.pair.student))
+        with without(self.pair.student, "memory") if memory_off else nullcontext():
             loss = self._gradients(batch, penalties, memory_off)
         norm = 0.0
         if loss is None:  # moments would go on moving what nothing was said about
@@ -199,7 +193,6 @@ class Trainer:
             "gradient_norm": norm,
             "tokens_per_second": tokens / seconds,
             **({"memory": "off"} if memory_off or self.healing.memory == "off" else {}),
-            **({"blocks": "held"} if held else {}),
             **penalties.figures(self.world),
         }
         if where.step == stage.steps and where.stage + 1 < len(self.healing.stages):
