@@ -29,6 +29,7 @@ from respike.cli.show import (
     refuse_unused,
     run_options,
     table,
+    text_of,
 )
 from respike.errors import DataError
 
@@ -52,17 +53,6 @@ def _load(path: str, options: dict[str, Any]) -> Any:
 
     with progress(f"loading {path}") as step:
         return load(path, **load_options(options), progress=step)
-
-
-def _contexts(model: Any, options: dict[str, Any]) -> Any:
-    from respike.text import contexts
-
-    return contexts(
-        options["data"],
-        model.tokenizer,
-        context_tokens=options["context_tokens"],
-        max_tokens=options["max_tokens"],
-    )
 
 
 def _text_facts(text: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +108,7 @@ def check_command(a: str, b: str, **options: Any) -> None:
     set_threads(options["threads"])
     first, second = _load(a, options | AS_STORED), _load(b, options)
     _refuse_other_vocabulary(first, second)
-    text = _contexts(first, options)
+    text = text_of(first, options)
     with progress("reference") as step:
         reference = Reference(first.decoder, text, step)
     with progress("comparing") as step:
@@ -213,7 +203,7 @@ def eval_command(model: str, task: str, original: str | None, **options: Any) ->
         _refuse_other_vocabulary(loaded["original"], loaded["model"])
     report: dict[str, Any] = {"task": task, **{name: _facts(m) for name, m in loaded.items()}}
     if task == "perplexity":
-        text = _contexts(loaded["model"], options)
+        text = text_of(loaded["model"], options)
         report |= {**_text_facts(text, options), "rows": _perplexity(loaded, text)}
         shown = _perplexity_table(report["rows"])
     else:

@@ -20,6 +20,7 @@ from respike.cli.show import (
     refuse_unused,
     run_options,
     table,
+    text_of,
 )
 from respike.errors import UsageError
 
@@ -127,17 +128,6 @@ class _Measured(NamedTuple):
     shown: str
 
 
-def _text(loaded: Any, options: dict[str, Any]) -> Any:
-    from respike.text import contexts
-
-    return contexts(
-        options["data"],
-        loaded.tokenizer,
-        context_tokens=options["context_tokens"],
-        max_tokens=options["max_tokens"],
-    )
-
-
 def _measure_groups(model: str, name: str, options: dict[str, Any]) -> _Measured:
     from respike.loading import load
     from respike.selection import Budget, select, selected_recipe
@@ -145,7 +135,7 @@ def _measure_groups(model: str, name: str, options: dict[str, Any]) -> _Measured
     rest_recipe = _recipe_of(options["rest"]) if options["rest"] else None
     loaded = load(model, **load_options(options))
     rest = load(options["rest"], **load_options(options)).decoder if options["rest"] else None
-    text = _text(loaded, options)
+    text = text_of(loaded, options)
     budget = Budget(
         softmax_groups=options["softmax_groups"],
         window_tokens=rest_recipe.window_tokens if rest_recipe else options["window_tokens"],
@@ -180,7 +170,7 @@ def _measure_kept(model: str, name: str, options: dict[str, Any]) -> _Measured:
     recipe = load_recipe(options["recipe"], uniform)
     loaded = load(model, **load_options(options))
     converted = apply_recipe(recipe, loaded.config)
-    text = _text(loaded, options)
+    text = text_of(loaded, options)
     with progress("measuring") as step:
         shares = share_kept_tokens(loaded.decoder, converted, text, step)
     measured_on = Path(model).resolve().name

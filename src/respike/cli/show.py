@@ -95,6 +95,18 @@ def load_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("device", "dtype", "weights")}
 
 
+def text_of(model: Any, options: dict[str, Any]) -> Any:
+    """The text that ``--data`` and its lengths name, as contexts of a model's tokens (N, T)."""
+    from respike.text import contexts
+
+    return contexts(
+        options["data"],
+        model.tokenizer,
+        context_tokens=options["context_tokens"],
+        max_tokens=options["max_tokens"],
+    )
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 

@@ -122,14 +122,7 @@ def calibrate(
         UsageError: The contexts are too short for anything to be far.
         UnsupportedError: The original is no stack of attentions and MLPs.
     """
-    far = [
-        [
-            (j, part)
-            for j, part in enumerate(layer.mixers)
-            if part.mixer == "window" and part.memory is not None and part.memory.kind == "far"
-        ]
-        for layer in config.layers
-    ]
+    far = far_windows(config)
     check_contexts(original, [part for layer in far for _, part in layer], searched.shape[1])
     tensors: dict[str, Tensor] = {}
     fits: list[HeadFit] = []
@@ -144,6 +137,18 @@ def calibrate(
             if progress:
                 progress(index + 1, len(original.layers))
     return tensors, fits
+
+
+def far_windows(config: ModelConfig) -> list[list[tuple[int, WindowMixer]]]:
+    """Of each layer its windows with far memories, and which of its mixers they are."""
+    return [
+        [
+            (j, part)
+            for j, part in enumerate(layer.mixers)
+            if part.mixer == "window" and part.memory is not None and part.memory.kind == "far"
+        ]
+        for layer in config.layers
+    ]
 
 
 def check_contexts(original: Decoder, parts: Sequence[WindowMixer], context_tokens: int) -> None:

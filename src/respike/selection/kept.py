@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from respike.account import kept_tokens
-from respike.config import ModelConfig, WindowMixer
-from respike.conversion.calibrate import check_contexts, layer_heads
+from respike.config import ModelConfig
+from respike.conversion.calibrate import check_contexts, far_windows, layer_heads
 from respike.conversion.worth import ASKED_EVERY, KEPT_HALF_LIVES, FarAttention, fit_weight
 from respike.errors import UsageError
 from respike.models.decoder import Decoder
@@ -81,40 +81,28 @@ def share_kept_tokens(
         UnsupportedError: The original is no stack of attentions and MLPs.
     """
     check_original(original.config)
-    parts = _far_parts(config)
-    check_contexts(original, list(chain(*parts)), contexts.shape[1])
-    near = min(part.window_tokens + part.sink_tokens for part in chain(*parts))
-    kept = [kept_tokens(part) for part in chain(*parts) for _ in part.groups]
+    far = far_windows(config)
+    parts = [part for _, part in chain(*far)]
+    if not parts:
+        raise UsageError(
+            "the recipe makes no far memories, beside which tokens are kept",
+            hint="take retrieval-keep, or set memory=far",
+        )
+    check_contexts(original, parts, contexts.shape[1])
+    near = min(part.window_tokens + part.sink_tokens for part in parts)
+    kept = [kept_tokens(part) for part in parts for _ in part.groups]
     mean_tokens = sum(kept) // len(kept)
     counts = _ladder(mean_tokens, min(contexts.shape[1] - near, MOST_KEPT))
     missed: dict[Group, list[float]] = {}
     with torch.inference_mode():
         for layer, heads in enumerate(layer_heads(original, list(contexts))):
-            for part in parts[layer]:
+            for _, part in far[layer]:
                 seen = [x.far_attention(original, part) for x in heads]
                 for group in part.groups:
                     missed[layer, group] = _missed(seen, group, counts, config.heads_per_group)
             if progress:
-                progress(layer + 1, len(parts))
+                progress(layer + 1, len(far))
     return KeptShares(mean_tokens, counts, missed, shared_out(missed, counts, mean_tokens))
-
-
-def _far_parts(config: ModelConfig) -> list[list[WindowMixer]]:
-    """Of each layer its windows with far memories."""
-    parts = [
-        [
-            part
-            for part in layer.mixers
-            if part.mixer == "window" and part.memory is not None and part.memory.kind == "far"
-        ]
-        for layer in config.layers
-    ]
-    if not any(parts):
-        raise UsageError(
-            "the recipe makes no far memories, beside which tokens are kept",
-            hint="take retrieval-keep, or set memory=far",
-        )
-    return parts
 
 
 def _ladder(mean_tokens: int, most: int) -> tuple[int, ...]:
@@ -189,7 +177,7 @@ def recipe_with_shares(
         by_layer.setdefault(layer, {})[group] = count
     told = {
         "name": name, "measured_on": measured_on,
-        "source": {field: getattr(source, field) for field in SourceShape.model_fields},
+        "source": SourceShape.model_validate(source, from_attributes=True),
         "about": f"As {recipe.name!r}; the {shares.mean_tokens} tokens that a far memory keeps in "
         "the mean are shared out among the KV groups by measurement (`respike select`).",
         "far": {

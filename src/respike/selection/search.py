@@ -300,7 +300,7 @@ def selected_recipe(
     else:
         others = rest.model_dump(exclude_defaults=True)
         known = f"are as in {rest.name!r}"
-    shape = {field: getattr(source, field) for field in SourceShape.model_fields}
+    shape = SourceShape.model_validate(source, from_attributes=True)
     told = {
         "recipe": 1, "name": name, "measured_on": measured_on, "source": shape,
         "softmax_groups": groups,
