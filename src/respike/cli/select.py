@@ -25,7 +25,8 @@ from respike.cli.show import (
 from respike.errors import UsageError
 
 KEPT_CONTEXT_TOKENS, KEPT_TEXTS = 4096, 3
-"""Of text, with --kept-tokens, unless told otherwise: what a few hundred tokens miss must show."""
+"""Of text, with --kept-tokens, unless told otherwise: what a few hundred tokens miss must show.
+Contexts are no longer than the source was trained for."""
 
 
 @click.command("select")
@@ -162,14 +163,15 @@ def _measure_kept(model: str, name: str, options: dict[str, Any]) -> _Measured:
     from respike.recipe import apply_recipe, load_recipe
     from respike.selection import recipe_with_shares, share_kept_tokens
 
-    if not given("context_tokens"):
-        options["context_tokens"] = KEPT_CONTEXT_TOKENS
-    if not given("max_tokens"):
-        options["max_tokens"] = KEPT_TEXTS * options["context_tokens"]
     uniform = ("far.kept_by_group={}", f"far.kept_tokens={options['kept_tokens']}")
     recipe = load_recipe(options["recipe"], uniform)
     loaded = load(model, **load_options(options))
     converted = apply_recipe(recipe, loaded.config)
+    if not given("context_tokens"):
+        trained_tokens = loaded.config.max_position_embeddings
+        options["context_tokens"] = min(KEPT_CONTEXT_TOKENS, trained_tokens)
+    if not given("max_tokens"):
+        options["max_tokens"] = KEPT_TEXTS * options["context_tokens"]
     text = text_of(loaded, options)
     with progress("measuring") as step:
         shares = share_kept_tokens(loaded.decoder, converted, text, step)
