@@ -5,10 +5,8 @@
 #include <numeric>
 #include <vector>
 
+#include "keep_columns.hpp"
 #include "pool.hpp"
-#include "scratch.hpp"
-#include "softmax.hpp"
-#include "vec.hpp"
 
 namespace respike {
 using std::int64_t;
@@ -91,33 +89,17 @@ KeptParts<T> kept_parts([[maybe_unused]] Level level) {
   return portable::parts<T>();
 }
 
-// A kept token, and which tokens of a tile see it: [from, until).
-template <class T>
-struct Column {
-  const T *k, *v;
-  int64_t from, until;
-};
-
 // The tiles of a job, one after the other. A tile first finds who is kept when, then shows its
 // queries all who are kept at some time of it, and only then moves rows.
 template <class T>
 class KeptTiles {
  public:
   KeptTiles(Level level, const KeptJob<T>& job, float* memory)
-      : parts_(softmax_parts<T, T>(level)), finish_(softmax_parts<float, float>(level).finish),
-        own_(kept_parts<T>(level)), job_(job),
-        most_(std::clamp<int64_t>(tile_rows / job.heads, 1, job.tokens)), desk_(memory) {
-    const int64_t rows = most_ * job.heads, dim = job.dim;
-    cells_ = desk_.template take<float>(rows * query_row(dim));
-    state_ = desk_.template take<float>(state_floats(rows, dim));
-    block_.keys = desk_.template take<float>(key_panel(dim));
-    block_.values = desk_.template take<float>(value_panel(dim));
-    block_.window = without_window;
-    bias_ = desk_.template take<float>(most_ * block_keys);
-    mean_ = desk_.template take<float>(rows * dim);
-    log_mass_ = desk_.template take<float>(rows);
-    k_ = desk_.template take<T>(block_keys * dim);
-    v_ = desk_.template take<T>(block_keys * dim);
+      : own_(kept_parts<T>(level)), job_(job), most_(tile_tokens(job.heads, job.tokens)),
+        desk_(memory),
+        tile_(level, {job.q, job.q_stride, job.heads, job.dim, job.scale}, most_, desk_) {
+    mean_ = desk_.template take<float>(most_ * job.heads * job.dim);
+    log_mass_ = desk_.template take<float>(most_ * job.heads);
     columns_ = desk_.template take<Column<T>>(job.places + most_);
     column_of_ = desk_.template take<int64_t>(job.places);
     place_of_ = desk_.template take<int64_t>(most_);
@@ -162,40 +144,9 @@ class KeptTiles {
 
   // Every token in [first, last) sees somebody: places do not become empty.
   void attend(int64_t first, int64_t last) {
-    const auto whole = [=](const Column<T>& c) { return c.from <= first && c.until == last; };
-    std::stable_partition(columns_, columns_ + count_, whole);
-    SoftmaxTile tile{};
-    tile.rows = (last - first) * job_.heads;
-    tile.heads = job_.heads;
-    tile.head_dim = tile.value_dim = job_.dim;
-    tile.position = block_keys;  // behind all keys of a block, which begins at 0
-    tile.factor = job_.scale * log2_e;
-    tile.q = cells_;
-    clear(tile, state_);
-    parts_.load_queries(job_.q + first * job_.q_stride, job_.q_stride, last - first, tile, cells_);
-    for (int64_t begin = 0; begin < count_; begin += block_keys) {
-      const Column<T>* columns = columns_ + begin;
-      block_.count = std::min(block_keys, count_ - begin);
-      for (int64_t c = 0; c < block_.count; ++c) {
-        std::copy_n(columns[c].k, job_.dim, k_ + c * job_.dim);
-        std::copy_n(columns[c].v, job_.dim, v_ + c * job_.dim);
-      }
-      block_.bias = whole(columns[block_.count - 1]) ? nullptr : bias_;
-      for (int64_t t = first; t < last && block_.bias != nullptr; ++t) {
-        float* row = bias_ + (t - first) * block_keys;
-        for (int64_t c = 0; c < block_.count; ++c) {
-          row[c] = columns[c].from <= t && t < columns[c].until ? 0.0f : minus_infinity;
-        }
-      }
-      Keys<T> keys;
-      keys.k = k_;
-      keys.v = v_;
-      keys.stride = job_.dim;
-      keys.count = block_.count;
-      parts_.pack(keys, tile, block_);
-      parts_.attend(tile, block_, 0, tile.rows);
-    }
-    finish_(tile, mean_, job_.heads * job_.dim, log_mass_, job_.heads);
+    whole_first(columns_, count_, first, last);
+    tile_.attend(columns_, count_, first, last, mean_, job_.heads * job_.dim, log_mass_,
+                 job_.heads);
     own_.join(job_, first, last, mean_, log_mass_);
   }
 
@@ -211,15 +162,12 @@ class KeptTiles {
     }
   }
 
-  const SoftmaxParts<T, T> parts_;
-  void (*const finish_)(const SoftmaxTile&, float*, int64_t, float*, int64_t);
   const KeptParts<T> own_;
   const KeptJob<T>& job_;
   const int64_t most_;  // tokens of a tile
   Desk desk_;
-  KeyBlock block_{};
-  float *cells_, *state_, *bias_, *mean_, *log_mass_;
-  T *k_, *v_;
+  ColumnTile<T> tile_;
+  float *mean_, *log_mass_;
   Column<T>* columns_;
   int64_t *column_of_, *place_of_;  // of a place, its last column; of a step, where who left went
   int64_t count_ = 0, taken_ = 0;   // columns; places, which fill from the first

@@ -12,6 +12,7 @@
 #include "engine_module.hpp"
 #include "far_gradient.hpp"
 #include "module_far.hpp"
+#include "module_kept.hpp"
 #include "module_keys.hpp"
 #include "recurrent_gradient.hpp"
 #include "softmax_gradient.hpp"
@@ -172,6 +173,23 @@ void recurrent_gradient(int level, int threads, const std::array<uintptr_t, 8>& 
                               static_cast<int64_t>(jobs.size()));
 }
 
+// As kept_jobs, mean not looked at. asked: addresses of the gradient of mean, and of delta; found: of
+// those of q, k and v.
+template <class T>
+void attend_kept_gradient(int level, int threads, const std::array<uintptr_t, 7>& buffers,
+                          const std::array<uintptr_t, 2>& asked,
+                          const std::array<uintptr_t, 3>& found,
+                          const std::array<int64_t, 6>& sizes, int64_t every, float scale) {
+  std::vector<respike::KeptGradientJob<T>> jobs;
+  for (const auto& f : kept_jobs<T>(buffers, sizes, every, scale)) {
+    const int64_t query = f.q - at<const T>(buffers[0], 0), key = f.k - at<const T>(buffers[1], 0);
+    jobs.push_back({f, at<const T>(asked[0], query), at<const float>(asked[1], query / f.dim),
+                    at<T>(found[0], query), at<T>(found[1], key), at<T>(found[2], key)});
+  }
+  respike::kept_gradient(respike::checked_level(level), threads, jobs.data(),
+                         static_cast<int64_t>(jobs.size()));
+}
+
 template <class T>
 void bind(nb::module_& m, const std::string& suffix) {
   using unlocked = nb::call_guard<nb::gil_scoped_release>;
@@ -184,6 +202,8 @@ void bind(nb::module_& m, const std::string& suffix) {
   m.def(("blocks_gradient" + suffix).c_str(), &blocks_gradient<T>, unlocked(), "level"_a,
         "threads"_a, "turns"_a, "rule"_a, "queries"_a, "keys"_a, "found"_a, "shape"_a, "start"_a,
         "count"_a, "words"_a, "scale"_a);
+  m.def(("attend_kept_gradient" + suffix).c_str(), &attend_kept_gradient<T>, unlocked(), "level"_a,
+        "threads"_a, "buffers"_a, "asked"_a, "found"_a, "sizes"_a, "every"_a, "scale"_a);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "keep.hpp"
 #include "module_far.hpp"
+#include "module_kept.hpp"
 #include "recurrent.hpp"
 
 namespace nb = nanobind;
@@ -130,6 +131,14 @@ void keep(const std::array<uintptr_t, 7>& buffers, const std::array<int64_t, 4>&
 }
 
 template <class T>
+void attend_kept(int level, int threads, const std::array<uintptr_t, 7>& buffers,
+                 const Six& sizes, int64_t every, float scale) {
+  const auto jobs = kept_jobs<T>(buffers, sizes, every, scale);
+  respike::kept_attention(respike::checked_level(level), threads, jobs.data(),
+                          static_cast<int64_t>(jobs.size()));
+}
+
+template <class T>
 void bind(nb::module_& m, const std::string& suffix) {
   using unlocked = nb::call_guard<nb::gil_scoped_release>;
   m.def(("gla" + suffix).c_str(), &gla<T>, unlocked(), "level"_a, "threads"_a, "q"_a, "k"_a,
@@ -140,6 +149,8 @@ void bind(nb::module_& m, const std::string& suffix) {
   m.def(("far" + suffix).c_str(), &far<T>, unlocked(), "level"_a, "threads"_a, "q"_a, "k"_a,
         "v"_a, "first_real"_a, "real"_a, "weights"_a, "memory"_a, "near_log_mass"_a, "near"_a,
         "strides"_a, "sizes"_a, "features"_a);
+  m.def(("attend_kept" + suffix).c_str(), &attend_kept<T>, unlocked(), "level"_a, "threads"_a,
+        "buffers"_a, "sizes"_a, "every"_a, "scale"_a);
 }
 
 }  // namespace

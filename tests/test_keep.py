@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import at_level, at_torch, each_level, native
 from mixers import (
     CUTS,
     Array,
@@ -34,6 +36,7 @@ from mixers import (
 from respike.account import kept_tokens, state_bytes
 from respike.conversion.calibrate import calibrate
 from respike.conversion.worth import ASKED_EVERY, KEPT_HALF_LIVES, FarAttention, fit_worth
+from respike.device import set_threads
 from respike.errors import RecipeError, UsageError
 from respike.layers.far import FarSoftmax
 from respike.layers.softmax import FullSoftmax, WindowSoftmax
@@ -286,39 +289,117 @@ def test_gradients_are_those_of_one_softmax_over_what_is_seen() -> None:
     torch.testing.assert_close(torch.stack(slopes), torch.stack(wanted), rtol=0.02, atol=0.02)
 
 
-def test_attention_to_the_kept_is_that_to_whom_each_step_sees_and_holds_no_scores() -> None:
-    """Against all queries times all candidates, by autograd; some rows see nobody."""
-    T, M, rule = 2 * STEPS + 9, 5, Rule(6, 1, 90)
-    span = torch.tensor([[0, T], [40, T]])
-    held_worth, position = held_before(rule, M, [0, 40])
-    places = keep(normal(2, T, G), span, held_worth, position, rule)
-    q = normal(2, T, 3 * G, K, seed=1).requires_grad_()
-    k, v = (normal(2, G, M + T, K, seed=i).requires_grad_() for i in (2, 3))
+class Attention(NamedTuple):
+    """Two sequences whose queries see kept tokens, and the gradient of what they make of them."""
 
-    step = torch.arange(T)
-    seen = (torch.arange(M + T) - M <= step[:, None]) & (step[:, None] < places.until[:, :, None])
-    scores = torch.einsum("btgrk,bgck->bgrtc", q.view(2, T, G, 3, K), k) * K**-0.5
-    scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
-    some = seen.any(-1)[:, :, None].expand(-1, -1, 3, -1)
-    weights = scores.masked_fill(~some[..., None], 0).softmax(-1) * some[..., None]
-    wanted = torch.einsum("bgrtc,bgck->btgrk", weights, v).flatten(2, 3)
-    wanted_mass = scores.logsumexp(-1).permute(0, 3, 1, 2).flatten(2)
-    some = some.permute(0, 3, 1, 2).flatten(2)
-    assert not some.all()
+    leaves: tuple[Tensor, Tensor, Tensor]
+    places: Places
+    probe: Tensor
+    weight: Tensor
 
-    saved = []
+    @classmethod
+    def of(
+        cls, rule: Rule, kept_tokens: int, tokens: int, rep: int, dim: int, dtype: torch.dtype
+    ) -> "Attention":
+        starts = [0, 40]
+        span = torch.tensor([[0, tokens], [40, tokens - 3]])
+        held = held_before(rule, kept_tokens, starts)
+        places = keep(normal(2, tokens, G), span, *held, rule)
+        shapes = (tokens, rep * G, dim), (G, kept_tokens + tokens, dim)
+        q, k, v = (normal(2, *shapes[i > 0], seed=1 + i).to(dtype) for i in range(3))
+        probe, weight = normal(*q.shape, seed=4).to(dtype), normal(*q.shape[:3], seed=5)
+        return cls((q, k, v), places, probe.float(), weight)
+
+    def by_the_definition(self) -> list[Tensor]:
+        """Of all queries times all candidates, float32, by autograd."""
+        q, k, v = (x.detach().float().requires_grad_() for x in self.leaves)
+        (B, T, H, dim), M = q.shape, k.shape[2] - q.shape[1]
+        step = torch.arange(T)
+        seen = torch.arange(M + T) - M <= step[:, None]
+        seen = seen & (step[:, None] < self.places.until[:, :, None])
+        scores = torch.einsum("btgrk,bgck->bgrtc", q.view(B, T, G, H // G, dim), k) * dim**-0.5
+        scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
+        some = seen.any(-1)[:, :, None].expand(-1, -1, H // G, -1)
+        weights = scores.masked_fill(~some[..., None], 0).softmax(-1) * some[..., None]
+        mean = torch.einsum("bgrtc,bgck->btgrk", weights, v).flatten(2, 3)
+        mass = scores.logsumexp(-1).permute(0, 3, 1, 2).flatten(2)
+        return self._with_gradients(mean, mass, (q, k, v))
+
+    def by_the_op(self) -> list[Tensor]:
+        leaves = tuple(x.detach().requires_grad_() for x in self.leaves)
+        return self._with_gradients(*attend_kept(*leaves, self.places), leaves)
+
+    def _with_gradients(
+        self, mean: Tensor, mass: Tensor, leaves: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        some = mass > -torch.inf
+        loss = (mean * self.probe).sum() + (mass[some] * self.weight[some]).sum()
+        gradients = torch.autograd.grad(loss, leaves)
+        assert torch.isneginf(mass[~some]).all()
+        return [
+            mean.detach().to(leaves[0].dtype),
+            mass.detach().where(some, 0),
+            some.float(),
+            *gradients,
+        ]
+
+    def compare(self) -> None:
+        for mine, theirs in zip(self.by_the_op(), self.by_the_definition(), strict=True):
+            assert_close(mine, theirs.to(mine.dtype))
+
+
+ATTENTIONS = {
+    "some see nobody": (Rule(6, 1, 90), 5, 2 * STEPS + 9, 3, K),
+    "nobody is ever kept": (Rule(6, 1, 6), 5, 20, 3, K),
+    "more than a block of columns, odd sizes": (Rule(9, 2, 500), 150, 3 * STEPS + 5, 7, 10),
+    "as wide as models have them": (Rule(9, 2, 120), 70, 2 * STEPS, 3, 64),
+    "more heads than a tile has rows": (Rule(9, 2, 120), 20, 40, 200, 6),
+}
+each_attention = pytest.mark.parametrize("case", ATTENTIONS.values(), ids=ATTENTIONS)
+Sizes = tuple[Rule, int, int, int, int]
+
+
+@each_attention
+def test_attention_to_the_kept_is_that_to_whom_each_step_sees(case: Sizes) -> None:
+    with at_torch():
+        Attention.of(*case, torch.float32).compare()
+
+
+@native
+@each_level
+@each_attention
+def test_the_kernel_attends_to_the_same_at_every_level(case: Sizes, level: int) -> None:
+    with at_level(level):
+        Attention.of(*case, torch.float32).compare()
+
+
+@native
+@each_level
+def test_the_kernel_does_so_in_bfloat16(level: int) -> None:
+    with at_level(level):
+        Attention.of(*ATTENTIONS["as wide as models have them"], torch.bfloat16).compare()
+
+
+@native
+@pytest.mark.usefixtures("poison")
+def test_the_kernel_writes_all_that_it_gives_whatever_the_threads() -> None:
+    found = []
+    rule, M, _, rep, dim = ATTENTIONS["some see nobody"]
+    for threads in (1, 3):
+        set_threads(threads)
+        found.append(Attention.of(rule, M, 2100, rep, dim, torch.float32).by_the_op())
+    for one, three in zip(*found, strict=True):
+        assert not one.isnan().any()
+        assert torch.equal(one, three)
+
+
+def test_attention_to_the_kept_holds_no_scores() -> None:
+    case = Attention.of(Rule(6, 1, 90), 5, 2 * STEPS + 9, 3, K, torch.float32)
+    saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        mean, mass = attend_kept(q, k, v, places)
+        case.by_the_op()
     largest = max(x.numel() for x in saved)
-    assert largest <= max(x.numel() for x in (q, k, *places))
-    assert_close(mean, wanted)
-    assert_close(mass[some], wanted_mass[some])
-    assert (mass[~some] == -torch.inf).all()
-    probe, weight = normal(*mean.shape, seed=4), normal(*mass.shape, seed=5)[some]
-    found = torch.autograd.grad((mean * probe).sum() + mass[some] @ weight, (q, k, v))
-    loss = (wanted * probe).sum() + wanted_mass[some] @ weight
-    for mine, theirs in zip(found, torch.autograd.grad(loss, (q, k, v)), strict=True):
-        assert_close(mine, theirs)
+    assert largest <= max(x.numel() for x in (*case.leaves, *case.places))
 
 
 # ---- recipes ---------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ NATIVE_OPS: dict[str, tuple[torch.dtype, ...]] = {
     "far": _FLOATS,
     "far_gradient": _FLOATS,
     "keep": (torch.float32,),
+    "attend_kept": _FLOATS,
+    "attend_kept_gradient": _FLOATS,
     "blocks": _FLOATS,
     "blocks_gradient": _FLOATS,
     "fire": _FLOATS,

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from respike.ops import backends
+from respike.ops.recurrence import SUFFIX
 
 STEPS = 64
 """Queries that are shown one list of candidates."""
@@ -225,19 +226,24 @@ class _AttendKept(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mean: Tensor, d_mass: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mean, mass, *places = ctx.saved_tensors
+        q, k, v, mean, mass, *rest = ctx.saved_tensors
+        places = Places(*rest)
+        likes = d_mean.to(q.dtype)
+        # A score's gradient is its weight times (likes * value - delta).
+        delta = (likes * mean).sum(-1) - d_mass
+        kernels = backends.choose("attend_kept_gradient", q, k, v)
+        if kernels is not None:
+            return None, *_native_gradient(kernels, (q, k, v), places, mass, likes, delta)
         G, scale = k.shape[1], q.shape[-1] ** -0.5
-        # Of a score: its weight times (d_mean (value - mean) + d_mass).
-        constant = d_mass - (d_mean * mean).sum(-1)
         dq = torch.zeros_like(q, dtype=torch.float32)
         dk, dv = (torch.zeros(x.shape, device=x.device) for x in (k, v))
-        for shown in _shown(k.shape, q.shape[1], Places(*places)):
-            asked, likes = shown.queries(q, G), shown.queries(d_mean, G)
+        for shown in _shown(k.shape, q.shape[1], places):
+            asked, liked = shown.queries(q, G), shown.queries(likes, G)
             keys, values = shown.candidates(k), shown.candidates(v)
             top = shown.queries(mass[..., None], G) * LOG2_E
             weights = shown.scores(asked, keys).sub_(top.masked_fill(top == -torch.inf, 0)).exp2_()
-            shown.add(dv, weights.mT @ likes)
-            d_scores = (likes @ values.mT).add_(shown.queries(constant[..., None], G)).mul_(weights)
+            shown.add(dv, weights.mT @ liked)
+            d_scores = (liked @ values.mT).sub_(shown.queries(delta[..., None], G)).mul_(weights)
             d_scores.mul_(scale)
             shown.add(dk, d_scores.mT @ asked)
             shown.put(dq, d_scores @ keys)
@@ -245,6 +251,9 @@ class _AttendKept(torch.autograd.Function):
 
 
 def _attend_kept(q: Tensor, k: Tensor, v: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    kernels = backends.choose("attend_kept", q, k, v)
+    if kernels is not None:
+        return _native(kernels, (q, k, v), places)
     mean = torch.zeros_like(q, dtype=torch.float32)
     mass = torch.full_like(mean[..., :1], -torch.inf)
     for shown in _shown(k.shape, q.shape[1], places):
@@ -256,6 +265,46 @@ def _attend_kept(q: Tensor, k: Tensor, v: Tensor, places: Places) -> tuple[Tenso
         shown.put(mass, total.log() + top / LOG2_E)
         shown.put(mean, weights @ shown.candidates(v) / total.clamp(min=1e-30))
     return mean, mass[..., 0]
+
+
+def _native(
+    kernels: backends.Kernels, inputs: tuple[Tensor, Tensor, Tensor], places: Places
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.contiguous() for x in inputs)
+    mean, mass = torch.empty(q.shape), torch.empty(q.shape[:3])
+    buffers, sizes = _as_kernels_take_it((q, k, v), places, mean, mass)
+    getattr(kernels.module, f"attend_kept_{SUFFIX[q.dtype]}")(
+        kernels.level, torch.get_num_threads(), buffers, sizes, STEPS, q.shape[-1] ** -0.5
+    )
+    return mean, mass
+
+
+def _native_gradient(
+    kernels: backends.Kernels,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    places: Places,
+    mass: Tensor,
+    likes: Tensor,
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x.contiguous() for x in inputs)
+    likes, delta = likes.contiguous(), delta.contiguous()
+    found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    buffers, sizes = _as_kernels_take_it((q, k, v), places, mass, mass)
+    getattr(kernels.module, f"attend_kept_gradient_{SUFFIX[q.dtype]}")(
+        kernels.level, torch.get_num_threads(), buffers, [x.data_ptr() for x in (likes, delta)],
+        [x.data_ptr() for x in found], sizes, STEPS, q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    return found
+
+
+def _as_kernels_take_it(
+    inputs: tuple[Tensor, Tensor, Tensor], places: Places, mean: Tensor, mass: Tensor
+) -> tuple[list[int], tuple[int, ...]]:
+    """Addresses, of contiguous tensors, and sizes."""
+    q, k, v = inputs
+    sizes = (*q.shape[:3], k.shape[1], q.shape[3], k.shape[2] - q.shape[1])
+    return [x.data_ptr() for x in (q, k, v, places.held, places.until, mean, mass)], sizes
 
 
 class _Shown(NamedTuple):
