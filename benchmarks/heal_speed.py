@@ -7,7 +7,7 @@ OUT.healing/tokens. Plain finetuning is transformers' Llama or Qwen2 with fused 
 torch's AdamW on float32 masters of every weight, next-token loss on all positions, one row at a
 time. Both compute in what this machine trains in fastest and take the same rows; steps alternate;
 the first of each is not counted. The first steps of `default` are taken without memories, which is
-faster than the rest of it.
+faster than the rest of it: `--set stages.0.memory_dropout.first_frac=0` and `last_frac` likewise.
 """
 
 import argparse
@@ -86,13 +86,14 @@ def main() -> None:
     parser.add_argument("tokens")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--config", default="default")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--threads", type=int)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     threads = set_threads(args.threads)
     folder = converted_folder(Path(args.converted))
     store, tokenizer = open_store(args.tokens), load_tokenizer(open_checkpoint(args.converted))
-    healing = load_healing(args.config)
+    healing = load_healing(args.config, tuple(args.set))
     trainer = Trainer(models(folder, None, healing), healing, store, tokenizer, World())
     stage = next(i for i, s in enumerate(healing.stages) if s.kind == "distil")
     trainer.where.stage = stage
