@@ -32,16 +32,13 @@ struct Cut {
 
 namespace respike {
 
+namespace {
+#include "level_parts.inc"
+}  // namespace
+
 template <class T>
-ChoiceParts<T> choice_parts([[maybe_unused]] Level level) {
-#if RESPIKE_X86
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (level >= Level::avx512bf16) return avx512bf16::parts<T>();
-  }
-  if (level >= Level::avx512) return avx512::parts<T>();
-  if (level >= Level::avx2) return avx2::parts<T>();
-#endif
-  return portable::parts<T>();
+ChoiceParts<T> choice_parts(Level level) {
+  return parts_for<T>(level);
 }
 
 namespace {

@@ -116,17 +116,7 @@ inline BlockTurns::Row back_from(BlockTurns::Row angle, int64_t half, float* scr
 namespace respike {
 namespace {
 
-template <class T>
-BlocksGradientParts<T> parts_for([[maybe_unused]] Level level) {
-#if RESPIKE_X86
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (level >= Level::avx512bf16) return avx512bf16::parts<T>();
-  }
-  if (level >= Level::avx512) return avx512::parts<T>();
-  if (level >= Level::avx2) return avx2::parts<T>();
-#endif
-  return portable::parts<T>();
-}
+#include "level_parts.inc"
 
 template <class T>
 std::vector<BlocksPiece> cut(const BlocksGradientJob<T>* jobs, int64_t count) {

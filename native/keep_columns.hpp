@@ -15,14 +15,27 @@ template <class T>
 struct Column {
   const T *k, *v;
   std::int64_t from, until;
+
+  bool seen_by(std::int64_t token) const { return from <= token && token < until; }
+  bool seen_by_all(std::int64_t first, std::int64_t last) const {
+    return from <= first && until == last;
+  }
 };
+
+// Keys and values of `count` columns, one after the other.
+template <class T>
+void gather(const Column<T>* columns, std::int64_t count, std::int64_t dim, T* k, T* v) {
+  for (std::int64_t c = 0; c < count; ++c) {
+    std::copy_n(columns[c].k, dim, k + c * dim);
+    std::copy_n(columns[c].v, dim, v + c * dim);
+  }
+}
 
 // Those that tokens [first, last) all see come first: their blocks need no mask.
 template <class T>
 void whole_first(Column<T>* columns, std::int64_t count, std::int64_t first, std::int64_t last) {
-  std::stable_partition(columns, columns + count, [=](const Column<T>& c) {
-    return c.from <= first && c.until == last;
-  });
+  std::stable_partition(columns, columns + count,
+                        [=](const Column<T>& c) { return c.seen_by_all(first, last); });
 }
 
 // Queries (tokens, heads, dim), heads of a group together.
@@ -74,12 +87,8 @@ class ColumnTile {
     for (std::int64_t begin = 0; begin < count; begin += block_keys) {
       const Column<T>* some = columns + begin;
       block_.count = std::min(block_keys, count - begin);
-      for (std::int64_t c = 0; c < block_.count; ++c) {
-        std::copy_n(some[c].k, dim, k_ + c * dim);
-        std::copy_n(some[c].v, dim, v_ + c * dim);
-      }
-      const Column<T>& rarest = some[block_.count - 1];
-      const bool whole = rarest.from <= first && rarest.until == last;
+      gather(some, block_.count, dim, k_, v_);
+      const bool whole = some[block_.count - 1].seen_by_all(first, last);
       block_.bias = whole ? nullptr : bias_;
       if (!whole) hide(some, first, last);
       Keys<T> keys;
@@ -98,7 +107,7 @@ class ColumnTile {
     for (std::int64_t t = first; t < last; ++t) {
       float* row = bias_ + (t - first) * block_keys;
       for (std::int64_t c = 0; c < block_.count; ++c) {
-        row[c] = some[c].from <= t && t < some[c].until ? 0.0f : minus_infinity;
+        row[c] = some[c].seen_by(t) ? 0.0f : minus_infinity;
       }
     }
   }

@@ -118,17 +118,7 @@ struct KeptGradientParts {
 namespace respike {
 namespace {
 
-template <class T>
-KeptGradientParts<T> parts_for([[maybe_unused]] Level level) {
-#if RESPIKE_X86
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (level >= Level::avx512bf16) return avx512bf16::parts<T>();
-  }
-  if (level >= Level::avx512) return avx512::parts<T>();
-  if (level >= Level::avx2) return avx2::parts<T>();
-#endif
-  return portable::parts<T>();
-}
+#include "level_parts.inc"
 
 // Attends tiles of one job after the other.
 template <class T>

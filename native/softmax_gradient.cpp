@@ -68,17 +68,7 @@ struct GradientParts {
 namespace respike {
 namespace {
 
-template <class T>
-GradientParts<T> parts_for([[maybe_unused]] Level level) {
-#if RESPIKE_X86
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (level >= Level::avx512bf16) return avx512bf16::parts<T>();
-  }
-  if (level >= Level::avx512) return avx512::parts<T>();
-  if (level >= Level::avx2) return avx2::parts<T>();
-#endif
-  return portable::parts<T>();
-}
+#include "level_parts.inc"
 
 template <class T>
 GradientPiece piece_of(const SoftmaxJob<T>& job, int64_t index, int64_t first, int64_t last) {
