@@ -1,5 +1,6 @@
 """Which blocks a query of `respike.ops.blocks` sees, as its forms in torch and in C++ take it."""
 
+import atexit
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any
@@ -66,3 +67,6 @@ def block_turns(rule: tuple[int, ...], frequencies: tuple[float, ...]) -> Any:
     kernels = backends.kernels()
     assert kernels is not None
     return kernels.module.BlockTurns(rule, frequencies)
+
+
+atexit.register(block_turns.cache_clear)  # or the binding reports, at exit, that it leaked
