@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from courses import (
     DISTIL,
+    JUDGE,
     RECALL,
     SETTINGS,
     TRANSFER,
@@ -37,7 +38,7 @@ from respike.healing.models import converted_folder, models
 from respike.healing.objectives import memory_is_off, weigh_positions
 from respike.healing.optimiser import rate_at
 from respike.healing.packed import Lanes, Packed, segments, short_windows, teacher_hidden
-from respike.healing.trainable import CHOSEN, FITTED, prepare
+from respike.healing.trainable import CHOSEN, FITTED, OPENED_BETA, prepare
 from respike.layers.blocks import BlockState
 from respike.layers.far import FarSoftmax
 from respike.layers.low_rank import LowRank, merged
@@ -336,6 +337,33 @@ def test_a_course_in_legs_gives_the_same_bytes_as_one_without_a_stop(
     assert weights(tmp_path / "model") == weights(out)
     assert legs[-1]["best"] == report["best"]
     assert legs[-1]["ledger"] == report["ledger"]
+
+
+def test_weights_between_start_and_average_are_kept_if_asked(
+    converted: Path, text: Path, tmp_path: Path
+) -> None:
+    once = JUDGE | {"every_tokens": 10**6}  # at the end alone, so that both keep the same step
+    found, courses = {}, {"all": 1.0, "part": 0.25}
+    for name, frac in courses.items():
+        asked = request(converted, text, tmp_path / name)
+        some = course(judge=once, interpolation_frac=frac)
+        while not heal(asked, some, leg_minutes=0.0 if frac < 1 else None)["done"]:
+            pass
+        found[name] = load_decoder(converted_folder(tmp_path / name), dtype="f32")
+    start = load_decoder(converted_folder(converted), dtype="f32")
+    moved = {}
+    for name, before in start.named_parameters():
+        far, near = (found[n].get_parameter(name) for n in courses)
+        if not near.equal(before):
+            # A shut head's beta is -inf before, and opened to learn.
+            base = before.masked_fill(before == -torch.inf, OPENED_BETA)
+            moved[name] = ((near - base) * (far - base)).sum() / (far - base).square().sum()
+            assert_close(near, base + 0.25 * (far - base), torch.bfloat16)
+    kinds = {name.rpartition("layers.")[2].split(".", 1)[-1] for name in moved}
+    assert {"self_attn.v_proj.weight", "self_attn.o_proj.weight"} <= kinds
+    assert len(kinds) > 4
+    assert all(0.2 < frac < 0.3 for frac in moved.values()), moved
+    assert len(list((tmp_path / "part.healing").glob("*.safetensors"))) == 1
 
 
 def test_a_difference_gives_the_healed_weights_bit_for_bit(

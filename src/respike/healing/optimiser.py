@@ -68,13 +68,18 @@ class Average:
     """A running average of masters; young ones weigh what is there evenly.
 
     Args:
-        trained: Whose masters.
+        trained: Whose masters, as they are before the first step.
         decay: Of the average, a step.
+        interpolation_frac: How far from there to the average the weights are that are kept.
     """
 
-    def __init__(self, trained: Sequence[Trained], decay: float) -> None:
+    def __init__(
+        self, trained: Sequence[Trained], decay: float, interpolation_frac: float = 1.0
+    ) -> None:
         self.trained, self.decay, self.steps = list(trained), decay, 0
         self.values = [t.master.detach().clone() for t in self.trained]
+        self.interpolation_frac = interpolation_frac
+        self.start = [v.clone() for v in self.values] if interpolation_frac < 1 else self.values
 
     @torch.no_grad()
     def update(self) -> None:
@@ -87,3 +92,19 @@ class Average:
     def tensors(self) -> dict[str, Tensor]:
         """The average, by name, float32."""
         return {t.name: value for t, value in zip(self.trained, self.values, strict=True)}
+
+    @torch.no_grad()
+    def interpolated(self) -> dict[str, Tensor]:
+        """What is kept: `interpolation_frac` of the way from the start to the average, float32.
+
+        Of a low-rank product the second factor alone goes that way: it begins at zero.
+        """
+        found = self.tensors()
+        if self.interpolation_frac == 1:
+            return found
+        return {
+            name: value
+            if name.endswith(".down")
+            else start + self.interpolation_frac * (value - start)
+            for (name, value), start in zip(found.items(), self.start, strict=True)
+        }

@@ -226,13 +226,13 @@ def _due(course: Course) -> bool:
 
 
 def _judge(course: Course, progress: Step | None) -> None:
-    """Measure the average of the weights, and keep it if it is the best so far."""
+    """Measure what the average of the weights gives, and keep it if it is the best so far."""
     trainer = course.trainer
     where = trainer.where
     if progress:
         progress(where.total_steps, trainer.all_steps, "measuring")
     student, world = trainer.pair.student, trainer.world
-    found = trainer.average.tensors() | held_beside(student, trainer.healing)
+    found = trainer.average.interpolated() | held_beside(student, trainer.healing)
     trained = {name: world.full(tensor) for name, tensor in found.items()}
     weights = merge(plain_weights(student, world), trained)
     spikes = trained_spikes(course.spikes, trained)

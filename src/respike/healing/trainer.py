@@ -79,7 +79,7 @@ class Trainer:
         self._check_stages()
         world.shard(pair.student)
         self.trained = all_trained(pair.student, healing)
-        self.average = Average(self.trained, healing.ema_decay)
+        self.average = Average(self.trained, healing.ema_decay, healing.interpolation_frac)
         self.where = Where()
         self.begin_stage()
 
