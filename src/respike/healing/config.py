@@ -243,8 +243,8 @@ class Healing(Frozen):
     """Of the running average of the weights, a step; the average is what is kept."""
     interpolation_frac: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Kept are weights so far on the way from the converted model's to that average (WiSE-FT,
-    Wortsman et al. 2022, section 3: alpha). Half of the way is often nearer to the original than
-    either end, and keeps most of the recall."""
+    Wortsman et al. 2022, section 3: alpha): nearer to the original, with less of what was
+    learnt."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of a step's gradient."""
     judge: Judging = Judging()

@@ -73,13 +73,11 @@ class Average:
         interpolation_frac: How far from there to the average the weights are that are kept.
     """
 
-    def __init__(
-        self, trained: Sequence[Trained], decay: float, interpolation_frac: float = 1.0
-    ) -> None:
+    def __init__(self, trained: Sequence[Trained], decay: float, interpolation_frac: float) -> None:
         self.trained, self.decay, self.steps = list(trained), decay, 0
         self.values = [t.master.detach().clone() for t in self.trained]
         self.interpolation_frac = interpolation_frac
-        self.start = [v.clone() for v in self.values] if interpolation_frac < 1 else self.values
+        self.start = None if interpolation_frac == 1 else [v.clone() for v in self.values]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -100,11 +98,9 @@ class Average:
         Of a low-rank product the second factor alone goes that way: it begins at zero.
         """
         found = self.tensors()
-        if self.interpolation_frac == 1:
+        if self.start is None:
             return found
-        return {
-            name: value
-            if name.endswith(".down")
-            else start + self.interpolation_frac * (value - start)
-            for (name, value), start in zip(found.items(), self.start, strict=True)
-        }
+        for (name, value), start in zip(found.items(), self.start, strict=True):
+            if not name.endswith(".down"):
+                found[name] = start + self.interpolation_frac * (value - start)
+        return found
